@@ -1,0 +1,59 @@
+"""Memory optimization for any LightningModule: measure it, predict it, and make it fit.
+
+Every public name is listed here and loaded on first use, so that ``import lightning_memopt`` costs next to
+nothing beyond ``import lightning.pytorch``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_memopt.__about__ import __version__
+
+if TYPE_CHECKING:
+    from lightning_memopt.callbacks.accumulation import GradientAccumulation as GradientAccumulation
+    from lightning_memopt.callbacks.checkpointing import ActivationCheckpointing as ActivationCheckpointing
+    from lightning_memopt.callbacks.chunked_loss import ChunkedLoss as ChunkedLoss
+    from lightning_memopt.callbacks.low_bit import LowBitOptimizer as LowBitOptimizer
+    from lightning_memopt.callbacks.micro_batching import MicroBatching as MicroBatching
+    from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
+    from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
+    from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
+    from lightning_memopt.memory.report import MemoryReport as MemoryReport
+    from lightning_memopt.memory.track import track_memory as track_memory
+    from lightning_memopt.planning.predict import measure_memory as measure_memory
+    from lightning_memopt.planning.predict import predict_memory as predict_memory
+    from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
+    from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
+
+_HOME = {
+    "ActivationCheckpointing": "callbacks.checkpointing",
+    "ActivationOffload": "callbacks.offload",
+    "ChunkedLoss": "callbacks.chunked_loss",
+    "GradientAccumulation": "callbacks.accumulation",
+    "HalfPrecision": "precision.half",
+    "LowBitOptimizer": "callbacks.low_bit",
+    "MemoryMonitor": "callbacks.monitor",
+    "MemoryReport": "memory.report",
+    "MicroBatching": "callbacks.micro_batching",
+    "MixedPrecision": "precision.mixed",
+    "OptimizerInBackward": "callbacks.optimizer_in_backward",
+    "chunked_cross_entropy": "techniques.chunked_loss",
+    "measure_memory": "planning.predict",
+    "predict_memory": "planning.predict",
+    "track_memory": "memory.track",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Lightning callbacks: arguments, hooks and logging over `techniques/`."""

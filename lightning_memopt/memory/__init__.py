@@ -1,0 +1,1 @@
+"""Measure memory: tracker, timeline, report, pictures. Plain torch."""

@@ -1,0 +1,1 @@
+"""Read a model: where its blocks are and which weights are tied."""

@@ -1,0 +1,28 @@
+"""Fixtures that put back what a test may have changed."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _restore_torch_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """Seeds, default dtype, gradient mode and the working folder are as they were, whatever a test did."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    state, dtype, grad = torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    torch.set_rng_state(state)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device, or a skip that says it is missing."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and this machine has none")
+    return torch.device("cuda")
