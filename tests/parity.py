@@ -73,9 +73,7 @@ def assert_same_training(
     assert list(other.weights) == list(plain.weights), "state_dict keys changed"
     if compare_losses:
         assert len(other.losses) == len(plain.losses)
-        torch.testing.assert_close(
-            torch.tensor(other.losses), torch.tensor(plain.losses), rtol=rtol, atol=atol
-        )
+        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(plain.losses), rtol=rtol, atol=atol)
     for name, weight in plain.weights.items():
         torch.testing.assert_close(
             other.weights[name], weight, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
@@ -100,9 +98,7 @@ def assert_parity(
     """
     clipping = {"gradient_clip_val": 0.5} if entry.automatic else {}
     shared = clipping | trainer_options
-    plain = train(
-        entry.build(dropout), entry.loader(batch_size=batch_size), **(shared | (plain_options or {}))
-    )
+    plain = train(entry.build(dropout), entry.loader(batch_size=batch_size), **(shared | (plain_options or {})))
     other = train(entry.build(dropout), entry.loader(batch_size=batch_size), callbacks=callbacks, **shared)
     assert_same_training(plain, other, rtol=rtol, atol=atol)
     return other

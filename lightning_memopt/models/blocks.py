@@ -85,9 +85,7 @@ def _sibling_stacks(module: nn.Module, name: str) -> list[BlockStack]:
         is_composite = next(child.children(), None) is not None
         if has_parameters and is_composite and not isinstance(child, nn.ModuleList | nn.ModuleDict):
             by_class[type(child)][_join(name, child_name)] = child
-    return [
-        BlockStack(name, tuple(group), tuple(group.values())) for group in by_class.values() if len(group) > 1
-    ]
+    return [BlockStack(name, tuple(group), tuple(group.values())) for group in by_class.values() if len(group) > 1]
 
 
 def _differ_in_size(stack: BlockStack) -> bool:

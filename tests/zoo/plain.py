@@ -64,9 +64,7 @@ class LateMLP(pl.LightningModule):
         if self.net is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(7)
-                self.net = nn.Sequential(
-                    nn.Linear(16, 64), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(64, 4)
-                )
+                self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(64, 4))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         assert self.net is not None

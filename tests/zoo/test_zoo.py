@@ -10,9 +10,7 @@ from tests.zoo import ZOO
 @pytest.mark.parametrize("name", ZOO)
 def test_training_twice_from_the_same_seed_gives_the_same_weights_bit_for_bit(name):
     entry = ZOO[name]
-    first, second = (
-        train(entry.build(dropout=0.1), entry.loader(batches=4), steps=4, seed=3) for _ in range(2)
-    )
+    first, second = (train(entry.build(dropout=0.1), entry.loader(batches=4), steps=4, seed=3) for _ in range(2))
     assert_same_training(first, second, rtol=0, atol=0)
     if entry.automatic:
         assert len(first.losses) == 4

@@ -38,9 +38,7 @@ class CNN(pl.LightningModule):
         super().__init__()
         self.stem = nn.Conv2d(1, 16, 3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(16) for _ in range(3)))
-        self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, 10)
-        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
