@@ -1,0 +1,75 @@
+"""What a user meets first: importing the package and the names it promises."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_memopt
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_importing_the_package_loads_no_more_than_its_own_first_page():
+    loaded = _run(
+        "import sys, lightning.pytorch\n"
+        "before = set(sys.modules)\n"
+        "import lightning_memopt\n"
+        "print(*sorted(set(sys.modules) - before))"
+    ).split()
+    assert loaded == ["lightning_memopt", "lightning_memopt.__about__"]
+
+
+@pytest.mark.parametrize("name", [n for n in lightning_memopt.__all__ if n != "__version__"])
+def test_a_public_name_loads_and_has_a_docstring(name):
+    assert getattr(lightning_memopt, name).__doc__
+
+
+def test_using_every_public_name_loads_no_optional_library():
+    optional = ["matplotlib", "torchao", "bitsandbytes", "torch_pruning"]
+    loaded = _run(
+        "import sys, lightning_memopt as memopt\n"
+        "[getattr(memopt, name) for name in memopt.__all__]\n"
+        "print(*sys.modules)"
+    ).split()
+    assert not [name for name in optional if name in loaded]
+
+
+def test_an_unknown_name_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match="no attribute 'Banana'"):
+        _ = lightning_memopt.Banana
+
+
+def test_the_lower_layers_do_not_import_lightning():
+    offenders = [
+        path.relative_to(ROOT).as_posix()
+        for layer in ("models", "memory", "techniques")
+        for path in (ROOT / "lightning_memopt" / layer).rglob("*.py")
+        if re.search(r"^\s*(import|from) lightning(\.|\s)", path.read_text(), re.MULTILINE)
+    ]
+    assert not offenders
+
+
+def test_layers_import_downward_only():
+    order = ["models", "memory", "techniques", "planning", "callbacks", "precision", "demo"]
+    allowed_sideways = {("callbacks", "precision"), ("precision", "callbacks")}
+    upward = []
+    for height, layer in enumerate(order):
+        for path in (ROOT / "lightning_memopt" / layer).rglob("*.py"):
+            for target in re.findall(r"from lightning_memopt\.(\w+)", path.read_text()):
+                if target in order[height + 1 :] and (layer, target) not in allowed_sideways:
+                    upward.append(f"{path.relative_to(ROOT)} imports {target}/")
+    assert not upward
+
+
+def test_the_version_is_one_that_the_changelog_knows_or_unreleased():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"[{lightning_memopt.__version__}]" in changelog or "[Unreleased]" in changelog
