@@ -26,14 +26,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     ``RuntimeError`` of torch's CPU allocator, of shared memory, of the CUDA runtime and of cuBLAS, cuSOLVER, cuSPARSE
     and cuDNN when they cannot allocate.
 
-    An error raised *from* such an error (``__cause__``: torch.compile and ``DataLoader`` wrap errors so) counts as one;
-    an error raised while another was handled (``__context__``) does not: it is a failure of its own.
+    An error raised *from* such an error (``__cause__``; torch.compile wraps errors so) counts as one; an error raised
+    while another was handled (``__context__``) does not: it is a failure of its own.
 
     Args:
         error: What was caught. It is only read.
 
     Example:
-        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
         True
         >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
         False
