@@ -1,0 +1,131 @@
+"""Step one parameter of an optimizer at a time, with the user's own optimizer object."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | None = None) -> None:
+    """Let ``optimizer`` step ``parameter`` alone, as if it were its only one.
+
+    For the length of the call the optimizer sees one group with one parameter and the hyper-parameters that the
+    parameter's group has at that moment. So its state, ``state_dict``, learning-rate schedulers and checkpoints
+    are those of the plain optimizer. The optimizer's step hooks do not run here: they belong to the whole step,
+    and run where the training loop calls ``optimizer.step``. A parameter without a gradient is left alone.
+
+    Not safe from several threads at once for one optimizer; calling it from within ``optimizer.step(closure)``
+    (where Lightning runs the backward) is fine.
+
+    Args:
+        optimizer: Any optimizer that accepts :func:`check_steps_alone`.
+        parameter: One of its parameters; its ``grad`` is used as it is, and stays.
+        group_index: Index of the parameter's group, where the caller knows it; looked up otherwise.
+
+    Raises:
+        ValueError: ``parameter`` is not one of the optimizer's.
+
+    Example:
+        >>> parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+        >>> optimizer = torch.optim.SGD(parameters, lr=0.5)
+        >>> parameters[0].grad = torch.ones(2)
+        >>> step_one(optimizer, parameters[0])
+        >>> parameters[0].tolist(), parameters[1].tolist()
+        ([0.5, 0.5], [1.0, 1.0])
+    """
+    groups = optimizer.param_groups
+    index = find_group(optimizer, parameter) if group_index is None else group_index
+    optimizer.param_groups = [{**groups[index], "params": [parameter]}]
+    try:
+        _unhooked_step(optimizer)(optimizer)
+    finally:
+        optimizer.param_groups = groups
+
+
+def find_group(optimizer: Optimizer, parameter: torch.Tensor) -> int:
+    """Index of the group of ``optimizer`` that holds ``parameter``.
+
+    Raises:
+        ValueError: None does.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        if any(candidate is parameter for candidate in group["params"]):
+            return index
+    raise ValueError(
+        f"A parameter of shape {tuple(parameter.shape)} is in no group of {type(optimizer).__name__}, so it cannot "
+        "be stepped; add it with `optimizer.add_param_group`."
+    )
+
+
+def check_steps_alone(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step is more than the sum of its parameters' steps.
+
+    Tried, not looked up by name: stand-ins of a few elements, with the optimizer's own hyper-parameters, are stepped
+    three times together and three times one by one. An optimizer that needs a closure (LBFGS, SAM), a norm over all
+    gradients, or a counter kept per group gives other numbers or fails. Neither the optimizer nor the random
+    number generators are changed.
+
+    Args:
+        optimizer: The optimizer to try.
+
+    Raises:
+        ValueError: It cannot step one parameter at a time; says what was seen.
+    """
+    name = type(optimizer).__name__
+    remedy = "use an optimizer that treats each parameter by itself, such as AdamW, Adam, SGD or RMSprop."
+    for index, group in enumerate(optimizer.param_groups):
+        if not group["params"]:
+            continue
+        device = group["params"][0].device
+        with torch.random.fork_rng([device] if device.type != "cpu" else []):
+            try:
+                together = _train_stand_ins(optimizer, group, _step_all)
+                alone = _train_stand_ins(optimizer, group, _step_each)
+            except Exception as error:
+                raise ValueError(
+                    f"{name} cannot step one parameter at a time (tried on group {index}: "
+                    f"{type(error).__name__}: {error}); {remedy}"
+                ) from error
+        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(together, alone, strict=True)):
+            raise ValueError(
+                f"{name} steps its parameters jointly: on group {index}, one parameter at a time gave other weights "
+                f"than all at once, so gradients cannot be freed one by one; {remedy}"
+            )
+
+
+def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """The step of the optimizer's class without the wrapper (from ``Optimizer.__init__``) that runs the hooks."""
+    step: Any = type(optimizer).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _train_stand_ins(
+    optimizer: Optimizer, group: dict[str, Any], step: Callable[[Optimizer], None]
+) -> list[nn.Parameter]:
+    like = group["params"][0]
+    shape = [min(size, 4) for size in like.shape]
+    generator = torch.Generator().manual_seed(0)
+    stand_ins = [nn.Parameter(torch.randn(shape, generator=generator).to(like.device)) for _ in range(2)]
+    twin: Optimizer = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.__dict__.pop("step", None)  # learning-rate schedulers patch it on the instance
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**group, "params": stand_ins}]
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    for _ in range(3):
+        for scale, stand_in in enumerate(stand_ins, start=1):
+            stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
+        step(twin)
+    return stand_ins
+
+
+def _step_all(optimizer: Optimizer) -> None:
+    _unhooked_step(optimizer)(optimizer)
+
+
+def _step_each(optimizer: Optimizer) -> None:
+    for parameter in optimizer.param_groups[0]["params"]:
+        step_one(optimizer, parameter, 0)
