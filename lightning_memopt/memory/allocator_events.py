@@ -1,0 +1,107 @@
+"""What the CPU allocator itself reports, down to the scratch that kernels take where no tensor shows it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.profiler import profile
+
+from lightning_memopt.memory.ledger import Holding, Ledger, State
+
+
+class Allocation(NamedTuple):
+    """One allocation, or release where ``size_bytes`` is negative."""
+
+    time: int
+    address: int
+    size_bytes: int
+
+
+class AllocatorEvents:
+    """Records the CPU allocator's events between :meth:`start` and :meth:`stop`, by PyTorch's profiler."""
+
+    def __init__(self) -> None:
+        self._profile: Any = None
+
+    def start(self) -> bool:
+        """Begin; False if somebody else's profiler runs already, of which there can be only one."""
+        if torch.autograd._profiler_enabled():
+            return False
+        self._profile = profile(profile_memory=True)
+        self._profile.__enter__()
+        return True
+
+    def stop(self) -> list[Allocation]:
+        """End, and give the events in order; none if it did not start."""
+        if self._profile is None:
+            return []
+        self._profile.__exit__(None, None, None)
+        tree = self._profile.kineto_results.experimental_event_tree()
+        self._profile = None
+        return sorted(_allocations(tree), key=lambda allocation: allocation.time)
+
+
+def _allocations(tree: Iterable[Any]) -> Iterator[Allocation]:
+    pending = list(tree)
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        kind, fields = event.typed
+        if kind == torch._C._profiler._EventType.Allocation and fields.device.type == "cpu":
+            yield Allocation(event.start_time_ns, fields.ptr, fields.alloc_size)
+
+
+def settle(ledger: Ledger, allocations: Sequence[Allocation]) -> None:
+    """Correct the books by what the allocator saw.
+
+    A holding takes the times of the allocation at its address, an allocation that is no holding's goes on the books
+    as scratch of the operator that ran.
+
+    Args:
+        ledger: Books of the same run; holdings and operations in nanoseconds since the epoch.
+        allocations: All the allocator's events of that run, in order.
+    """
+    unclaimed = defaultdict(list)
+    for holding in ledger.holdings:
+        if holding.address and not holding.is_opening:
+            unclaimed[holding.address].append(holding)
+    for holdings in unclaimed.values():
+        holdings.reverse()
+    live: dict[int, Holding] = {}
+    for time, address, size_bytes in allocations:
+        if size_bytes > 0:
+            live[address] = _claim(unclaimed[address], size_bytes, time) or _scratch(ledger, size_bytes, time)
+        elif (released := live.pop(address, None)) is not None:
+            _release(ledger, released, time)
+
+
+def _claim(candidates: list[Holding], size_bytes: int, time: int) -> Holding | None:
+    """The next tensor at this address, if this allocation is the one that made it."""
+    while candidates and candidates[-1].states[0].size_bytes == size_bytes:
+        holding = candidates[-1]
+        if holding.states[-1].size_bytes == 0 and holding.states[-1].since.time < time:
+            candidates.pop()  # gone before this allocation: it was never the allocator's
+            continue
+        if holding.states[0].since.time < time:
+            return None
+        candidates.pop()
+        first = holding.states[0]
+        holding.states[0] = first._replace(since=first.since._replace(time=time))
+        return holding
+    return None
+
+
+def _scratch(ledger: Ledger, size_bytes: int, time: int) -> Holding:
+    moment = ledger.moment_at(time)
+    holding = Holding([State(moment, size_bytes, "temporaries", moment.module)])
+    ledger.holdings.append(holding)
+    return holding
+
+
+def _release(ledger: Ledger, holding: Holding, time: int) -> None:
+    if holding.is_released:
+        last = holding.states[-1]
+        holding.states[-1] = last._replace(since=last.since._replace(time=time))
+    else:
+        holding.change(ledger.moment_at(time), size_bytes=0)
