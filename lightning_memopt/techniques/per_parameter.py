@@ -8,6 +8,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+StepParameter = Callable[[Optimizer, torch.Tensor, int], None]
+"""Steps one parameter, given its optimizer and the index of its group there."""
+
+_REPLACEMENT = "_memopt_step_one"
+
 
 def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | None = None) -> None:
     """Let ``optimizer`` step ``parameter`` alone, as if it were its only one.
@@ -36,13 +41,34 @@ def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | N
         >>> parameters[0].tolist(), parameters[1].tolist()
         ([0.5, 0.5], [1.0, 1.0])
     """
-    groups = optimizer.param_groups
     index = find_group(optimizer, parameter) if group_index is None else group_index
-    optimizer.param_groups = [{**groups[index], "params": [parameter]}]
+    replacement: StepParameter = optimizer.__dict__.get(_REPLACEMENT, _step_plainly)
+    replacement(optimizer, parameter, index)
+
+
+def step_alone(optimizer: Optimizer, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    """Step ``parameter``, which may be a stand-in for one of the optimizer's, with the hyper-parameters of ``group``.
+
+    Unlike :func:`step_one` this never asks what :func:`replace_step` put in: it is what such functions build on.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [parameter]}]
     try:
         _unhooked_step(optimizer)(optimizer)
     finally:
         optimizer.param_groups = groups
+
+
+def replace_step(optimizer: Optimizer, step: StepParameter | None) -> None:
+    """Make :func:`step_one` on ``optimizer`` call ``step``; ``None`` takes it back.
+
+    So a technique that keeps state in another form (fewer bits) and one that decides when a parameter is stepped
+    (in the backward) need not know of each other.
+    """
+    if step is None:
+        optimizer.__dict__.pop(_REPLACEMENT, None)
+    else:
+        optimizer.__dict__[_REPLACEMENT] = step
 
 
 def find_group(optimizer: Optimizer, parameter: torch.Tensor) -> int:
@@ -80,7 +106,7 @@ def check_steps_alone(optimizer: Optimizer) -> None:
         if not group["params"]:
             continue
         device = group["params"][0].device
-        with torch.random.fork_rng([device] if device.type != "cpu" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
                 together = _train_stand_ins(optimizer, group, _step_all)
                 alone = _train_stand_ins(optimizer, group, _step_each)
@@ -94,6 +120,10 @@ def check_steps_alone(optimizer: Optimizer) -> None:
                 f"{name} steps its parameters jointly: on group {index}, one parameter at a time gave other weights "
                 f"than all at once, so gradients cannot be freed one by one; {remedy}"
             )
+
+
+def _step_plainly(optimizer: Optimizer, parameter: torch.Tensor, group_index: int) -> None:
+    step_alone(optimizer, parameter, optimizer.param_groups[group_index])
 
 
 def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
@@ -111,7 +141,8 @@ def _train_stand_ins(
     stand_ins = [nn.Parameter(torch.randn(shape, generator=generator).to(like.device)) for _ in range(2)]
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
-    twin.__dict__.pop("step", None)  # learning-rate schedulers patch it on the instance
+    for patch in ("step", _REPLACEMENT):
+        twin.__dict__.pop(patch, None)
     twin.state = defaultdict(dict)
     twin.param_groups = [{**group, "params": stand_ins}]
     twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
