@@ -1,0 +1,44 @@
+"""Turn the figures of a run and of its plain run into ratios, and hold them against the row's targets."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rows import Row
+
+from lightning_memopt.memory.report import MemoryReport
+
+
+def summarize(report: MemoryReport) -> dict[str, Any]:
+    """What the table needs of a report: the peak, the bytes at the peak, and each category's highest."""
+    points = [point.by_category for point in report.timeline]
+    return {
+        "peak_bytes": report.peak_bytes,
+        "at_peak_bytes": dict(report.by_category),
+        "highest_bytes": {
+            "activations": max(point.get("activations", 0) for point in points),
+            "activations+temporaries": max(
+                point.get("activations", 0) + point.get("temporaries", 0) for point in points
+            ),
+        },
+        "notes": list(report.notes),
+    }
+
+
+def memory_ratio(row: Row, own: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
+    """The ratio that the row's memory target is about, out of two summaries."""
+    values = []
+    for summary in (own, plain):
+        if row.quantity == "peak":
+            values.append(summary["peak_bytes"])
+        elif row.quantity in summary["highest_bytes"]:
+            values.append(summary["highest_bytes"][row.quantity])
+        else:
+            values.append(summary["at_peak_bytes"][row.quantity])
+    return values[0] / values[1]
+
+
+def time_bound(row: Row, known: Mapping[str, Any]) -> float | None:
+    """The highest time ratio allowed; a bound that is another row's time is known once that row was measured."""
+    if isinstance(row.time_target, str):
+        return known.get(row.time_target, {}).get("time", {}).get("ratio")
+    return row.time_target
