@@ -123,9 +123,7 @@ def _saved_tensors(
 ) -> Iterator[tuple[torch.Tensor, str | None]]:
     """What the graphs that end in ``held`` saved, with the submodule that made it; None for inputs from outside."""
     nodes = _nodes_inputs_first(tensor.grad_fn for tensor in held if tensor.grad_fn is not None)
-    makers: dict[Any, str] = {}
-    for node in nodes:
-        makers[node] = _maker(node, owners, makers)
+    makers = _makers(nodes, owners)
     inputs = {_address(tensor) for tensor in held if tensor.grad_fn is None}
     for node in nodes:
         for name in dir(node):
@@ -160,25 +158,22 @@ def _nodes_inputs_first(roots: Iterable[Any]) -> list[Any]:
     return ordered
 
 
-def _maker(node: Any, owners: Mapping[int, str], makers: Mapping[Any, str]) -> str:
-    variable = getattr(node, "variable", None)
-    if variable is not None:
-        return owners.get(id(variable), "")
-    inputs = [below for below, _ in node.next_functions if below is not None]
-    own = [below for below in inputs if _is_parameter(below)]
-    # Of several inputs the newest decides: the sum at the end of a residual block belongs to the block.
-    newest_first = sorted(inputs, key=lambda below: -below._sequence_nr())
-    return next((makers[below] for below in (*own, *newest_first) if makers.get(below)), "")
-
-
-def _is_parameter(node: Any) -> bool:
-    """Whether ``node`` stands for a parameter or a view or cast of one (a transposed weight, an autocast copy)."""
-    while getattr(node, "variable", None) is None:
+def _makers(nodes: Iterable[Any], owners: Mapping[int, str]) -> dict[Any, str]:
+    """For each node the submodule it ran for; ``nodes`` come after the nodes of their inputs."""
+    makers: dict[Any, str] = {}
+    is_parameter: dict[Any, bool] = {}  # or a view or cast of one: a transposed weight, an autocast copy
+    for node in nodes:
         inputs = [below for below, _ in node.next_functions if below is not None]
-        if len(inputs) != 1:
-            return False
-        node = inputs[0]
-    return True
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            is_parameter[node] = True
+            makers[node] = owners.get(id(variable), "")
+            continue
+        is_parameter[node] = len(inputs) == 1 and is_parameter[inputs[0]]
+        # Of several inputs the newest decides: the sum at the end of a residual block belongs to the block.
+        newest_first = sorted(inputs, key=lambda below: (not is_parameter[below], -below._sequence_nr()))
+        makers[node] = next((makers[below] for below in newest_first if makers[below]), "")
+    return makers
 
 
 def _unpacked_only(saved: Any) -> Iterator[torch.Tensor]:

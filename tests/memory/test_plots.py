@@ -103,6 +103,15 @@ def test_thinning_keeps_the_peak_and_the_order_of_the_phases():
     assert [p.phase for p in thinned[-2:]] == ["forward", "step"]
 
 
+def test_an_optimizer_of_many_allocations_leaves_most_of_the_picture_to_the_other_phases():
+    points = [TimelinePoint("forward", "", {"activations": 5})] * 100
+    points += [TimelinePoint("step", "", {"temporaries": i % 11}) for i in range(300)]
+    thinned = thin(points, 1000)
+    assert sum(p.phase == "forward" for p in thinned) == 100
+    assert 20 <= sum(p.phase == "step" for p in thinned) <= 25
+    assert max(p.total_bytes for p in thinned) == 10
+
+
 def test_every_category_and_phase_has_a_color_of_its_own():
     assert set(COLORS) == set(CATEGORIES)
     assert len(set(COLORS.values())) == len(CATEGORIES)
