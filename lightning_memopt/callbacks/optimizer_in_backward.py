@@ -136,17 +136,17 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
             f"{type(trainer.strategy).__name__} reduces gradients over the devices after they are complete, and each "
             "parameter would be stepped before that. Train on one device, or shard with a ZeRO strategy."
         )
-    if trainer.accumulate_grad_batches > 1:
-        return (
-            f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` sums gradients over batches, and they are "
-            "freed in each. Set it to 1, and save activations instead (ActivationCheckpointing)."
-        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if type(callback).__name__ in _ACCUMULATING_CALLBACKS:
             return (
                 f"{type(callback).__name__} sums gradients over several backwards, and they are freed in each. Use "
                 "one of the two; ActivationCheckpointing saves activations and works with OptimizerInBackward."
             )
+    if trainer.accumulate_grad_batches > 1:
+        return (
+            f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` sums gradients over batches, and they are "
+            "freed in each. Set it to 1, and save activations instead (ActivationCheckpointing)."
+        )
     if is_overridden("configure_gradient_clipping", module):
         return (
             f"`{name}.configure_gradient_clipping` expects all gradients after the backward, and they are freed in "
