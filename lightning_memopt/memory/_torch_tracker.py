@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 
-from lightning_memopt.memory.ledger import Holding, Ledger, Moment, Operation, State
+from lightning_memopt.memory.ledger import Accumulation, Holding, Ledger, Moment, Operation, State
 from lightning_memopt.memory.module_stack import ModuleStack
 from lightning_memopt.memory.report import Phase
+from lightning_memopt.memory.workspace import Call, Workspace, describe_call
 
 try:
     from torch._guards import active_fake_mode
@@ -39,7 +41,6 @@ _CATEGORY_OF = {
     _MemRefType.OPT: "optimizer_state",
     _MemRefType.OTH: "other",
 }
-Describe = Callable[[Any, Any, Any], Any]
 
 
 class ScratchProbe(Protocol):
@@ -56,35 +57,28 @@ class StorageTracker(MemTracker):
     """``MemTracker`` whose every update is written into a ledger.
 
     Args:
-        names: Qualified names of the modules that are tracked.
         device_type: Device whose bytes are counted (``"cpu"``, ``"cuda"``).
-        describe: Makes of an operator and its arguments what :attr:`Operation.call` holds.
+        workspace: Tells what kernels would allocate, for a run on fake tensors.
         probe: Tells the scratch of each operator while it runs.
     """
 
     def __init__(
-        self,
-        names: dict[nn.Module, str],
-        device_type: str,
-        *,
-        describe: Describe | None = None,
-        probe: ScratchProbe | None = None,
+        self, device_type: str, *, workspace: Workspace | None = None, probe: ScratchProbe | None = None
     ) -> None:
         super().__init__()
-        self._describe = describe
+        self._workspace = workspace
         self._probe = probe
         self.ledger = Ledger()
         self.current_bytes = 0
         self._device_type = device_type
-        self._stack = ModuleStack(names)
+        self._stack = ModuleStack()
         self._mod_tracker = self._stack  # type: ignore[assignment]
         self._holdings: dict[Any, Holding] = {}
-        self._names = names
         self._owners: dict[torch.Tensor, str] = {}
         self._phase: Phase = "forward"
         self._steps_running = 0
         self._new_bytes = 0
-        self._is_fake = False
+        self.is_fake = active_fake_mode() is not None
         self._ticks = itertools.count(1)
 
     @property
@@ -100,7 +94,7 @@ class StorageTracker(MemTracker):
         """This moment, as the ledger writes it."""
         if self._depth == 0:
             return Moment(0, "other", "")
-        tick = next(self._ticks) if self._is_fake else time.time_ns()
+        tick = next(self._ticks) if self.is_fake else time.time_ns()
         return Moment(tick, self.phase, self._stack.running)
 
     @property
@@ -118,7 +112,7 @@ class StorageTracker(MemTracker):
         moment = self.now()
         if u_type is _UpdateType.ADD:
             category = "temporaries" if moment.phase == "step" else _CATEGORY_OF[winfo.reftype]
-            holding = Holding([State(moment, winfo.mem_consumed, category, moment.module)])
+            holding = Holding([State(moment, winfo.mem_consumed, category, moment.module)], node=self._stack.node)
             self._holdings[winfo] = holding
             self.ledger.holdings.append(holding)
             change = winfo.mem_consumed
@@ -159,6 +153,21 @@ class StorageTracker(MemTracker):
 
     # -- what is whose --------------------------------------------------------------------------------------------
 
+    def name_modules(self, names: dict[nn.Module, str]) -> None:
+        """Learn the qualified names of the modules that are tracked."""
+        self._stack.names.update(names)
+
+    def forget_labels(self) -> None:
+        """What is held and nobody names again is neither an activation nor a temporary of what comes."""
+        moment = self.now()
+        for holding in self._holdings.values():
+            holding.change(moment, category="other", owner="")
+
+    def open_books(self) -> None:
+        """Let the report begin now."""
+        self.ledger.opened_at = self.now().time
+        self._phase = "forward"
+
     def label(self, tensor: Any, category: str, owner: str | None = None) -> None:
         """Say what ``tensor`` is; it is put on the books if it is not there yet."""
         if not isinstance(tensor, torch.Tensor):
@@ -177,7 +186,7 @@ class StorageTracker(MemTracker):
     def label_module(self, module: nn.Module) -> None:
         """Put the parameters, gradients and buffers of ``module`` on the books."""
         for submodule in module.modules():
-            name = self._names[submodule]
+            name = self._stack.names[submodule]
             for parameter in submodule.parameters(recurse=False):
                 owner = self._owners.setdefault(parameter, name)
                 self.label(parameter, "parameters", owner)
@@ -188,7 +197,7 @@ class StorageTracker(MemTracker):
     def label_optimizer_state(self, optimizer: Optimizer) -> None:
         """Put the state of ``optimizer`` on the books."""
         for parameter, state in optimizer.state.items():
-            for value in state.values() if isinstance(state, dict) else ():
+            for value in tree_leaves(state):  # packed low-bit state is a dict of tensors
                 self.label(value, "optimizer_state", self._owners.get(parameter, ""))
 
     def _watch_gradient(self, parameter: nn.Parameter) -> None:
@@ -236,21 +245,44 @@ class StorageTracker(MemTracker):
     # -- the dispatch mode ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> "StorageTracker":
-        self._is_fake = active_fake_mode() is not None
         super().__enter__()
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         begin = self.now()
-        call = self._describe(func, args, kwargs or {}) if self._describe is not None else None
+        call = describe_call(func, args, kwargs) if self._workspace is not None else None
         if self._probe is not None:
             self._probe.begin()
         self._new_bytes = 0
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(self._completed(func, call), types, args, kwargs)
         if result is not NotImplemented:
-            scratch_bytes = self._probe.peak_bytes() - self._new_bytes if self._probe is not None else 0
-            end = next(self._ticks) if self._is_fake else time.time_ns()
-            operation = Operation(begin, end, self._new_bytes, call)
+            scratch_bytes = self._scratch_bytes(call)
+            end = next(self._ticks) if self.is_fake else time.time_ns()
+            operation = Operation(begin, end)
             self.ledger.operations.append(operation)
             self.ledger.add_scratch(operation, scratch_bytes)
+            if func is torch.ops.aten.add.Tensor and self._stack.is_bw and not torch.is_grad_enabled():
+                self._note_accumulation(args[0], result)
         return result
+
+    def _completed(self, func: Any, call: Call | None) -> Any:
+        workspace = self._workspace
+        if workspace is None or call is None:
+            return func
+        return lambda *args, **kwargs: workspace.complete(call, func(*args, **kwargs))
+
+    def _scratch_bytes(self, call: Call | None) -> int:
+        if self._probe is not None:
+            return self._probe.peak_bytes() - self._new_bytes
+        return self._workspace.scratch_bytes(call) if self._workspace is not None and call is not None else 0
+
+    def _note_accumulation(self, first: Any, result: torch.Tensor) -> None:
+        if not isinstance(first, torch.Tensor) or first._is_view():  # a view shares its storage with its base
+            return
+        into, made = self._holding_of(first), self._holding_of(result)
+        if into is not None and made is not None and into.node not in (None, made.node):
+            self.ledger.accumulations.append(Accumulation(into, made, self.ledger.operations[-1].end))
+
+    def _holding_of(self, tensor: torch.Tensor) -> Holding | None:
+        winfo, _ = self._WINFO.get(tensor.untyped_storage(), (None, None))
+        return self._holdings.get(winfo)

@@ -1,5 +1,6 @@
 """What the CPU allocator itself reports, down to the scratch that kernels take where no tensor shows it."""
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -62,39 +63,45 @@ def settle(ledger: Ledger, allocations: Sequence[Allocation]) -> None:
         ledger: Books of the same run; holdings and operations in nanoseconds since the epoch.
         allocations: All the allocator's events of that run, in order.
     """
-    unclaimed = defaultdict(list)
+    ledger.operations.sort(key=lambda operation: operation.begin.time)
+    holdings: defaultdict[int, list[Holding]] = defaultdict(list)
     for holding in ledger.holdings:
         if holding.address and not holding.is_opening:
-            unclaimed[holding.address].append(holding)
-    for holdings in unclaimed.values():
-        holdings.reverse()
-    live: dict[int, Holding] = {}
-    for time, address, size_bytes in allocations:
-        if size_bytes > 0:
-            live[address] = _claim(unclaimed[address], size_bytes, time) or _scratch(ledger, size_bytes, time)
-        elif (released := live.pop(address, None)) is not None:
-            _release(ledger, released, time)
-
-
-def _claim(candidates: list[Holding], size_bytes: int, time: int) -> Holding | None:
-    """The next tensor at this address, if this allocation is the one that made it."""
-    while candidates and candidates[-1].states[0].size_bytes == size_bytes:
-        holding = candidates[-1]
-        if holding.states[-1].size_bytes == 0 and holding.states[-1].since.time < time:
-            candidates.pop()  # gone before this allocation: it was never the allocator's
-            continue
-        if holding.states[0].since.time < time:
-            return None
-        candidates.pop()
+            holdings[holding.address].append(holding)
+    for allocation, released in _lifetimes(allocations):
+        holding = _made_by(allocation, released, holdings[allocation.address]) or _scratch(ledger, allocation)
         first = holding.states[0]
-        holding.states[0] = first._replace(since=first.since._replace(time=time))
-        return holding
-    return None
+        holding.states[0] = first._replace(since=first.since._replace(time=allocation.time))
+        if released is not None:
+            _release(ledger, holding, released)
 
 
-def _scratch(ledger: Ledger, size_bytes: int, time: int) -> Holding:
-    moment = ledger.moment_at(time)
-    holding = Holding([State(moment, size_bytes, "temporaries", moment.module)])
+def _lifetimes(allocations: Iterable[Allocation]) -> Iterator[tuple[Allocation, int | None]]:
+    """Each allocation with the time of its release."""
+    live: dict[int, Allocation] = {}
+    for allocation in allocations:
+        begun = live.pop(allocation.address, None)
+        if begun is not None:
+            yield begun, allocation.time
+        if allocation.size_bytes > 0:
+            live[allocation.address] = allocation
+    for begun in live.values():
+        yield begun, None
+
+
+def _made_by(allocation: Allocation, released: int | None, candidates: Sequence[Holding]) -> Holding | None:
+    """The tensor at this address that was first seen while the allocation lived; candidates are in order."""
+    index = bisect_left(candidates, allocation.time, key=lambda holding: holding.states[0].since.time)
+    if index == len(candidates):
+        return None
+    first = candidates[index].states[0]
+    is_in_time = released is None or first.since.time <= released
+    return candidates[index] if is_in_time and first.size_bytes == allocation.size_bytes else None
+
+
+def _scratch(ledger: Ledger, allocation: Allocation) -> Holding:
+    moment = ledger.moment_at(allocation.time)
+    holding = Holding([State(moment, allocation.size_bytes, "temporaries", moment.module)])
     ledger.holdings.append(holding)
     return holding
 

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, Phase, TimelinePoint
 
@@ -41,10 +41,12 @@ class Holding:
     Attributes:
         states: What it was over time, oldest first. A gradient is a temporary until its parameter accumulates it.
         address: Where it starts; None on fake tensors, which are nowhere.
+        node: Number of the autograd node that made it; None outside the backward.
     """
 
     states: list[State]
     address: int | None = None
+    node: int | None = None
 
     def change(
         self, moment: Moment, *, size_bytes: int | None = None, category: str | None = None, owner: str | None = None
@@ -78,24 +80,40 @@ class Operation:
     Attributes:
         begin: When it was called.
         end: The time at which its results were on the books.
-        new_bytes: Bytes of its results that were not there before.
-        call: What was called, for whoever models its scratch; None where the allocator itself tells.
-        scratch_bytes: The most that it held beside its results, where that is known.
     """
 
     begin: Moment
     end: int
-    new_bytes: int
-    call: Any = None
-    scratch_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulation:
+    """Autograd's sum of two gradients of one tensor.
+
+    Without a dispatch mode (such as the tracker) it adds in place where nobody else holds ``into``; with one it makes
+    a new tensor.
+    """
+
+    into: Holding
+    result: Holding
+    time: int
 
 
 @dataclass
 class Ledger:
-    """Everything that one measurement saw."""
+    """Everything that one measurement saw.
+
+    Attributes:
+        holdings: All memory that was ever held.
+        operations: All operators, in order.
+        accumulations: The operators among them that sum gradients.
+        opened_at: Time at which the report begins; what is held then is where it starts from.
+    """
 
     holdings: list[Holding] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
+    accumulations: list[Accumulation] = field(default_factory=list)
+    opened_at: int = 0
 
     def moment_at(self, time: int) -> Moment:
         """The phase and the submodule of the operator that was running at ``time`` (or the last before)."""
@@ -112,25 +130,35 @@ class Ledger:
             state = State(at, size_bytes, "temporaries", begin.module)
             self.holdings.append(Holding([state, state._replace(size_bytes=0)]))
 
+    def undo_observer_effect(self) -> None:
+        """Count sums of gradients as autograd makes them when no tracker watches: in place."""
+        for accumulation in self.accumulations:
+            released, first = accumulation.into.states[-1], accumulation.result.states[0]
+            later = bisect_right(self.operations, accumulation.time, key=lambda operation: operation.begin.time)
+            deadline = self.operations[later].begin.time if later < len(self.operations) else released.since.time
+            nobody_else_held_it = released.size_bytes == 0 and released.since.time <= deadline
+            if nobody_else_held_it and first.since.time <= released.since.time:
+                since = first.since._replace(time=released.since.time)
+                accumulation.result.states[0] = first._replace(since=since)
+
     def report(self, *, source: Literal["measured", "predicted"], device: str, notes: Sequence[str]) -> MemoryReport:
         """Replay the books and say where the peak is and what was held then."""
         for holding in self.holdings:
             _settle_category(holding)
         steps = sorted(_steps(self.holdings), key=lambda step: step[1].since.time)
+        opening = sum(1 for _, state in steps if state.since.time <= self.opened_at)
         held: Counter[tuple[str, str]] = Counter()
-        at_peak, peak_bytes, total = held.copy(), 0, 0
-        points: list[TimelinePoint] = []
         by_category: Counter[str] = Counter()
-        for index, (before, now) in enumerate(steps):
-            if before is not None:
-                held[before.category, before.owner] -= before.size_bytes
-                by_category[before.category] -= before.size_bytes
-                total -= before.size_bytes
-            held[now.category, now.owner] += now.size_bytes
-            by_category[now.category] += now.size_bytes
-            total += now.size_bytes
-            still_opening = index + 1 < len(steps) and steps[index + 1][1].since.time == 0
-            if still_opening:
+        total = peak_bytes = 0
+        at_peak = held.copy()
+        points: list[TimelinePoint] = []
+        for count, (before, now) in enumerate(steps, start=1):
+            for state, sign in ((before, -1), (now, 1)):
+                if state is not None:
+                    held[state.category, state.owner] += sign * state.size_bytes
+                    by_category[state.category] += sign * state.size_bytes
+                    total += sign * state.size_bytes
+            if count < opening:
                 continue
             snapshot = {category: by_category[category] for category in CATEGORIES}
             points.append(TimelinePoint(now.since.phase, now.since.module, snapshot))

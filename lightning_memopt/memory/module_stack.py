@@ -20,8 +20,8 @@ class ModuleStack:
     in the backward, which submodule made the node that runs, however often the submodule was called.
     """
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        self._names = names
+    def __init__(self) -> None:
+        self.names: dict[nn.Module, str] = {}
         self._running = [""]
         self._numbers = [0]
         self._modules = [""]
@@ -29,7 +29,14 @@ class ModuleStack:
         self._handles: list[Any] = []
 
     @property
+    def node(self) -> int | None:
+        """Number of the autograd node that runs; None outside the backward."""
+        node = torch._C._current_autograd_node() if self.is_bw else None
+        return None if node is None else node._sequence_nr()
+
+    @property
     def is_bw(self) -> bool:
+        """Whether the backward runs."""
         return torch._C._current_graph_task_id() != -1
 
     @property
@@ -45,9 +52,11 @@ class ModuleStack:
         return self._modules[bisect_right(self._numbers, node._sequence_nr()) - 1]
 
     def register_user_hooks(self, enter: Callable[[nn.Module], None], *_: Any) -> None:
+        """Call ``enter`` with each module that begins its forward."""
         self._on_enter = enter
 
     def clear_user_hooks(self) -> None:
+        """Call nobody any more."""
         self._on_enter = None
 
     def __enter__(self) -> "ModuleStack":
@@ -64,7 +73,7 @@ class ModuleStack:
         self._handles.clear()
 
     def _enter_module(self, module: nn.Module, inputs: Any) -> None:
-        self._running.append(self._names.get(module, self._running[-1]))
+        self._running.append(self.names.get(module, self._running[-1]))
         self._mark()
         if self._on_enter is not None:
             self._on_enter(module)

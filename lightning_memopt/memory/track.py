@@ -1,17 +1,18 @@
 """Measure the memory of what runs inside a ``with`` block, to the byte."""
 
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_memopt.memory._torch_tracker import StorageTracker
+from lightning_memopt.memory._torch_tracker import StorageTracker, active_fake_mode
 from lightning_memopt.memory.allocator_events import AllocatorEvents, settle
 from lightning_memopt.memory.cuda_allocator import CudaAllocator
 from lightning_memopt.memory.report import MemoryReport
+from lightning_memopt.memory.workspace import Workspace
 
 
 class track_memory:
@@ -21,6 +22,9 @@ class track_memory:
     parameters, gradients and buffers of modules, the state of optimizers, and tensors (the batch). On the CPU that
     includes what kernels take and give back while they run, read from the allocator's events by PyTorch's profiler;
     on CUDA it is read from the caching allocator's statistics, whose peak is reset.
+
+    Under a ``FakeTensorMode`` nothing is allocated and the report is a prediction; what kernels would take is then
+    found by :mod:`lightning_memopt.memory.workspace`.
 
     The block may hold one step or several, any number of optimizers, a submodule may be called any number of times,
     and it need not hold modules at all. Nothing is left behind when the block raises.
@@ -43,11 +47,10 @@ class track_memory:
     """
 
     def __init__(self, *tracked: Any) -> None:
-        leaves = [leaf for argument in tracked for leaf in _leaves(argument)]
-        self._modules = _unique(leaf for leaf in leaves if isinstance(leaf, nn.Module))
-        self._optimizers = _unique(leaf for leaf in leaves if isinstance(leaf, Optimizer))
-        self._tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._take(tracked)
         self._notes: list[str] = []
+        self._workspace: Workspace | None = None
+        self._device_type = "cpu"
         self._events: AllocatorEvents | None = None
         self._cuda: CudaAllocator | None = None
         self._tracker: StorageTracker | None = None
@@ -57,16 +60,13 @@ class track_memory:
     def __enter__(self) -> "track_memory":
         device = self._device()
         self._device_type = device.type
-        is_cuda = device.type == "cuda"
+        is_fake = active_fake_mode() is not None
+        is_cuda = device.type == "cuda" and not is_fake
         self._cuda = CudaAllocator(device) if is_cuda else None
-        self._tracker = StorageTracker(_qualified_names(self._modules), device.type, probe=self._cuda)
-        for module in self._modules:
-            self._tracker.label_module(module)
-        for optimizer in self._optimizers:
-            self._tracker.label_optimizer_state(optimizer)
-        for tensor in self._tensors:
-            self._tracker.label(tensor, "other")
-        self._events = None if is_cuda else AllocatorEvents()
+        self._workspace = Workspace() if is_fake else None
+        self._tracker = StorageTracker(device.type, workspace=self._workspace, probe=self._cuda)
+        self._label()
+        self._events = None if is_cuda or is_fake else AllocatorEvents()
         if self._events is not None and not self._events.start():
             self._events = None
             self._notes.append(
@@ -91,6 +91,7 @@ class track_memory:
         finally:
             allocations = self._events.stop() if self._events is not None else []
         settle(self._tracker.ledger, allocations)
+        self._tracker.ledger.undo_observer_effect()
         if self._cuda is not None:
             self._notes.append(self._cuda.reconcile(self._tracker.ledger))
 
@@ -108,8 +109,38 @@ class track_memory:
         if self._tracker is None or self._is_running:
             raise ValueError("the report of track_memory() was asked for before its block ended; ask after it")
         if self._report is None:
-            self._report = self._tracker.ledger.report(source="measured", device=self._device_type, notes=self._notes)
+            notes = self._notes + (self._workspace.notes() if self._workspace is not None else [])
+            source: Literal["measured", "predicted"] = "measured" if self._workspace is None else "predicted"
+            self._report = self._tracker.ledger.report(source=source, device=self._device_type, notes=notes)
         return self._report
+
+    def restart(self, *tracked: Any) -> None:
+        """Let the report begin here, with all that is held now, such as what earlier steps left behind.
+
+        Args:
+            *tracked: As for the class, in its place: optimizers and layers that did not exist before, say.
+        """
+        assert self._tracker is not None
+        self._take(tracked)
+        self._tracker.forget_labels()
+        self._label()
+        self._tracker.open_books()
+
+    def _take(self, tracked: tuple[Any, ...]) -> None:
+        leaves = [leaf for argument in tracked for leaf in _leaves(argument)]
+        self._modules = _unique(leaf for leaf in leaves if isinstance(leaf, nn.Module))
+        self._optimizers = _unique(leaf for leaf in leaves if isinstance(leaf, Optimizer))
+        self._tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def _label(self) -> None:
+        assert self._tracker is not None
+        self._tracker.name_modules(_qualified_names(self._modules))
+        for module in self._modules:
+            self._tracker.label_module(module)
+        for optimizer in self._optimizers:
+            self._tracker.label_optimizer_state(optimizer)
+        for tensor in self._tensors:
+            self._tracker.label(tensor, "other", "")
 
     def _device(self) -> torch.device:
         for module in self._modules:
