@@ -68,10 +68,10 @@ def find_live_tensors(
                 survey.add(tensor, "optimizer_state", owners.get(id(parameter), ""))
 
     held = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    for tensor, submodule in _saved_tensors(held, owners):
+    for tensor, submodule in _tensors_of_graphs(held, owners):
         survey.add(tensor, "activations" if submodule is not None else "other", submodule or "")
     for tensor in held:
-        survey.add(tensor, "activations" if tensor.requires_grad and not tensor.is_leaf else "other", "")
+        survey.add(tensor, "other", "")
     return sorted(survey.found.values(), key=lambda live: -live.size_bytes)
 
 
@@ -118,12 +118,15 @@ def _tensors_in(thing: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
 
 
-def _saved_tensors(
+def _tensors_of_graphs(
     held: Sequence[torch.Tensor], owners: Mapping[int, str]
 ) -> Iterator[tuple[torch.Tensor, str | None]]:
-    """What the graphs that end in ``held`` saved, with the submodule that made it; None for inputs from outside."""
+    """What is in ``held`` or saved in its graphs, with the submodule that made it; None for inputs from outside."""
     nodes = _nodes_inputs_first(tensor.grad_fn for tensor in held if tensor.grad_fn is not None)
     makers = _makers(nodes, owners)
+    for tensor in held:
+        if tensor.grad_fn is not None:
+            yield tensor, makers[tensor.grad_fn]
     inputs = {_address(tensor) for tensor in held if tensor.grad_fn is None}
     for node in nodes:
         for name in dir(node):

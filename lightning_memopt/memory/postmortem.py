@@ -6,6 +6,7 @@ described, never read, and each file is written on its own so that one failure d
 
 import json
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -133,18 +134,32 @@ def examine(
     message = str(error)
     if isinstance(error, MemoryError | OSError) or "DefaultCPUAllocator" in message:
         device_type = "cpu"
+    requested = requested_bytes(message)
+    grows_with_batch = requested if requested is not None and not _was_in_optimizer(error) else 0
     live = find_live_tensors(module, optimizers, device_type)
     return PostMortem(
         error=f"{type(error).__name__}: {message}",
         device=device_type,
-        requested_bytes=requested_bytes(message),
+        requested_bytes=requested,
         found_bytes=sum(tensor.size_bytes for tensor in live),
         by_category=sum_by(live, "category"),
         by_submodule=sum_by(live, "submodule"),
         largest=tuple(live[:_LARGEST]),
-        remedies=tuple(estimate_remedies(live, module)),
+        remedies=tuple(estimate_remedies(live, module, grows_with_batch)),
         last_report=last_report,
     )
+
+
+def _was_in_optimizer(error: BaseException) -> bool:
+    """Whether the optimizer's own arithmetic failed, not the closure (forward and backward) that it may call."""
+    inside = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("torch.optim."):
+            inside = True
+        elif name.startswith(("torch.nn.", "torch.autograd.", "lightning.", "pytorch_lightning.")):
+            inside = False
+    return inside
 
 
 def requested_bytes(message: str) -> int | None:

@@ -30,7 +30,7 @@ class Remedy:
     formula: str
 
 
-def estimate_remedies(live: Sequence[LiveTensor], module: nn.Module) -> list[Remedy]:
+def estimate_remedies(live: Sequence[LiveTensor], module: nn.Module, requested_batch_bytes: int = 0) -> list[Remedy]:
     """What would have helped and by how much, the most helpful first.
 
     The estimates are made from the tensors that were alive, not from the model's definition: a technique that is
@@ -39,10 +39,11 @@ def estimate_remedies(live: Sequence[LiveTensor], module: nn.Module) -> list[Rem
     Args:
         live: The tensors in use, from :func:`~lightning_memopt.memory.live.find_live_tensors`.
         module: The model, for its blocks and its vocabulary.
+        requested_batch_bytes: Size of the allocation that failed, if it grows with the batch.
     """
     candidates = (
         _full_checkpointing(live, module),
-        _half_the_batch(live),
+        _half_the_batch(live, requested_batch_bytes),
         _chunked_loss(live, module),
         _low_bit_state(live),
         _optimizer_in_backward(live),
@@ -75,13 +76,13 @@ def _full_checkpointing(live: Sequence[LiveTensor], module: nn.Module) -> Remedy
     return Remedy("ActivationCheckpointing('full')", whole - largest - len(by_block) * inlet, formula)
 
 
-def _half_the_batch(live: Sequence[LiveTensor]) -> Remedy:
+def _half_the_batch(live: Sequence[LiveTensor], requested_bytes: int) -> Remedy:
     size = _total(_of(live, "activations", "temporaries"))
-    return Remedy(
-        "MicroBatching with half the batch",
-        size // 2,
-        f"half of activations and temporaries ({format_bytes(size)}), both proportional to the batch",
+    formula = (
+        f"half of activations and temporaries ({format_bytes(size)}) and of the allocation that failed "
+        f"({format_bytes(requested_bytes)}), all proportional to the batch"
     )
+    return Remedy("MicroBatching with half the batch", (size + requested_bytes) // 2, formula)
 
 
 def _chunked_loss(live: Sequence[LiveTensor], module: nn.Module) -> Remedy | None:

@@ -141,6 +141,7 @@ def test_half_the_batch_halves_activations_and_temporaries_and_the_most_helpful_
     live = [live_of("activations", 60 * MIB), live_of("temporaries", 20 * MIB), live_of("optimizer_state", MIB)]
     remedies = estimate_remedies(live, nn.Linear(1, 1))
     assert remedy(remedies, "MicroBatching") == 40 * MIB
+    assert remedy(estimate_remedies(live, nn.Linear(1, 1), 10 * MIB), "MicroBatching") == 45 * MIB
     assert [r.saves_bytes for r in remedies] == sorted((r.saves_bytes for r in remedies), reverse=True)
 
 
@@ -172,6 +173,33 @@ def test_the_tensors_of_the_failed_step_are_in_the_post_mortem():
     assert found.requested_bytes == 2**62
     assert found.by_category["activations"] >= 8 * 9 * 331 * FLOAT
     assert found.found_bytes == sum(found.by_category.values()) == sum(found.by_submodule.values())
+
+
+def test_an_allocation_that_fails_in_the_optimizer_does_not_count_as_growing_with_the_batch():
+    net = nn.Linear(337, 337)
+
+    class Greedy(torch.optim.SGD):
+        def step(self, closure=None):
+            torch.empty(2**60)
+
+    def fail(action):
+        try:
+            action()
+        except RuntimeError as error:
+            return examine(error, net).remedies
+
+    net(torch.randn(3, 337)).sum().backward()
+    optimizer = Greedy(net.parameters())
+    assert remedy(fail(lambda: torch.empty(2**60)), "MicroBatching") >= 2**61
+    assert (remedy(fail(optimizer.step), "MicroBatching") or 0) < 2**40
+
+
+def test_the_input_of_the_operation_that_failed_names_the_submodule_that_made_it():
+    net = nn.Sequential(nn.Linear(347, 349))
+    hidden = net(torch.randn(3, 347))
+    live = [t for t in find_live_tensors(net) if t.shape == (3, 349)]
+    assert [(t.category, t.submodule) for t in live] == [("activations", "0")]
+    del hidden
 
 
 def a_post_mortem():
