@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
         "ChunkedLoss, vocabulary 32768", _callbacks(lambda: memopt.ChunkedLoss()), "activations+temporaries", 0.37,
         1.10, vocabulary=32768,
     ),
-    "offload": Row("ActivationOffload to disk", _callbacks(lambda: memopt.ActivationOffload()), "activations"),
+    "offload": Row("ActivationOffload to disk", _callbacks(lambda: memopt.ActivationOffload("disk")), "activations"),
     "mixed_precision": Row("MixedPrecision(\"bf16\")", _plugins(lambda: memopt.MixedPrecision("bf16")), "peak"),
     "half_precision": Row("HalfPrecision(\"bf16\")", _plugins(lambda: memopt.HalfPrecision("bf16")), "peak"),
     "all_together": Row("all together", _callbacks(*ALL_TOGETHER), "peak", 0.12),

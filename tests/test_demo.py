@@ -10,9 +10,9 @@ import torch
 from lightning_memopt.cli import main
 from lightning_memopt.demo.data import Windows, standard_library
 from lightning_memopt.demo.model import GPT
-from lightning_memopt.demo.presets import PRESETS
+from lightning_memopt.demo.presets import PRESETS, TECHNIQUES
 from lightning_memopt.demo.run import _build
-from lightning_memopt.demo.techniques import available
+from lightning_memopt.demo.techniques import callbacks
 
 
 def test_the_text_is_python_source_split_by_file_and_the_same_each_time():
@@ -46,6 +46,12 @@ def test_windows_are_slices_of_the_text_at_places_set_by_the_seed():
         assert window.dtype == torch.int64 and torch.equal(window.diff(), torch.ones(9, dtype=torch.int64))
     with pytest.raises(ValueError, match="5 bytes, and one window needs 10"):
         Windows(text[:5], 10, 1, 0)
+
+
+def test_the_command_line_and_the_demo_know_the_same_techniques():
+    for preset in PRESETS.values():
+        made = {type(callbacks([name], preset)[0]) for name in TECHNIQUES}
+        assert len(made) == len(TECHNIQUES)
 
 
 def test_the_default_model_has_about_ten_million_parameters_and_a_tied_head():
@@ -122,12 +128,3 @@ def test_without_matplotlib_the_demo_says_that_there_is_no_picture(tmp_path, mon
     )
     assert "No picture: matplotlib is not installed" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png"))
-
-
-def test_a_technique_whose_library_is_missing_is_left_out_by_a_sentence(monkeypatch):
-    monkeypatch.setattr("lightning_memopt.demo.techniques.find_spec", lambda name: None)
-    names, sentences = available(["checkpointing", "low-bit"])
-    assert names == ["checkpointing"]
-    assert sentences == [
-        "low-bit is left out: bitsandbytes is not installed (pip install 'lightning-memopt[quantize]')."
-    ]
