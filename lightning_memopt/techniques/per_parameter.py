@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch.optim import Optimizer
 StepParameter = Callable[[Optimizer, torch.Tensor, int], None]
 """Steps one parameter, given its optimizer and the index of its group there."""
 
+SurroundStep = Callable[[torch.Tensor], AbstractContextManager[None]]
+"""Makes the context in which a parameter is stepped."""
+
 _REPLACEMENT = "_memopt_step_one"
+_SURROUNDING = "_memopt_surround_step"
 
 
 def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | None = None) -> None:
@@ -43,7 +48,9 @@ def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | N
     """
     index = find_group(optimizer, parameter) if group_index is None else group_index
     replacement: StepParameter = optimizer.__dict__.get(_REPLACEMENT, _step_plainly)
-    replacement(optimizer, parameter, index)
+    surrounding: SurroundStep = optimizer.__dict__.get(_SURROUNDING, _in_nothing)
+    with surrounding(parameter):
+        replacement(optimizer, parameter, index)
 
 
 def step_alone(optimizer: Optimizer, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -69,6 +76,18 @@ def replace_step(optimizer: Optimizer, step: StepParameter | None) -> None:
         optimizer.__dict__.pop(_REPLACEMENT, None)
     else:
         optimizer.__dict__[_REPLACEMENT] = step
+
+
+def surround_step(optimizer: Optimizer, context: SurroundStep | None) -> None:
+    """Make :func:`step_one` on ``optimizer`` step each parameter within ``context(parameter)``; ``None`` takes it back.
+
+    For a technique that stores weights in another form (fewer bits) than the one in which they are stepped. The
+    context is entered around whatever :func:`replace_step` put in.
+    """
+    if context is None:
+        optimizer.__dict__.pop(_SURROUNDING, None)
+    else:
+        optimizer.__dict__[_SURROUNDING] = context
 
 
 def find_group(optimizer: Optimizer, parameter: torch.Tensor) -> int:
@@ -105,21 +124,23 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     for index, group in enumerate(optimizer.param_groups):
         if not group["params"]:
             continue
-        device = group["params"][0].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            try:
-                together = _train_stand_ins(optimizer, group, _step_all)
-                alone = _train_stand_ins(optimizer, group, _step_each)
-            except Exception as error:
-                raise ValueError(
-                    f"{name} cannot step one parameter at a time (tried on group {index}: "
-                    f"{type(error).__name__}: {error}); {remedy}"
-                ) from error
+        try:
+            together = _train_stand_ins(optimizer, group, _step_all)
+            alone = _train_stand_ins(optimizer, group, _step_each)
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot step one parameter at a time (tried on group {index}: "
+                f"{type(error).__name__}: {error}); {remedy}"
+            ) from error
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(together, alone, strict=True)):
             raise ValueError(
                 f"{name} steps its parameters jointly: on group {index}, one parameter at a time gave other weights "
                 f"than all at once, so gradients cannot be freed one by one; {remedy}"
             )
+
+
+def _in_nothing(_: torch.Tensor) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _step_plainly(optimizer: Optimizer, parameter: torch.Tensor, group_index: int) -> None:
@@ -146,10 +167,12 @@ def _train_stand_ins(
     twin.state = defaultdict(dict)
     twin.param_groups = [{**group, "params": stand_ins}]
     twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    for _ in range(3):
-        for scale, stand_in in enumerate(stand_ins, start=1):
-            stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
-        step(twin)
+    # Forked, so that an optimizer that draws noise draws the same when its parameters are stepped one by one.
+    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+        for _ in range(3):
+            for scale, stand_in in enumerate(stand_ins, start=1):
+                stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
+            step(twin)
     return stand_ins
 
 
