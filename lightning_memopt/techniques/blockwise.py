@@ -28,10 +28,12 @@ class PackedTensor(TypedDict):
 
     ``codes`` is uint8, one element each (two in ``"4-bit"``, the first in the high half); ``scales`` is fp32, one per
     block. Both run over the tensor flattened, and end in padding where its size is no multiple of the block.
+    ``dtype`` is the tensor's own.
     """
 
     format: str
     signed: bool
+    dtype: torch.dtype
     codes: torch.Tensor
     scales: torch.Tensor
 
@@ -61,20 +63,21 @@ class BlockwiseCodec:
         self.block_size = BLOCK_SIZES[format_name]
         self._tables: dict[tuple[bool, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def empty(self, numel: int, signed: bool, device: torch.device) -> PackedTensor:
-        """Room for ``numel`` elements, all zero."""
+    def empty(self, numel: int, signed: bool, like: torch.Tensor) -> PackedTensor:
+        """Room for ``numel`` elements, all zero, of the type and on the device of ``like``."""
         blocks = -(-numel // self.block_size)
         code_bytes = blocks * self.block_size // self._codes_per_byte
         return {
             "format": self.format_name,
             "signed": signed,
-            "codes": torch.zeros(code_bytes, dtype=torch.uint8, device=device),
-            "scales": torch.zeros(blocks, dtype=torch.float32, device=device),
+            "dtype": like.dtype,
+            "codes": torch.zeros(code_bytes, dtype=torch.uint8, device=like.device),
+            "scales": torch.zeros(blocks, dtype=torch.float32, device=like.device),
         }
 
     def pack(self, tensor: torch.Tensor, signed: bool) -> PackedTensor:
         """The whole of ``tensor`` (any shape) packed."""
-        packed = self.empty(tensor.numel(), signed, tensor.device)
+        packed = self.empty(tensor.numel(), signed, tensor)
         self.write(packed, 0, tensor.reshape(-1))
         return packed
 

@@ -82,7 +82,7 @@ def test_packing_in_fp8_gives_the_values_of_float8():
 def test_pieces_written_and_read_one_by_one_are_the_whole(name):
     codec = BlockwiseCodec(name)
     values = _values(1000, True)
-    whole, pieces = codec.pack(values, True), codec.empty(1000, True, values.device)
+    whole, pieces = codec.pack(values, True), codec.empty(1000, True, values)
     for start in (512, 0):
         codec.write(pieces, start, values[start : start + 512])
     assert all(torch.equal(pieces[key], whole[key]) for key in ("codes", "scales"))

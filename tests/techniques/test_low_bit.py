@@ -101,7 +101,7 @@ def test_the_first_step_is_exact_since_nothing_was_rounded_before_it(name):
 def test_stepping_in_pieces_gives_what_stepping_whole_gives(monkeypatch):
     results = []
     for piece in (512, 2**18):
-        monkeypatch.setattr(low_bit, "PIECE", piece)
+        monkeypatch.setitem(low_bit.PIECE, "cpu", piece)
         net = _net()
         optimizer = OPTIMIZERS["adamw"](net.parameters())
         hold_low_bit_state(net, optimizer)
