@@ -168,6 +168,10 @@ class StorageTracker(MemTracker):
         self.ledger.opened_at = self.now().time
         self._phase = "forward"
 
+    def close_books(self) -> None:
+        """Let the report end now."""
+        self.ledger.closed_at = self.now().time
+
     def label(self, tensor: Any, category: str, owner: str | None = None) -> None:
         """Say what ``tensor`` is; it is put on the books if it is not there yet."""
         if not isinstance(tensor, torch.Tensor):

@@ -108,12 +108,14 @@ class Ledger:
         operations: All operators, in order.
         accumulations: The operators among them that sum gradients.
         opened_at: Time at which the report begins; what is held then is where it starts from.
+        closed_at: Time at which the report ends; None for the end of the run.
     """
 
     holdings: list[Holding] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     accumulations: list[Accumulation] = field(default_factory=list)
     opened_at: int = 0
+    closed_at: int | None = None
 
     def moment_at(self, time: int) -> Moment:
         """The phase and the submodule of the operator that was running at ``time`` (or the last before)."""
@@ -146,6 +148,8 @@ class Ledger:
         for holding in self.holdings:
             _settle_category(holding)
         steps = sorted(_steps(self.holdings), key=lambda step: step[1].since.time)
+        if self.closed_at is not None:
+            steps = steps[: bisect_right(steps, self.closed_at, key=lambda step: step[1].since.time)]
         opening = sum(1 for _, state in steps if state.since.time <= self.opened_at)
         held: Counter[tuple[str, str]] = Counter()
         by_category: Counter[str] = Counter()

@@ -126,6 +126,11 @@ class track_memory:
         self._label()
         self._tracker.open_books()
 
+    def end_report(self) -> None:
+        """Let the report end here; what follows in the block is left out."""
+        assert self._tracker is not None
+        self._tracker.close_books()
+
     def _take(self, tracked: tuple[Any, ...]) -> None:
         leaves = [leaf for argument in tracked for leaf in _leaves(argument)]
         self._modules = _unique(leaf for leaf in leaves if isinstance(leaf, nn.Module))

@@ -100,11 +100,15 @@ class TensorSpec(NamedTuple):
 
 
 class Call(NamedTuple):
-    """An operator and its arguments, tensors as :class:`TensorSpec`."""
+    """An operator and its arguments, tensors as :class:`TensorSpec`.
+
+    ``grad_enabled`` is the gradient mode of the call: without gradients the fused LSTM keeps no workspace.
+    """
 
     operator: Any
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    grad_enabled: bool
 
     @property
     def name(self) -> str:
@@ -114,7 +118,7 @@ class Call(NamedTuple):
     @property
     def key(self) -> str:
         """Equal for equal calls."""
-        return f"{self.operator}{self.arguments}{self.keywords}"
+        return f"{self.operator}{self.arguments}{self.keywords}{self.grad_enabled}"
 
     @property
     def size_bytes(self) -> int:
@@ -133,7 +137,9 @@ def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
         is_tensor = isinstance(leaf, torch.Tensor)
         return TensorSpec(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype) if is_tensor else leaf
 
-    return Call(operator, tree_map(spec, tuple(arguments)), tree_map(spec, dict(keywords or {})))
+    return Call(
+        operator, tree_map(spec, tuple(arguments)), tree_map(spec, dict(keywords or {})), torch.is_grad_enabled()
+    )
 
 
 def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
@@ -221,7 +227,7 @@ class Workspace:
         )
 
     def _run(self, call: Call) -> Need:
-        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             try:
                 return _measure(call)
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -256,9 +262,10 @@ def _lstm_workspace(arguments: Any) -> torch.Tensor:
         arguments[:7],
         arguments[13:22],
     )
-    return aten.mkldnn_rnn_layer(
-        *tensors, reverse, batch_sizes, mode, hidden_size, layers, has_biases, bidirectional, batch_first, train
-    )[3]
+    with torch.enable_grad():  # without, the forward makes none
+        return aten.mkldnn_rnn_layer(
+            *tensors, reverse, batch_sizes, mode, hidden_size, layers, has_biases, bidirectional, batch_first, train
+        )[3]
 
 
 def _resized(call: Call, dimensions: dict[int, int], size: int) -> Call:
