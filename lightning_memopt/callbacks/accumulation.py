@@ -23,17 +23,17 @@ from lightning_memopt.techniques.accumulation import (
     check_schedule,
     factor_for_target,
 )
-from lightning_memopt.techniques.batches import batch_size
-from lightning_memopt.techniques.counting import Count, Normalize, counter, weigh
+from lightning_memopt.techniques.batches import batch_size, weigh
+from lightning_memopt.techniques.counting import Count, Normalize, counter
 
 
 class GradientAccumulation(Callback):
     """Steps the optimizer once in several batches, with the gradient of the one large batch that they make.
 
     Lightning's ``accumulate_grad_batches=k`` divides each loss by ``k``: the shorter window at the end of an epoch is
-    scaled down, and a batch of few tokens weighs as much as one of many (Lightning's issues 19987 and 20350). Here each
-    window is divided by what it holds. A new factor takes effect when a window begins, never inside one. The loss in
-    ``outputs`` is the one that ``training_step`` returned, not divided; ``on_before_backward`` gets the scaled one.
+    scaled down, and a batch of few tokens weighs as much as one of many (Lightning's issues 19987 and 20350). Here
+    each window is divided by what it holds. A new factor takes effect when a window begins, never inside one. The
+    loss in ``outputs`` is what ``training_step`` returned, not divided; ``on_before_backward`` gets it scaled.
 
     A checkpoint in the middle of a window does not hold its gradients: resumed from, the window ends where it would
     have, with the batches that remain, divided by what these hold.

@@ -77,8 +77,8 @@ class GradientWindow:
 
     With losses :math:`L_i` that are means over :math:`n_i` samples or tokens, the gradient of one batch with all of
     them is :math:`\sum_i n_i \nabla L_i / \sum_i n_i`. The sum of the counts is known at the window's last batch
-    only, so the others are scaled by :math:`n_i / r` with a ``reference`` :math:`r`, and what is pending is rescaled by
-    :math:`r / \sum_i n_i` just before the last backward. From then on the gradients are right, for the hooks, the
+    only, so the others are scaled by :math:`n_i / r` with a ``reference`` :math:`r`, and what is pending is rescaled
+    by :math:`r / \sum_i n_i` just before the last backward. From then on the gradients are right, for the hooks, the
     clipping and the averaging over devices that follow. Dividing by the number of batches instead weighs tokens in
     short batches more than those in long ones (https://github.com/Lightning-AI/pytorch-lightning/issues/20350).
 

@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 _SHARED = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 """Leaves that say something about the whole batch wherever they are not listed one a sample."""
 
+Split = Callable[[Any, int], Sequence[Any]]
+"""Cuts a batch into micro-batches of at most so many samples: :func:`micro_batches`, or what a user gives."""
+
 
 def batch_size(batch: Any) -> int:
     """Number of samples in ``batch``: the first dimension that its tensors agree on.
@@ -64,39 +67,60 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     return [_cut(batch, window, total, dicts_are_samples) for window in windows]
 
 
-def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
     """Put together what the same step returned for each micro-batch of a batch.
 
-    Tensors with one row a sample are concatenated, tensors of no dimension become their mean weighted by samples,
+    Tensors with one row a sample are concatenated, floating tensors of no dimension become their weighted mean,
     mappings, lists and tuples are merged item by item, and for anything else there is a list with one item for each
-    micro-batch. Tensors are detached: their graphs have been used.
+    micro-batch.
 
     Args:
         outputs: One output for each micro-batch.
-        sizes: Samples in each micro-batch.
+        sizes: Samples in each micro-batch; ``None`` where unknown.
+        weights: What each weighs in a mean; they sum to 1.
 
     Example:
-        >>> merge_outputs([{"logits": torch.zeros(3, 2)}, {"logits": torch.zeros(1, 2)}], [3, 1])["logits"].shape
+        >>> outputs = [{"logits": torch.zeros(3, 2)}, {"logits": torch.zeros(1, 2)}]
+        >>> merge_outputs(outputs, sizes=[3, 1], weights=[0.75, 0.25])["logits"].shape
         torch.Size([4, 2])
     """
     first = outputs[0]
+    if len(outputs) == 1:
+        return first
     if all(isinstance(output, Tensor) for output in outputs):
-        return _merge_tensors([output.detach() for output in outputs], sizes)
-    if isinstance(first, Mapping) and all(
+        return _merge_tensors(list(outputs), sizes, weights)
+    same_keys = isinstance(first, Mapping) and all(
         isinstance(output, Mapping) and output.keys() == first.keys() for output in outputs
-    ):
-        return {key: merge_outputs([output[key] for output in outputs], sizes) for key in first}
-    if isinstance(first, list | tuple) and all(
-        isinstance(output, list | tuple) and len(output) == len(first) for output in outputs
-    ):
-        return _rebuild(first, [merge_outputs(items, sizes) for items in zip(*outputs, strict=True)])
-    return list(outputs)
+    )
+    same_length = isinstance(first, list | tuple) and all(
+        isinstance(output, type(first)) and len(output) == len(first) for output in outputs
+    )
+    if not same_keys and not same_length:
+        return list(outputs)
+    parts = [[value for _, value in _parts(output) or ()] for output in outputs]
+    return _rebuild(first, [merge_outputs(items, sizes, weights) for items in zip(*parts, strict=True)])
 
 
-def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int]) -> Any:
+def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
+    """``loss * weight``, where a weight of 0 gives 0 even if the loss, a mean over nothing, is not a number."""
+    if not isinstance(weight, Tensor):
+        if weight > 0:
+            return loss * weight
+        weight = torch.zeros_like(loss)
+    return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
+
+
+def detached(item: Any) -> Any:
+    """``item`` with each tensor in it detached from its graph."""
+    if isinstance(item, Tensor):
+        return item.detach()
+    parts = _parts(item)
+    return item if parts is None else _rebuild(item, [detached(part) for _, part in parts])
+
+
+def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
     if all(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors):
-        total = sum(sizes)
-        return sum(tensor * (size / total) for tensor, size in zip(tensors, sizes, strict=True))
+        return sum(weigh(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True))
     rows_are_samples = all(
         tensor.ndim > 0 and tensor.shape[0] == size for tensor, size in zip(tensors, sizes, strict=True)
     )
@@ -226,10 +250,6 @@ def _refuse_hidden_tensors(item: Any, name: str) -> None:
     if hidden:
         raise ValueError(
             f"{name} is a {type(item).__qualname__} that holds tensors ({', '.join(hidden)}) and is neither a "
-            "mapping, a sequence nor a dataclass, so it cannot be cut; give `split=`, a function (batch, size) -> list of "
-            "micro-batches."
+            "mapping, a sequence nor a dataclass, so it cannot be cut; give `split=`, a function (batch, size) -> "
+            "list of micro-batches."
         )
-
-
-Split = Callable[[Any, int], Sequence[Any]]
-"""Cuts a batch into micro-batches of at most so many samples: :func:`micro_batches`, or what a user gives."""

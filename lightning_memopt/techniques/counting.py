@@ -73,14 +73,5 @@ def count_unmasked(batch: Any, mask_key: Any) -> Tensor:
     return (mask != (0 if is_mask else IGNORED_LABEL)).sum()
 
 
-def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
-    """``loss * weight``, where a weight of 0 gives 0 even if the loss, a mean over nothing, is not a number."""
-    if not isinstance(weight, Tensor):
-        if weight > 0:
-            return loss * weight
-        weight = torch.zeros_like(loss)
-    return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
-
-
 def _count_one(batch: Any) -> int:
     return 1
