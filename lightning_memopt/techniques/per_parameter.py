@@ -79,7 +79,7 @@ def replace_step(optimizer: Optimizer, step: StepParameter | None) -> None:
 
 
 def surround_step(optimizer: Optimizer, context: SurroundStep | None) -> None:
-    """Make :func:`step_one` on ``optimizer`` step each parameter within ``context(parameter)``; ``None`` takes it back.
+    """Make :func:`step_one` on ``optimizer`` step within ``context(parameter)``; ``None`` takes it back.
 
     For a technique that stores weights in another form (fewer bits) than the one in which they are stepped. The
     context is entered around whatever :func:`replace_step` put in.
