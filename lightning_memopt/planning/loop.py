@@ -93,8 +93,8 @@ def run_second_step(
         trainer.fit(module, _SameBatch(batch))
     if not watcher.is_done:
         raise ValueError(
-            f"{type(module).__name__} stepped an optimizer fewer than twice in {_MAX_BATCHES} batches, so there is no "
-            "step to measure; training_step must return a loss, or step an optimizer by hand"
+            f"{type(module).__name__} stepped its optimizer fewer than twice in {_MAX_BATCHES} batches, so there is "
+            "no step to measure; training_step must return a loss, or step an optimizer by hand"
         )
     return tracker.report()
 

@@ -133,8 +133,8 @@ def _own_copy(
     if not isinstance(module, pl.LightningModule):
         if isinstance(module, torch.nn.Module) or not callable(module):
             raise ValueError(
-                f"{caller}() was given a {type(module).__name__}; it needs a LightningModule, whose training_step and "
-                "configure_optimizers say what a step is, or a function without arguments that makes one"
+                f"{caller}() was given a {type(module).__name__}; it needs a LightningModule, whose training_step "
+                "and configure_optimizers say what a step is, or a function without arguments that makes one"
             )
         made = module()
         if not isinstance(made, pl.LightningModule):
