@@ -1,6 +1,7 @@
 """Lightning's side of stepping the optimizer in the backward."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_memopt.callbacks.instance_patch import replaced
 from lightning_memopt.models.fake import is_fake
-from lightning_memopt.techniques.optimizer_in_backward import BackwardStepper, step_in_backward
+from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
 from lightning_memopt.techniques.per_parameter import check_steps_alone
 
 _ACCUMULATING_CALLBACKS = ("GradientAccumulation", "GradientAccumulationScheduler", "MicroBatching")
@@ -39,10 +40,8 @@ class OptimizerInBackward(Callback):
     """
 
     def __init__(self) -> None:
-        self._stepper: BackwardStepper | None = None
-        self._restore_clipping: Callable[[], None] | None = None
-        self._stepping = False
-        self._step_hooks: list[RemovableHandle] = []
+        self._undo = ExitStack()
+        self._stepping: bool | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -69,22 +68,20 @@ class OptimizerInBackward(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not in on_fit_start: other callbacks may replace the optimizer there.
-        clip_value = trainer.gradient_clip_val
-        self._stepper = step_in_backward(
-            pl_module, trainer.optimizers, clip_value=float(clip_value) if clip_value else None
-        )
+        # Not in on_fit_start: other callbacks may change the optimizer there.
+        clip_value = float(trainer.gradient_clip_val) if trainer.gradient_clip_val else None
+        stepper = step_in_backward(pl_module, trainer.optimizers, clip_value=clip_value)
+        self._undo.callback(stepper.remove)
         # The stepper clips; Lightning would after the backward, and torch cannot clip where no gradient is left.
-        trainer.gradient_clip_val = None
-        self._restore_clipping = partial(setattr, trainer, "gradient_clip_val", clip_value)
+        self._undo.enter_context(replaced(trainer, gradient_clip_val=None))
         if is_overridden("optimizer_step", pl_module):
-            for optimizer in trainer.optimizers:
-                self._step_hooks.append(optimizer.register_step_pre_hook(self._enter_step))
-                self._step_hooks.append(optimizer.register_step_post_hook(self._leave_step))
+            step = partial(self._note_step, trainer.strategy.optimizer_step)
+            self._undo.enter_context(replaced(trainer.strategy, optimizer_step=step))
+            self._stepping = False
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        if self._step_hooks and not self._stepping:
+        if self._stepping is False:
             raise MisconfigurationException(
                 f"OptimizerInBackward cannot work here: `{type(pl_module).__name__}.optimizer_step` runs the closure "
                 "outside `optimizer.step`, so a batch can have a backward and no step. Call "
@@ -103,23 +100,16 @@ class OptimizerInBackward(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._detach()
 
-    def _enter_step(self, *_: Any) -> None:
+    def _note_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._stepping = True
-
-    def _leave_step(self, *_: Any) -> None:
-        self._stepping = False
+        try:
+            return step(*args, **kwargs)
+        finally:
+            self._stepping = False
 
     def _detach(self) -> None:
-        if self._stepper is not None:
-            self._stepper.remove()
-            self._stepper = None
-        if self._restore_clipping is not None:
-            self._restore_clipping()
-            self._restore_clipping = None
-        for hook in self._step_hooks:
-            hook.remove()
-        self._step_hooks.clear()
-        self._stepping = False
+        self._undo.close()
+        self._stepping = None
 
 
 def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:

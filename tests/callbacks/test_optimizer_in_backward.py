@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import OptimizerInBackward
+from lightning_memopt import HalfPrecision, OptimizerInBackward
 from tests.parity import Run, assert_same_training, train
 from tests.zoo import ZOO
 
@@ -55,11 +55,19 @@ def test_clipping_by_value_is_bit_for_bit_that_of_the_plain_trainer():
     assert run.trainer.gradient_clip_val == 0.01
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+PRECISIONS = {
+    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "64-true": lambda: {"precision": "64-true"},
+    "nearest": lambda: {"plugins": [HalfPrecision("bf16", rounding="nearest")]},
+    "kahan": lambda: {"plugins": [HalfPrecision("bf16", rounding="kahan")]},
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_other_precisions_train_as_without_the_callback(precision):
     entry = ZOO["encoder"]
-    plain = train(entry.build(), entry.loader(), precision=precision)
-    stepped = train(entry.build(), entry.loader(), precision=precision, callbacks=[OptimizerInBackward()])
+    plain = train(entry.build(), entry.loader(), **PRECISIONS[precision]())
+    stepped = train(entry.build(), entry.loader(), callbacks=[OptimizerInBackward()], **PRECISIONS[precision]())
     assert_same_training(plain, stepped, rtol=0, atol=0)
 
 
@@ -153,18 +161,22 @@ def test_a_checkpoint_of_the_plain_trainer_can_be_resumed_with_the_callback(tmp_
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
-def test_warm_up_in_an_overridden_optimizer_step_works():
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "half"])
+def test_warm_up_in_an_overridden_optimizer_step_works(half):
     class WarmsUp(type(ZOO["mlp"].build())):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1.0, (batch_idx + 1) / 3)
             optimizer.step(closure=optimizer_closure)
 
-    torch.manual_seed(0)
     first, second = WarmsUp(0.0), WarmsUp(0.0)
     second.load_state_dict(first.state_dict())
-    plain = train(first, ZOO["mlp"].loader(batches=4), steps=4)
-    assert_same_training(plain, _fit(module=second), rtol=0, atol=0)
+    plugins = [HalfPrecision("bf16", rounding="nearest")] if half else []
+    plain = train(first, ZOO["mlp"].loader(batches=4), steps=4, plugins=plugins)
+    plugins = [HalfPrecision("bf16", rounding="nearest")] if half else []
+    run = _fit(module=second, plugins=plugins)
+    assert_same_training(plain, run, rtol=0, atol=0)
+    assert "optimizer_step" not in vars(run.trainer.strategy)
 
 
 def test_an_optimizer_step_that_runs_the_closure_by_itself_is_refused_before_the_first_backward():
