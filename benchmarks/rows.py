@@ -9,8 +9,9 @@ import lightning_memopt as memopt
 Quantity = Literal["activations", "activations+temporaries", "gradients", "optimizer_state", "peak"]
 """What a row's memory target is about.
 
-``activations`` and ``activations+temporaries`` compare the highest value over the step, ``gradients`` and
-``optimizer_state`` the value at the moment of each run's peak, ``peak`` the peaks.
+``peak`` compares the peaks, the others the highest value that the category has over the step. That is stricter than
+its value at the moment of the peak: plain Lightning has cleared its gradients when the backward begins, where its
+peak is, so that there is nothing left to save there.
 """
 
 

@@ -5,36 +5,29 @@ from typing import Any
 
 from rows import Row
 
-from lightning_memopt.memory.report import MemoryReport
+from lightning_memopt.memory.report import CATEGORIES, MemoryReport
 
 
 def summarize(report: MemoryReport) -> dict[str, Any]:
     """What the table needs of a report: the peak, the bytes at the peak, and each category's highest."""
     points = [point.by_category for point in report.timeline]
+    highest = {category: max(point.get(category, 0) for point in points) for category in CATEGORIES}
+    highest["activations+temporaries"] = max(
+        point.get("activations", 0) + point.get("temporaries", 0) for point in points
+    )
     return {
         "peak_bytes": report.peak_bytes,
         "at_peak_bytes": dict(report.by_category),
-        "highest_bytes": {
-            "activations": max(point.get("activations", 0) for point in points),
-            "activations+temporaries": max(
-                point.get("activations", 0) + point.get("temporaries", 0) for point in points
-            ),
-        },
+        "highest_bytes": highest,
         "notes": list(report.notes),
     }
 
 
 def memory_ratio(row: Row, own: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
     """The ratio that the row's memory target is about, out of two summaries."""
-    values = []
-    for summary in (own, plain):
-        if row.quantity == "peak":
-            values.append(summary["peak_bytes"])
-        elif row.quantity in summary["highest_bytes"]:
-            values.append(summary["highest_bytes"][row.quantity])
-        else:
-            values.append(summary["at_peak_bytes"][row.quantity])
-    return values[0] / values[1]
+    if row.quantity == "peak":
+        return own["peak_bytes"] / plain["peak_bytes"]
+    return own["highest_bytes"][row.quantity] / plain["highest_bytes"][row.quantity]
 
 
 def time_bound(row: Row, known: Mapping[str, Any]) -> float | None:

@@ -30,7 +30,7 @@ def main() -> None:
         "plain": [],
         "checkpointing": [memopt.ActivationCheckpointing("full")],
         "micro-batches of 512": [memopt.MicroBatching(512)],
-        "optimizer in backward": [memopt.OptimizerInBackward()],
+        "both": [memopt.ActivationCheckpointing("full"), memopt.MicroBatching(512)],
     }
     for name, callbacks in choices.items():
         report = memopt.predict_memory(Regression(), batch, callbacks=callbacks)
