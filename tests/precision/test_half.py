@@ -10,7 +10,7 @@ from tests.parity import train
 from tests.zoo import ZOO
 from tests.zoo.entry import Samples
 
-# Of the mean loss of 20 steps: bfloat16 has 8 bits, and its rounding errors in single steps average out.
+# Of the mean loss of 10 steps: bfloat16 has 8 bits, and its rounding errors in single steps average out.
 TOLERANCE = 0.03
 
 
@@ -21,7 +21,7 @@ TOLERANCE = 0.03
 )
 def test_every_module_of_the_zoo_trains_in_bf16_close_to_float32_and_comes_back_as_it_was_written(name, rounding):
     entry = ZOO[name]
-    options = {"steps": 20, "gradient_clip_val": 0.5}
+    options = {"steps": 10, "gradient_clip_val": 0.5}
     plain = train(entry.build(), entry.loader(), **options)
     module = entry.build()
     half = train(module, entry.loader(), plugins=[HalfPrecision("bf16", rounding=rounding)], **options)
@@ -48,7 +48,7 @@ class _Slope(pl.LightningModule):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter((1 + torch.rand(4, 1024, generator=generator)).bfloat16().float())
+        self.weight = nn.Parameter((1 + torch.rand(4, 16384, generator=generator)).bfloat16().float())
 
     def training_step(self, batch, batch_idx):
         return (self.weight * (1 + batch[1].view(-1, 1) % 4)).mean()
@@ -66,7 +66,8 @@ def test_where_nearest_rounding_loses_every_update_stochastic_and_kahan_follow_f
     assert (exact + 100 * 1e-4).abs().max() < 0.002
     assert moved(HalfPrecision("bf16", rounding="nearest")).abs().max() == 0
     last_bit = 2.0**-7
-    assert (moved(HalfPrecision("bf16", rounding="stochastic")) - exact).mean().abs() < 0.02 * exact.abs().mean()
+    # A weight that moves by 0.009 in jumps of a bit spreads by 0.0084; the mean of 65536 by 3.3e-5.
+    assert (moved(HalfPrecision("bf16", rounding="stochastic")) - exact).mean().abs() < 5 * 3.3e-5
     assert (moved(HalfPrecision("bf16", rounding="kahan")) - exact).abs().max() < 0.6 * last_bit
 
 
