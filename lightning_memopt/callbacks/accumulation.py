@@ -182,10 +182,12 @@ class GradientAccumulation(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._undo.close()
+        self._window = None
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._undo.close()
+        self._window = None
 
     def _begin_window(self, trainer: pl.Trainer, batch: Any) -> None:
         at = trainer.current_epoch if self._by == "epoch" else trainer.global_step

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_memopt import MicroBatching
 
 LAYERS = 16
-VALUES = 2**18  # a sample has 1 MiB, and its activations LAYERS MiB
+VALUES = 2**17  # a sample has 512 KiB, and its activations LAYERS times that
 
 
 class Wide(pl.LightningModule):
@@ -79,7 +79,7 @@ def run(size: int | str, *callbacks: Callback) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    limited = LimitAddressSpace(240 * 2**20)  # the activations of the whole batch alone are 256 MiB
+    limited = LimitAddressSpace(120 * 2**20)  # the activations of the whole batch alone are 128 MiB
     results: dict[str, Any] = {"auto, limited": run("auto", limited)}
     try:
         run(16, limited)

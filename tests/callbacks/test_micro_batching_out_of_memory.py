@@ -149,7 +149,7 @@ def test_the_cpu_allocators_own_failure_halves_the_batch_and_changes_no_number()
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
