@@ -9,6 +9,7 @@ from lightning_memopt import LowBitOptimizer, OptimizerInBackward
 from lightning_memopt.techniques.blockwise import as_packed
 from lightning_memopt.techniques.low_bit import SMALLEST
 from tests.parity import assert_same_training, train
+from tests.ranks import run_ranks
 from tests.zoo import ZOO
 
 LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}
@@ -138,6 +139,19 @@ def test_a_checkpoint_without_the_callback_is_converted_and_one_with_it_names_wh
 
     with pytest.warns(UserWarning, match="LowBitOptimizer"), pytest.raises(AttributeError):
         _trainer(8).fit(entry.build(), entry.loader(), ckpt_path=tmp_path / "packed.ckpt")
+
+
+def test_replicas_under_ddp_stay_equal_and_follow_one_device_with_both_batches(tmp_path):
+    first, second = run_ranks("tests.callbacks.low_bit_on_two_ranks:final_weights", tmp_path, ranks=2, deadline=180)
+    assert first == second
+    batches = list(ZOO["mlp"].loader(batches=20))
+    merged = [tuple(map(torch.cat, zip(*batches[i : i + 2], strict=True))) for i in range(0, 20, 2)]
+    loader = torch.utils.data.DataLoader(merged, batch_size=None)
+    one_device = train(ZOO["mlp"].build(), loader, steps=10, callbacks=[LowBitOptimizer(8)])
+    # A gradient that differs in its last bit can be rounded to the neighbouring level.
+    expected = one_device.weights["net.3.weight"].flatten()
+    torch.testing.assert_close(torch.tensor(first), expected, rtol=0, atol=1e-4)
+    assert (torch.tensor(first) - ZOO["mlp"].build().net[3].weight.flatten()).abs().max() > 1e-3
 
 
 class _WithOptimizer(type(ZOO["mlp"].build())):
