@@ -21,6 +21,7 @@ from lightning_memopt.memory.ledger import Accumulation, Holding, Ledger, Moment
 from lightning_memopt.memory.module_stack import ModuleStack
 from lightning_memopt.memory.report import Phase
 from lightning_memopt.memory.workspace import Call, Workspace, describe_call
+from lightning_memopt.models.mapped import is_mapped
 
 try:
     from torch._guards import active_fake_mode
@@ -129,6 +130,8 @@ class StorageTracker(MemTracker):
         self._new_bytes += change
 
     def _track(self, reftype: Any, t: torch.Tensor) -> None:
+        if all(is_mapped(storage) for storage in get_untyped_storages(t)):
+            return
         super()._track(reftype, t)
         for storage in get_untyped_storages(t):
             winfo, _ = self._WINFO.get(storage, (None, None))
@@ -179,7 +182,7 @@ class StorageTracker(MemTracker):
         self._track(_MemRefType.OTH, tensor)
         moment = self.now()
         for storage in get_untyped_storages(tensor):
-            winfo, _ = self._WINFO[storage]
+            winfo, _ = self._WINFO.get(storage, (None, None))
             holding = self._holdings.get(winfo)
             if holding is None:
                 continue
