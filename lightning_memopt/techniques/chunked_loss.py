@@ -12,7 +12,10 @@ import torch
 from torch.nn import functional as F
 
 CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk's float32 logits with ``chunk_size="auto"``: large enough to keep the matrix products busy."""
+"""Size of one chunk's float32 logits with ``chunk_size="auto"``, unless half of the weight's gradient is larger.
+
+With fewer tokens than half of the features, a chunk's products would spend their time reading the weight.
+"""
 
 
 def chunked_cross_entropy(
@@ -43,7 +46,8 @@ def chunked_cross_entropy(
         label_smoothing: In ``[0, 1]``, as in ``F.cross_entropy``.
         reduction: ``"mean"`` over the tokens that are not ignored, or ``"sum"``.
         softcap: Cap of the logits (Gemma 2), or None for plain logits.
-        chunk_size: Tokens in a chunk; ``"auto"`` makes a chunk's logits ``CHUNK_BYTES`` large.
+        chunk_size: Tokens in a chunk; ``"auto"`` makes a chunk's logits as large as half of the weight's gradient,
+            or :data:`CHUNK_BYTES` if that is more.
 
     Returns:
         The loss, a scalar in float32 (or float64). It can be differentiated once, not twice.
@@ -87,7 +91,8 @@ def chunked_cross_entropy_of_transformed_logits(
     _check_shapes(hidden, weight, target, bias)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing} must lie between 0 and 1.")
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0])) if chunk_size == "auto" else chunk_size
+    classes, features = weight.shape
+    rows = max(1, CHUNK_BYTES // (4 * classes), features // 2) if chunk_size == "auto" else chunk_size
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"chunk_size={chunk_size!r} must be 'auto' or at least 1 token.")
     options = _Options(ignore_index, label_smoothing, reduction, scale, tanh_gain, rows)
@@ -259,9 +264,9 @@ def _gradient_units(
 ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
     """The unit in which a token's gradient is multiplied, and what brings the products back to the loss's unit.
 
-    Probabilities are about ``1 / vocabulary`` and a chunk has about ``CHUNK_BYTES / (4 * vocabulary)`` tokens. In
-    fp16 a unit of ``2048 / tokens`` therefore puts them near 5e-4, well above where fp16 underflows (6e-5) at any
-    vocabulary, while a column that sums all tokens of a chunk stays 32 times below where it overflows.
+    In fp16 a unit of 1 would let probabilities of a large vocabulary underflow. With ``2048 / tokens`` they stay
+    representable, since chunks of a large vocabulary are short, while a column that sums all tokens of a chunk stays
+    32 times below where fp16 overflows.
     """
     if dtype != torch.float16:
         return 1 / count, None

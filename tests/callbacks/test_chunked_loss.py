@@ -25,8 +25,8 @@ WITHOUT = [name for name in ZOO if name not in WITH_HEAD]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    """Chunks of 7 tokens at the zoo's vocabulary of 64, so that each loss takes many and an uneven last one."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 7 * 64 * 4)
+    """Chunks of 16 tokens at the zoo's width of 32, so that each loss takes many."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
