@@ -186,12 +186,18 @@ class Workspace:
         return self._need(call).scratch_bytes
 
     def complete(self, call: Call, result: Any) -> Any:
-        """``result`` of a fake call with what the fake kernel leaves out: the workspace of a fused LSTM."""
-        if call.name != "mkldnn_rnn_layer":
-            return result
-        *outputs, workspace = result
-        missing = self._need(call).result_bytes - sum(output.nbytes for output in result)
-        return (*outputs, workspace.new_empty(max(0, missing)))
+        """``result`` of a fake call, with what the fake kernel gets wrong put right.
+
+        The fused LSTM's has no workspace, and batch norm's keeps the statistics of a 16-bit input in 16 bits.
+        """
+        if call.name == "mkldnn_rnn_layer":
+            *outputs, workspace = result
+            missing = self._need(call).result_bytes - sum(output.nbytes for output in result)
+            return (*outputs, workspace.new_empty(max(0, missing)))
+        if call.name == "native_batch_norm" and _is_spec(call.arguments[1]):
+            output, *statistics = result
+            return (output, *(each.new_empty(each.shape, dtype=call.arguments[1].dtype) for each in statistics))
+        return result
 
     def notes(self) -> list[str]:
         """A sentence for each operator in :attr:`unknown`."""

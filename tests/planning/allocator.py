@@ -1,6 +1,6 @@
-"""A second opinion on the peak: the profiler's raw allocation events around Lightning's own loop, and nothing else."""
+"""A second opinion on the peak: the profiler's raw events around Lightning's own loop, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from time import time_ns
 from typing import Any
@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.autograd.profiler import profile
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
 from tests.zoo import Entry
 
@@ -44,39 +44,39 @@ class _Again:
 
 
 def raw_peak_bytes(
-    module: pl.LightningModule,
+    build: Callable[[], pl.LightningModule],
     batch: Any,
     callbacks: Sequence[Callback] = (),
     plugins: Sequence[Any] = (),
     **trainer_options: Any,
 ) -> int:
-    """The most bytes that the CPU allocator had out during the second optimizer step, what was there before included."""
+    """The most bytes that the CPU allocator had out during the second optimizer step.
+
+    The module is built while the profiler watches, because it tells the release only of what it saw allocated.
+    """
     window = _Window()
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, max_epochs=1, callbacks=[window, *callbacks], plugins=list(plugins), **trainer_options,
-    )  # fmt: skip
-    total = _held_before(module, batch)
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
     with profile(profile_memory=True) as profiler:
-        trainer.fit(module, _Again(batch))
+        own_batch = tree_map_only(torch.Tensor, torch.clone, batch)
+        module = build()
+        trainer = pl.Trainer(**(options | trainer_options), callbacks=[window, *callbacks], plugins=list(plugins))
+        trainer.fit(module, _Again(own_batch))
     assert window.end, "the second step never came"
-    peak = None
+    total, peak = 0, None
     for time, size_bytes in sorted(_events(profiler.kineto_results.experimental_event_tree())):
         if window.begin <= time <= window.end:
             peak = max(total if peak is None else peak, total + size_bytes)
         total += size_bytes
     assert peak is not None
     return peak
-
-
-def _held_before(module: pl.LightningModule, batch: Any) -> int:
-    tensors = [*module.parameters(), *module.buffers(), *tree_leaves(batch)]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors
-        if isinstance(tensor, torch.Tensor)
-    }
-    return sum(storages.values())
 
 
 def _events(tree: Any) -> list[tuple[int, int]]:
