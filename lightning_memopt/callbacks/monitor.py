@@ -1,5 +1,6 @@
 """Lightning's side of measuring memory during training: when to look, what to log, what to write."""
 
+import logging
 import mmap
 import os
 import sys
@@ -20,6 +21,8 @@ from lightning_memopt.memory.report import CATEGORIES, MemoryReport, format_byte
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.models.fake import is_fake
 from lightning_memopt.models.out_of_memory import is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 _NEVER = sys.maxsize
 _FIRST_STEPS = 2  # the first has no optimizer state while it computes, the second is as all later ones
@@ -129,16 +132,19 @@ class MemoryMonitor(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close(trainer)
-        if self.history:
-            peaks = torch.tensor([max(step.peak_bytes for step in self.history)], device=trainer.strategy.root_device)
-            self._write_report(trainer, trainer.strategy.all_gather(peaks).flatten().tolist())
+        peak = max((step.peak_bytes for step in self.history), default=0)
+        peaks = trainer.strategy.all_gather(torch.tensor([peak], device=trainer.strategy.root_device))
+        try:
+            self._write_report(trainer, peaks.flatten().tolist())
+        except OSError as failure:  # a full disk must not cost a training that went well
+            rank_zero_warn(f"MemoryMonitor could not write its report: {failure}")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:
             if is_out_of_memory(exception):
                 self._write_post_mortem(trainer, pl_module, exception)
-            elif self.history:
+            else:
                 # No word from the other ranks: they may never come here.
                 self._write_report(trainer, [])
         except Exception as failure:
@@ -151,6 +157,7 @@ class MemoryMonitor(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._abandon()
         self._release_reserve()
+        self._folder = None  # an error in a later validation or test is not this run's
 
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         tensors: list[torch.Tensor] = []
@@ -216,7 +223,7 @@ class MemoryMonitor(Callback):
         found = examine(error, pl_module, trainer.optimizers, device_type=device_type, last_report=self._last)
         stem = "out_of_memory" if trainer.is_global_zero else f"out_of_memory_rank{trainer.global_rank}"
         text, *_ = write_post_mortem(found, self._folder, stem)
-        sys.stderr.write(f"Out of memory; what was in use and what would have helped: {text}\n")
+        _log.error("Out of memory; what was in use and what would have helped: %s", text)
 
     def _abandon(self) -> None:
         """End a measurement that is under way without looking at it."""

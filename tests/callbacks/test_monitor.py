@@ -253,6 +253,31 @@ def test_a_post_mortem_that_cannot_be_written_does_not_hide_the_error(tmp_path):
         )  # fmt: skip
 
 
+def test_a_report_that_cannot_be_written_does_not_cost_a_training_that_went_well(tmp_path):
+    class TakeFolder(Callback):
+        def on_train_start(self, *args):
+            (tmp_path / "report").write_text("in the way")
+
+    with pytest.warns(UserWarning, match="could not write its report"):
+        run = train(
+            ZOO["mlp"].build(), ZOO["mlp"].loader(), steps=3,
+            callbacks=[MemoryMonitor(dirpath=tmp_path / "report"), TakeFolder()],
+        )  # fmt: skip
+    assert run.trainer.state.finished
+
+
+def test_an_error_in_a_later_validation_leaves_the_report_of_the_training_alone(tmp_path):
+    class Fail(Callback):
+        def on_validation_batch_start(self, *args):
+            raise ValueError("later")
+
+    run = train(ZOO["mlp"].build(), ZOO["mlp"].loader(), steps=2, callbacks=[MemoryMonitor(dirpath=tmp_path), Fail()])
+    (tmp_path / "memory_report.json").unlink()
+    with pytest.raises(ValueError, match="later"):
+        run.trainer.validate(run.module, ZOO["mlp"].loader(1))
+    assert "memory_report.json" not in names_in(tmp_path)
+
+
 OUT_OF_MEMORY = """
 import resource, sys
 import lightning.pytorch as pl
