@@ -32,19 +32,29 @@ def products_to_keep(profile: RegionProfile) -> Keep:
       what plain training saves. Not so if it is cheap for its size, with less than half of the floating-point
       operations per byte of the region's products together (the attention scores, where they exist as a tensor).
     - A product that only feeds a sum with other activations (the output projection of attention) is new memory. It is
-      kept only where it has more operations per byte than the least of the former.
+      kept only where it has more operations per byte than the former have (their median, by bytes).
     - A product after the last tensor that the backward needs is never run again and never kept.
     """
     products = [op for op in profile.operators if op.flops and op.keepable and op.replayed]
     total_bytes = sum(op.kept_bytes for op in products)
     average = sum(op.flops for op in products) / total_bytes if total_bytes else 0.0
     read = [op for op in products if op.is_read and _intensity(op) >= average / 2]
-    bar = min((_intensity(op) for op in read), default=0.0)
+    bar = _median_intensity(read)
     return _by_operator([op for op in products if op in read or (not op.is_read and _intensity(op) > bar)])
 
 
 def _intensity(op: Operator) -> float:
     return op.flops / op.kept_bytes
+
+
+def _median_intensity(operators: Sequence[Operator]) -> float:
+    half = sum(op.kept_bytes for op in operators) / 2
+    below = 0
+    for op in sorted(operators, key=_intensity):
+        below += op.kept_bytes
+        if below >= half:
+            return _intensity(op)
+    return 0.0
 
 
 def plan_budget(profiles: Sequence[tuple[RegionProfile, int]], budget: float) -> BudgetPlan:
@@ -94,8 +104,7 @@ class _Held:
 
     def _move(self, op: Operator, sign: int) -> None:
         self.kept_bytes += sign * op.kept_bytes * self.calls
-        if op.needed:
-            self.missing_bytes -= sign * op.kept_bytes * self.calls
+        self.missing_bytes -= sign * op.needed_bytes * self.calls
 
 
 def _peak(held: Sequence[_Held]) -> int:

@@ -30,7 +30,7 @@ class Operator:
     Attributes:
         key: The operator and how many times it ran before in the region: the same call in every run of it.
         kept_bytes: Bytes of the tensors that it made.
-        needed: Whether plain autograd saves one of them for the backward.
+        needed_bytes: Bytes of those that plain autograd saves for the backward.
         is_read: Whether the backward reads its result, or something computed from it and from constants alone (a
             rotated query), and not only a sum with other activations.
         flops: Floating-point operations if it is a matrix product, convolution or attention, else 0.
@@ -42,7 +42,7 @@ class Operator:
 
     key: tuple[Any, int]
     kept_bytes: int
-    needed: bool
+    needed_bytes: int
     is_read: bool
     flops: int
     cost: float
@@ -65,7 +65,7 @@ class RegionProfile:
     @property
     def plain_bytes(self) -> int:
         """Bytes that plain training saves inside the region."""
-        return sum(op.kept_bytes for op in self.operators if op.needed)
+        return sum(op.needed_bytes for op in self.operators)
 
 
 def draws_random_numbers(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -203,7 +203,7 @@ class _Recorder(TorchDispatchMode):
             Operator(
                 call.key,
                 sum(call.storages.values()),
-                not self.saved.isdisjoint(call.storages),
+                sum(size for storage, size in call.storages.items() if storage in self.saved),
                 position in read,
                 call.flops,
                 call.cost,
