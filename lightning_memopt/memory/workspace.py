@@ -49,6 +49,8 @@ _BATCH_DIMENSIONS: dict[str, dict[int, int]] = {
     "embedding_dense_backward": _first_of(0, 1),
     "_safe_softmax": _first_of(0),
     "cumsum": _first_of(0),
+    "mean": _first_of(0),
+    "sum": _first_of(0),
     "mm": _first_of(0),
     "addmm": _first_of(1),
     "bmm": _first_of(0, 1),
@@ -144,6 +146,8 @@ def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
 
 def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
     name = operator._schema.name.split("::")[-1]
+    if name in ("sum", "mean") and tensors[0].dtype in (torch.float16, torch.bfloat16):
+        return False  # summed in 32 bits, of a copy
     if name in _WITHOUT_SCRATCH or operator.is_view or name.startswith(("_foreach", "_fused")):
         return True
     one_dtype = len({tensor.dtype for tensor in tensors if tensor.dim() > 0}) <= 1

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
 from lightning_memopt.planning.loop import StayInPlace, run_second_step
 
+_PACKAGE = Path(__file__).parents[1]
 Module = pl.LightningModule | Callable[[], pl.LightningModule]
 
 
@@ -171,7 +173,11 @@ def _explain_reads_of_values(module: pl.LightningModule) -> Iterator[None]:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if "/torch/" not in frame.filename and "/lightning/" not in frame.filename]
+        own = [
+            frame
+            for frame in frames
+            if not Path(frame.filename).is_relative_to(_PACKAGE) and "/torch/" not in frame.filename
+        ]
         where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
         raise ValueError(
             f"{type(module).__name__} cannot be predicted: {where} runs {error.func}, whose result depends on the "

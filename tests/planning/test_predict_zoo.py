@@ -56,3 +56,19 @@ TECHNIQUES = {
     "half_bf16_kahan": Technique(plugins=lambda: [memopt.HalfPrecision("bf16", rounding="kahan")]),
 }
 """Every technique, as a user writes it; a new one is a row here."""
+
+REFUSED = {("chunked_loss", "cnn"), ("chunked_loss", "lstm"), ("mixed_fp16", "lstm")}
+"""What a technique says no to, in its own tests."""
+
+PAIRS = [(technique, name) for name in ("gpt2", "cnn", "lstm") for technique in TECHNIQUES]
+
+
+@pytest.mark.parametrize(("technique", "name"), [pair for pair in PAIRS if pair not in REFUSED])
+def test_with_a_technique_on_the_predicted_peak_is_still_within_two_percent(technique, name):
+    entry, chosen = ZOO[name], TECHNIQUES[technique]
+    batch, options = entry.batch(batch_size=24), dict(chosen.options)
+    raw = raw_peak_bytes(entry.build, batch, chosen.callbacks(), chosen.plugins(), **options)
+    predicted = memopt.predict_memory(
+        entry.build(), batch, callbacks=chosen.callbacks(), plugins=chosen.plugins(), **options
+    )
+    assert predicted.peak_bytes == pytest.approx(raw, rel=PREDICTED_WITHIN)
