@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 StepParameter = Callable[[Optimizer, torch.Tensor, int], None]
 """Steps one parameter, given its optimizer and the index of its group there."""
 
-SurroundStep = Callable[[torch.Tensor], AbstractContextManager[None]]
-"""Makes the context in which a parameter is stepped."""
+SurroundStep = Callable[[torch.Tensor], AbstractContextManager[torch.Tensor]]
+"""Makes the context in which a parameter is stepped; its value is what is stepped in the parameter's place."""
 
 _REPLACEMENT = "_memopt_step_one"
 _SURROUNDING = "_memopt_surround_step"
@@ -49,8 +49,8 @@ def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | N
     index = find_group(optimizer, parameter) if group_index is None else group_index
     replacement: StepParameter = optimizer.__dict__.get(_REPLACEMENT, _step_plainly)
     surrounding: SurroundStep = optimizer.__dict__.get(_SURROUNDING, _in_nothing)
-    with surrounding(parameter):
-        replacement(optimizer, parameter, index)
+    with surrounding(parameter) as stepped:
+        replacement(optimizer, stepped, index)
 
 
 def step_alone(optimizer: Optimizer, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -139,8 +139,8 @@ def check_steps_alone(optimizer: Optimizer) -> None:
             )
 
 
-def _in_nothing(_: torch.Tensor) -> AbstractContextManager[None]:
-    return nullcontext()
+def _in_nothing(parameter: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+    return nullcontext(parameter)
 
 
 def _step_plainly(optimizer: Optimizer, parameter: torch.Tensor, group_index: int) -> None:

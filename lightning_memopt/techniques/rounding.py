@@ -119,8 +119,8 @@ class RoundedUpdates:
         self._hooks = (
             optimizer.register_step_pre_hook(self._step_16_bit_parameters),
             optimizer.register_step_post_hook(self._show_gradients),
-            optimizer.register_load_state_dict_pre_hook(self._widen),
-            optimizer.register_load_state_dict_post_hook(self._narrow),
+            optimizer.register_load_state_dict_pre_hook(self._protect),
+            optimizer.register_load_state_dict_post_hook(self._unprotect),
         )
 
     def remove(self) -> None:
@@ -130,28 +130,35 @@ class RoundedUpdates:
         surround_step(self._optimizer, None)
 
     @contextmanager
-    def in_float32(self, parameter: torch.Tensor) -> Iterator[None]:
-        """Hold ``parameter`` and its gradient in float32; round the parameter back on exit.
+    def in_float32(self, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Give a float32 copy of ``parameter``, with its gradient and state, to step; round it back on exit.
 
-        If the body raises, the parameter is as it was.
+        A copy, since a parameter that changes its type loses the hooks that DDP has on its gradient. If the body
+        raises, the parameter is as it was.
         """
         if not is_16_bit(parameter):
-            yield
+            yield parameter
             return
-        stored, gradient = parameter.data, parameter.grad
-        state = self._optimizer.state
-        compensation = state[parameter].pop(COMPENSATION, None) if parameter in state else None
-        precise = stored.float()
+        states = self._optimizer.state
+        state = states.pop(parameter, {})
+        compensation = state.pop(COMPENSATION, None)
+        precise = parameter.detach().float()
         if compensation is not None:
             precise += compensation
-        _set(parameter, precise, None if gradient is None else gradient.to(torch.float32))
+        precise.grad = None if parameter.grad is None else parameter.grad.float()
+        if state:
+            states[precise] = state
         try:
-            yield
-            stored, compensation = self._round(parameter.data, stored.dtype)
+            yield precise
+            rounded, compensation = self._round(precise, parameter.dtype)
+            with torch.no_grad():
+                parameter.copy_(rounded)
         finally:
-            _set(parameter, stored, gradient)
+            state = states.pop(precise, {})
             if compensation is not None:
-                state[parameter][COMPENSATION] = compensation
+                state[COMPENSATION] = compensation
+            if state:
+                states[parameter] = state
 
     def _round(self, precise: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self._rounding == "stochastic":
@@ -175,20 +182,36 @@ class RoundedUpdates:
             parameter.grad = gradient
         self._hidden.clear()
 
-    def _widen(self, optimizer: Optimizer, _: dict[str, Any]) -> None:
-        """``load_state_dict`` casts state to its parameter's type: let that be float32."""
-        for parameter in _parameters(optimizer):
-            if is_16_bit(parameter):
-                self._hidden.append((parameter, parameter.data))
-                _set(parameter, parameter.data.float(), None)
+    def _protect(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``load_state_dict`` casts state to its parameter's type, but for ``step``: hide it from that."""
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        ours = {index for index, p in zip(saved, _parameters(optimizer), strict=False) if is_16_bit(p)}
+        state = {
+            index: {
+                key: _Loading(value) if key != "step" and index in ours and torch.is_tensor(value) else value
+                for key, value in values.items()
+            }
+            for index, values in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
 
-    def _narrow(self, optimizer: Optimizer) -> None:
-        for parameter, stored in self._hidden:
-            _set(parameter, stored, None)
-            state = optimizer.state.get(parameter, {})
-            if COMPENSATION in state:
-                state[COMPENSATION] = state[COMPENSATION].to(stored.dtype)
-        self._hidden.clear()
+    def _unprotect(self, optimizer: Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, _Loading):
+                    state[key] = value.restore(key, parameter)
+
+
+class _Loading:
+    """Hides a tensor of an optimizer's state from ``load_state_dict``."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def restore(self, key: str, parameter: torch.Tensor) -> torch.Tensor:
+        # State of a run that kept it in 16 bits is widened.
+        dtype = torch.float32 if is_16_bit(self.tensor) and key != COMPENSATION else self.tensor.dtype
+        return self.tensor.to(parameter.device, dtype, copy=True)
 
 
 def is_16_bit(tensor: torch.Tensor) -> bool:
@@ -198,9 +221,3 @@ def is_16_bit(tensor: torch.Tensor) -> bool:
 
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _set(parameter: torch.Tensor, data: torch.Tensor, gradient: torch.Tensor | None) -> None:
-    parameter.grad = None  # a gradient must never have another type than its parameter
-    parameter.data = data
-    parameter.grad = gradient

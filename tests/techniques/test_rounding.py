@@ -166,14 +166,33 @@ def test_gradients_types_and_hooks_are_as_before_after_a_step_and_after_removal(
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_a_step_that_raises_leaves_the_weight_as_it_was():
+def test_a_step_that_raises_leaves_the_weight_and_its_state_as_they_were():
     parameter = _parameter()
-    updates = RoundedUpdates(torch.optim.SGD([parameter], lr=0.1), "nearest")
-    before, data = parameter.detach().clone(), parameter.data_ptr()
-    with pytest.raises(ZeroDivisionError), updates.in_float32(parameter):
-        assert parameter.dtype == torch.float32
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    updates = RoundedUpdates(optimizer, "kahan")
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before, keys = parameter.detach().clone(), set(optimizer.state[parameter])
+    with pytest.raises(ZeroDivisionError), updates.in_float32(parameter) as precise:
+        assert precise.dtype == torch.float32
+        precise += 1
         raise ZeroDivisionError
-    assert parameter.data_ptr() == data and torch.equal(parameter, before)
+    assert torch.equal(parameter, before)
+    assert set(optimizer.state) == {parameter} and set(optimizer.state[parameter]) == keys
+
+
+def test_state_that_was_saved_in_16_bits_is_loaded_in_float32():
+    saved, parameter = _parameter(), _parameter()
+    plain = torch.optim.AdamW([saved])
+    saved.grad = torch.ones_like(saved)
+    plain.step()
+    optimizer = torch.optim.AdamW([parameter])
+    RoundedUpdates(optimizer, "nearest")
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.state[parameter]["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(
+        optimizer.state[parameter]["exp_avg_sq"], plain.state[saved]["exp_avg_sq"].float(), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
