@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -277,6 +278,11 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return f"{type(callback).__name__} accumulates too. Give its schedule to GradientAccumulation instead."
+    if isinstance(trainer.strategy, FSDPStrategy):
+        return (
+            "FSDPStrategy keeps the gradients of an unfinished window where they cannot be rescaled. Use "
+            "ModelParallelStrategy (FSDP2), or Lightning's `accumulate_grad_batches`."
+        )
     if trainer.strategy.handles_gradient_accumulation:
         return (
             f"{type(trainer.strategy).__name__} accumulates by itself and cannot be told when. Set it in the "

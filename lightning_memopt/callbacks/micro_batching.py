@@ -154,16 +154,19 @@ class MicroBatching(Callback):
             zero_grad()  # before the forward, since the first backward comes before the last forward
         backward = optimization._make_backward_fn(optimizer)
         attempt = partial(self._attempt, trainer, kwargs, backward)
-        output = self._until_it_fits(trainer, attempt, kwargs["batch"]) if self._is_auto else attempt(self._size)
+        run = partial(self._until_it_fits, trainer, attempt, kwargs["batch"]) if self._is_auto else attempt
+        output, logs = run(self._size)
+        assert trainer._results is not None
+        logs.flush(trainer._results.log)
         if backward is not None:
             call._call_callback_hooks(trainer, "on_after_backward")
             call._call_lightning_module_hook(trainer, "on_after_backward")
         return ClosureResult(None) if output is None else ClosureResult(output["loss"], extra=output["extra"])
 
-    def _until_it_fits(self, trainer: pl.Trainer, attempt: Callable[[int], Any], batch: Any) -> Any:
+    def _until_it_fits(self, trainer: pl.Trainer, attempt: Callable[[int], Value], batch: Any, size: int) -> Value:
         module = trainer.lightning_module
         if any(is_fake(parameter) for parameter in module.parameters()):
-            return attempt(self._size)  # fake tensors need no memory, and have no values to bring back
+            return attempt(size)  # fake tensors need no memory, and have no values to bring back
         snapshots = (StepSnapshot(module), MetricSnapshot(module))
 
         def restore() -> None:
@@ -174,36 +177,44 @@ class MicroBatching(Callback):
         if isinstance(replicas, DistributedDataParallel):
             # A rank that fails in the forward does not get to switch off the next one's broadcast of buffers.
             replicas.require_forward_param_sync = False
-        output, fits = halve_on_out_of_memory(
-            attempt, self._size, _refusing(batch_size)(batch), restore=restore, agree=partial(_smallest, trainer)
+        samples = _refusing(self._samples)(batch)
+        result, fits = halve_on_out_of_memory(
+            attempt, size, samples, restore=restore, agree=partial(_smallest, trainer)
         )
-        if fits != self._size:
+        if fits != size:
             rank_zero_info(f"MicroBatching: out of memory; from here on in micro-batches of {fits}")
             self._size = fits
         if isinstance(replicas, DistributedDataParallel):
             replicas.require_forward_param_sync = True  # validation broadcasts, as it would have
             if not trainer.fit_loop._should_accumulate():
                 average_gradients(module.parameters())
-        return output
+        return result
+
+    def _samples(self, batch: Any) -> int:
+        return batch_size(batch) if self._split is micro_batches else len(self._split(batch, 1))
 
     def _attempt(
         self, trainer: pl.Trainer, kwargs: OrderedDict[str, Any], backward: Callable[[Tensor], None] | None, size: int
-    ) -> Any:
-        """One run of the batch; changes nothing outside the module before it is through."""
+    ) -> tuple[Any, LogsOfMicroBatches]:
+        """One run of the batch, which changes only what snapshots bring back: what it logs is yet to be flushed."""
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         results = trainer._results
         assert results is not None
         logs = LogsOfMicroBatches()
-        hooks = ExitStack()
+        after_first = ExitStack()
+        is_first = True
 
         def step(micro_batch: Any) -> dict[str, Any]:
             result = optimization._make_step_fn(kwargs | {"batch": micro_batch})()
             return {"loss": result.closure_loss, "extra": result.extra}
 
         def backward_once_hooked(loss: Tensor) -> None:
+            nonlocal is_first
             if backward is not None:
                 backward(loss)
-                hooks.enter_context(_silenced(trainer, "on_before_backward"))
+            if is_first:
+                after_first.enter_context(_silenced(trainer, "on_before_backward"))
+                is_first = False
 
         @contextmanager
         def around(weight: float | Tensor, is_last: bool) -> Iterator[None]:
@@ -212,7 +223,7 @@ class MicroBatching(Callback):
             with _block_parallel_sync_behavior(trainer.strategy, block=self._is_auto or not is_last):
                 yield
 
-        with hooks, _silenced(trainer, "on_after_backward"), replaced(results, log=logs.log):
+        with after_first, _silenced(trainer, "on_after_backward"), replaced(results, log=logs.log):
             output = backward_in_micro_batches(
                 step,
                 kwargs["batch"],
@@ -222,8 +233,7 @@ class MicroBatching(Callback):
                 backward=backward_once_hooked,
                 around=around,
             )
-        logs.flush(results.log)
-        return output
+        return output, logs
 
 
 @contextmanager

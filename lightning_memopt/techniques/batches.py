@@ -107,6 +107,7 @@ def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
         if weight > 0:
             return loss * weight
         weight = torch.zeros_like(loss)
+    weight = weight.to(loss.device)
     return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
 
 

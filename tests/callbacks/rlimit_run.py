@@ -66,7 +66,7 @@ class RecordLosses(Callback):
 
 def run(size: int | str, *callbacks: Callback) -> dict[str, Any]:
     torch.manual_seed(0)
-    batches = list(torch.randn(3, 16, VALUES))
+    batches = list(torch.randn(1, 16, VALUES))
     module, micro, record = Wide(), MicroBatching(size), RecordLosses()  # type: ignore[arg-type]
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

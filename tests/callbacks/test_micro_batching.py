@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_memopt import GradientAccumulation, MicroBatching
+from lightning_memopt import GradientAccumulation, MicroBatching, predict_memory
 from tests.callbacks.test_accumulation import TokenModel, by_hand, loader, token_batches
 from tests.parity import assert_parity, assert_same_training, train
 from tests.zoo import ZOO
@@ -272,3 +272,32 @@ def test_a_step_that_takes_the_iterator_is_refused():
 
     with pytest.raises(MisconfigurationException, match="dataloader_iter"):
         train(Iterator(), ZOO["mlp"].loader(), steps=1, callbacks=[MicroBatching(2)])
+
+
+def test_auto_counts_samples_by_the_users_own_split():
+    class Ragged(TokenModel):
+        def training_step(self, batch, batch_idx):
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. (Not really.)")
+            return torch.stack([self.net(x).square().mean() for x in batch]).mean()
+
+    batches = [[torch.randn(n, 4) for n in (3, 5, 2, 4)] for _ in range(2)]
+    callback = MicroBatching(
+        split=lambda batch, size: [batch[i : i + size] for i in range(0, len(batch), size)],
+        normalize="tokens",
+        count=len,
+    )
+    train(Ragged(), loader(batches), steps=2, callbacks=[callback])
+    assert callback.size == 2
+
+
+def test_prediction_sees_what_micro_batches_save():
+    entry = ZOO["encoder"]
+    activations, gradients = {}, {}
+    for size in (None, "auto", 2):
+        callbacks = [] if size is None else [GradientAccumulation(1, normalize="samples"), MicroBatching(size)]
+        predicted = predict_memory(entry.build(), entry.batch(), callbacks=callbacks).by_category
+        activations[size], gradients[size] = predicted["activations"], predicted["gradients"]
+    assert activations["auto"] == pytest.approx(activations[None], rel=0.01)
+    assert activations[2] == pytest.approx(activations[None] / 4, rel=0.01)
+    assert gradients["auto"] < gradients[None]  # cleared before the forward, where the peak is
