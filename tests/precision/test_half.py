@@ -5,8 +5,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_memopt import HalfPrecision
-from tests.parity import train
+from lightning_memopt import HalfPrecision, LowBitOptimizer, OptimizerInBackward
+from tests.parity import assert_same_training, train
 from tests.zoo import ZOO
 from tests.zoo.entry import Samples
 
@@ -39,6 +39,7 @@ def test_a_small_gpt_ends_within_two_percent_of_float32_after_60_steps():
     for rounding in ("stochastic", "kahan"):
         half = train(entry.build(), loader, steps=60, plugins=[HalfPrecision("bf16", rounding=rounding)])
         final, expected = (torch.tensor(run.losses[-3:]).mean() for run in (half, plain))
+        assert expected < 0.95 * plain.losses[0]
         assert abs(final - expected) < 0.02 * expected, rounding
 
 
@@ -154,6 +155,26 @@ def test_dropout_sees_the_same_random_numbers_with_stochastic_rounding_as_with_k
         train(ZOO["mlp"].build(0.5), ZOO["mlp"].loader(), steps=4, plugins=[HalfPrecision(rounding=rounding)])
         after.append(torch.rand(4))
     assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
+def test_stepping_in_the_backward_gives_the_same_weights_bit_for_bit(rounding):
+    entry = ZOO["gpt2"]
+    in_loop, in_backward = (
+        train(entry.build(), entry.loader(), steps=5, plugins=[HalfPrecision(rounding=rounding)], callbacks=callbacks)
+        for callbacks in ([], [OptimizerInBackward()])
+    )
+    assert_same_training(in_loop, in_backward, rtol=0, atol=0)
+
+
+def test_low_bit_state_is_kept_next_to_16_bit_weights():
+    entry = ZOO["gpt2"]
+    plain = train(entry.build(), entry.loader(), steps=5)
+    callbacks = [OptimizerInBackward(), LowBitOptimizer(8)]
+    run = train(
+        entry.build(), entry.loader(), steps=5, plugins=[HalfPrecision(rounding="kahan")], callbacks=callbacks
+    )
+    assert_same_training(plain, run, rtol=0.05, atol=5e-3)
 
 
 def test_gan_trains_with_its_two_optimizers_stepped_by_hand():
