@@ -5,8 +5,8 @@
 
 How the ratio is taken is said in ``paired.py``, but in processor time and on one thread: what the monitor costs is
 Python that runs, and processor time does not count what other programs take from the machine. Progress bars are on,
-because the figure that the monitor shows there is part of its cost. Beside it stand a second plain run, which says how
-far noise reaches, and a callback that does nothing, which says what Lightning itself spends on any callback.
+because the figure that the monitor shows there is part of its cost. Beside it stand a second plain run, which says
+how far noise reaches, and a callback that does nothing, which says what Lightning spends on any callback.
 """
 
 import argparse
