@@ -7,15 +7,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_memopt.callbacks.accumulation_checks import (
+    effective_batch_size,
+    find_problem,
+    loader_batch_size,
+    replicas,
+)
 from lightning_memopt.callbacks.instance_patch import replaced
 from lightning_memopt.techniques.accumulation import (
     GradientWindow,
@@ -24,7 +29,7 @@ from lightning_memopt.techniques.accumulation import (
     check_schedule,
     factor_for_target,
 )
-from lightning_memopt.techniques.batches import batch_size, weigh
+from lightning_memopt.techniques.batches import weigh
 from lightning_memopt.techniques.counting import Count, Normalize, counter
 
 
@@ -102,7 +107,7 @@ class GradientAccumulation(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if problem := _find_problem(trainer, pl_module):
+        if problem := find_problem(trainer, pl_module):
             raise MisconfigurationException(f"GradientAccumulation cannot work here: {problem}")
         self._announced = self._unit = self._window = self._start = None
         # So early for `trainer.estimated_stepping_batches`, which users ask for in `configure_optimizers`.
@@ -128,9 +133,9 @@ class GradientAccumulation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._target_batch_size is None:
             return
-        size = _loader_batch_size(trainer)
+        size = loader_batch_size(trainer)
         try:
-            self._schedule = factor_for_target(self._target_batch_size, size, _replicas(trainer))
+            self._schedule = factor_for_target(self._target_batch_size, size, replicas(trainer))
         except ValueError as error:
             raise MisconfigurationException(f"GradientAccumulation: {error}") from error
 
@@ -201,7 +206,7 @@ class GradientAccumulation(Callback):
         self._window = None
         if self._factor != self._announced:
             self._announced = self._factor
-            rank_zero_info(_effective_batch_size(batch, self._factor, _replicas(trainer)))
+            rank_zero_info(effective_batch_size(batch, self._factor, replicas(trainer)))
 
     def _new_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> GradientWindow:
         devices = trainer.world_size
@@ -261,60 +266,6 @@ class _Undivided(ClosureResult):
     @override
     def from_training_step_output(cls, training_step_output: Any, normalize: int = 1) -> ClosureResult:
         return super().from_training_step_output(training_step_output)
-
-
-def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
-    """What of the trainer or the module forbids it, as a sentence, or ``None``."""
-    if not module.automatic_optimization:
-        return (
-            f"`{type(module).__name__}` optimizes manually (`automatic_optimization = False`), so only it knows when "
-            "to step. Accumulate in `training_step` with `techniques.accumulation.GradientWindow`."
-        )
-    if trainer.accumulate_grad_batches != 1:
-        return (
-            f"`Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` accumulates too. Leave it at 1 "
-            "and give the number to GradientAccumulation."
-        )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
-            return f"{type(callback).__name__} accumulates too. Give its schedule to GradientAccumulation instead."
-    if isinstance(trainer.strategy, FSDPStrategy):
-        return (
-            "FSDPStrategy keeps the gradients of an unfinished window where they cannot be rescaled. Use "
-            "ModelParallelStrategy (FSDP2), or Lightning's `accumulate_grad_batches`."
-        )
-    if trainer.strategy.handles_gradient_accumulation:
-        return (
-            f"{type(trainer.strategy).__name__} accumulates by itself and cannot be told when. Set it in the "
-            "strategy's configuration, or use another strategy."
-        )
-    return None
-
-
-def _replicas(trainer: pl.Trainer) -> int:
-    """How many devices get batches of their own."""
-    return (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-
-
-def _loader_batch_size(trainer: pl.Trainer) -> int:
-    loader = trainer.train_dataloader
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    if not isinstance(size, int):
-        raise MisconfigurationException(
-            f"GradientAccumulation: target_batch_size needs the batch size of the train loader, and a "
-            f"{type(loader).__name__} does not tell it (`batch_size`, `batch_sampler.batch_size`); give `schedule`, "
-            "the number of batches to accumulate."
-        )
-    return size
-
-
-def _effective_batch_size(batch: Any, factor: int, devices: int) -> str:
-    product = f"{factor} accumulated x {devices} device{'s' if devices > 1 else ''}"
-    try:
-        size = batch_size(batch)
-    except ValueError:
-        return f"effective batch: {product}"
-    return f"effective batch size {size * factor * devices} = {size} x {product}"
 
 
 def _reduce(trainer: pl.Trainer, number: float | Tensor, how: str) -> Tensor:

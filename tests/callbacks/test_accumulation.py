@@ -418,6 +418,16 @@ def test_a_second_accumulation_is_refused():
         train(entry.build(), entry.loader(), callbacks=callbacks)
 
 
+def test_strategies_whose_pending_gradients_cannot_be_rescaled_are_refused_by_name(monkeypatch):
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    monkeypatch.setattr(type(trainer.strategy), "handles_gradient_accumulation", True)
+    with pytest.raises(MisconfigurationException, match="SingleDeviceStrategy accumulates by itself"):
+        GradientAccumulation(2).setup(trainer, TokenModel(), "fit")
+    trainer._accelerator_connector.strategy = pl.strategies.FSDPStrategy()
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy keeps the gradients"):
+        GradientAccumulation(2).setup(trainer, TokenModel(), "fit")
+
+
 def test_a_mask_key_that_the_batch_lacks_is_refused_with_those_that_it_has():
     callback = GradientAccumulation(2, normalize="tokens", mask_key="attention_mask")
     with pytest.raises(MisconfigurationException, match=r"'attention_mask' names no tensor .*\['x', 'labels'\]"):
