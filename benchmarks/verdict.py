@@ -10,24 +10,27 @@ from lightning_memopt.memory.report import CATEGORIES, MemoryReport
 
 def summarize(report: MemoryReport) -> dict[str, Any]:
     """What the table needs of a report: the peak, the bytes at the peak, and each category's highest."""
-    points = [point.by_category for point in report.timeline]
-    highest = {category: max(point.get(category, 0) for point in points) for category in CATEGORIES}
-    highest["activations+temporaries"] = max(
-        point.get("activations", 0) + point.get("temporaries", 0) for point in points
-    )
     return {
         "peak_bytes": report.peak_bytes,
         "at_peak_bytes": dict(report.by_category),
-        "highest_bytes": highest,
+        "highest_bytes": {
+            category: max(point.by_category.get(category, 0) for point in report.timeline) for category in CATEGORIES
+        },
         "notes": list(report.notes),
     }
 
 
 def memory_ratio(row: Row, own: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
     """The ratio that the row's memory target is about, out of two summaries."""
+    return _quantity(row, own) / _quantity(row, plain)
+
+
+def _quantity(row: Row, summary: Mapping[str, Any]) -> int:
     if row.quantity == "peak":
-        return own["peak_bytes"] / plain["peak_bytes"]
-    return own["highest_bytes"][row.quantity] / plain["highest_bytes"][row.quantity]
+        return summary["peak_bytes"]
+    if row.quantity == "activations+temporaries":
+        return sum(summary["at_peak_bytes"].get(category, 0) for category in ("activations", "temporaries"))
+    return summary["highest_bytes"][row.quantity]
 
 
 def time_bound(row: Row, known: Mapping[str, Any]) -> float | None:

@@ -90,7 +90,7 @@ def test_a_row_of_the_single_device_benchmark_runs_at_toy_size(tmp_path):
     assert list(rows) == ["plain", "checkpointing_full"]
     full = rows["checkpointing_full"]
     assert full["memory"]["peak_bytes"] < rows["plain"]["memory"]["peak_bytes"]
-    assert full["memory_ratio"] < 0.8 and full["quantity"] == "activations"
+    assert full["memory_ratio"] < 0.8 and full["quantity"] == "activations+temporaries"
     assert full["time"]["pairs"] == 2 and full["time"]["ratio"] > 0
     assert full["memory"]["predicted_peak_bytes"] == pytest.approx(full["memory"]["peak_bytes"], rel=0.02)
 
