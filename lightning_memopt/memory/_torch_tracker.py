@@ -1,6 +1,7 @@
 """PyTorch's own memory tracker, writing its findings into a :class:`~lightning_memopt.memory.ledger.Ledger`.
 
-The one file that imports ``torch.distributed._tools`` (tried with torch 2.13; 2.11 and 2.12 have the same names).
+The one file that imports ``torch.distributed._tools`` (tried with torch 2.13; elsewhere a name that is missing is an
+error that says so).
 What PyTorch's ``MemTracker`` does is kept: it sees every operator, and follows each storage by a weak reference and
 through resizes. What is replaced is its notion of where the loop is: it refuses a submodule that is called twice,
 registers hooks that fail on frozen parameters, and takes an optimizer's temporaries for its state.
@@ -79,6 +80,7 @@ class StorageTracker(MemTracker):
         self._phase: Phase = "forward"
         self._steps_running = 0
         self._new_bytes = 0
+        self._is_closed = False
         self.is_fake = active_fake_mode() is not None
         self._ticks = itertools.count(1)
 
@@ -108,7 +110,8 @@ class StorageTracker(MemTracker):
     # -- what MemTracker calls ------------------------------------------------------------------------------------
 
     def _update_snap(self, u_type: Any, winfo: Any, old_mem_consumed: Any = None, old_reftype: Any = None) -> None:
-        if winfo.device.type != self._device_type or u_type is _UpdateType.REF:
+        # Storages outlive the block and tell of their end whenever it comes, which is nothing to this report.
+        if self._is_closed or winfo.device.type != self._device_type or u_type is _UpdateType.REF:
             return
         moment = self.now()
         if u_type is _UpdateType.ADD:
@@ -254,6 +257,10 @@ class StorageTracker(MemTracker):
     def __enter__(self) -> "StorageTracker":
         super().__enter__()
         return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self._is_closed = self._depth == 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         begin = self.now()

@@ -116,6 +116,13 @@ def test_code_without_modules_is_tracked():
     assert 8000 <= tracker.report().peak_bytes < 8100  # the weight, and its double or its gradient
 
 
+def test_what_is_freed_after_the_block_does_not_change_the_report():
+    with track_memory() as tracker:
+        held = torch.zeros(1000)
+    del held
+    assert tracker.report().peak_bytes == 4000
+
+
 def test_an_error_inside_leaves_no_mode_hook_or_profiler_behind():
     from torch.nn.modules.module import _global_forward_hooks
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
