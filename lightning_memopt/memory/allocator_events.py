@@ -1,8 +1,10 @@
 """What the CPU allocator itself reports, down to the scratch that kernels take where no tensor shows it."""
 
+import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,8 @@ class AllocatorEvents:
         if torch.autograd._profiler_enabled():
             return False
         self._profile = profile(profile_memory=True)
-        self._profile.__enter__()
+        with _without_announcements():
+            self._profile.__enter__()
         return True
 
     def stop(self) -> list[Allocation]:
@@ -41,6 +44,23 @@ class AllocatorEvents:
         tree = self._profile.kineto_results.experimental_event_tree()
         self._profile = None
         return sorted(_allocations(tree), key=lambda allocation: allocation.time)
+
+
+@contextmanager
+def _without_announcements() -> Iterator[None]:
+    """Keep the profiler's library from writing a line to stderr at each start and stop, through the progress bar.
+
+    It reads its log level once, at the first start of the process; a level that the user has set stays. Announcements
+    are of level 10.
+    """
+    if "KINETO_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["KINETO_LOG_LEVEL"] = "11"
+    try:
+        yield
+    finally:
+        del os.environ["KINETO_LOG_LEVEL"]
 
 
 def _allocations(tree: Iterable[Any]) -> Iterator[Allocation]:

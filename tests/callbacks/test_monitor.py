@@ -323,6 +323,7 @@ def test_when_memory_really_runs_out_the_post_mortem_names_the_blocks_that_held_
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.count("the error went on") == 2, done.stdout + done.stderr
+    assert "profiler_start" not in done.stderr  # the profiler's library would write through the progress bar
     hidden_states = 4 * 4000 * 512 * 4
     for failing_step in (0, 4):  # one that is sampled and one that is not
         assert names_in(tmp_path / str(failing_step)) == POST_MORTEM_FILES
