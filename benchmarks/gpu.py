@@ -146,12 +146,12 @@ def _measure(channel: Channel, name: str, size: LlamaSize, on_gpu: bool) -> None
     """Body of a worker: predict, measure and train one row."""
     workload.be_quiet()
     batch = size.batch()
-    predicted = memopt.predict_memory(size.build(), batch, **_trainer_options(name, on_gpu))
-    memory = summarize(memopt.measure_memory(size.build(), batch, **_trainer_options(name, on_gpu)))
+    predicted = memopt.predict_memory(_build(name, size), batch, **_trainer_options(name, on_gpu=False))
+    memory = summarize(memopt.measure_memory(_build(name, size), batch, **_trainer_options(name, on_gpu)))
     watch = Watch()
     options = _trainer_options(name, on_gpu)
     options["callbacks"] = [*options.get("callbacks", ()), watch]
-    workload.trainer(max_steps=STEPS, **options).fit(size.build(), workload.loader(batch))
+    workload.trainer(max_steps=STEPS, **options).fit(_build(name, size), workload.loader(batch))
     if on_gpu:
         memory |= {"peak_bytes": watch.peak_bytes, "reserved_bytes": watch.reserved_bytes}
     channel.send(
@@ -164,10 +164,13 @@ def _measure(channel: Channel, name: str, size: LlamaSize, on_gpu: bool) -> None
 
 
 def _trainer_options(name: str, on_gpu: bool) -> dict[str, Any]:
-    """bf16 throughout, except in the rows whose precision plugin decides."""
-    options = ROWS[name].options()
-    precision = {} if "plugins" in options else {"precision": "bf16-true"}
-    return {"accelerator": "gpu" if on_gpu else "cpu", "devices": 1} | precision | options
+    return {"accelerator": "gpu" if on_gpu else "cpu", "devices": 1} | ROWS[name].options()
+
+
+def _build(name: str, size: LlamaSize) -> pl.LightningModule:
+    """The module in bf16 throughout, except in the rows whose precision plugin decides."""
+    module = size.build()
+    return module if "plugins" in ROWS[name].options() else module.bfloat16()
 
 
 def _against(name: str, record: dict[str, Any], plain: dict[str, Any] | None) -> dict[str, Any]:
@@ -209,7 +212,9 @@ def _largest_batch(gpu_bytes: int) -> int:
 
 
 def _predicted_plain_peak(size: LlamaSize) -> int:
-    return memopt.predict_memory(size.build(), size.batch(), **_trainer_options("plain", on_gpu=False)).peak_bytes
+    return memopt.predict_memory(
+        _build("plain", size), size.batch(), **_trainer_options("plain", on_gpu=False)
+    ).peak_bytes
 
 
 def _options() -> argparse.Namespace:
