@@ -24,6 +24,7 @@ PHASE_COLORS: Mapping[str, str] = {"forward": "#eef3f9", "backward": "#fdf3e7", 
 
 _POINTS_PER_PANEL = 1500
 _STEP_SHARE = 0.25
+_NARROWEST_LABEL = 0.12  # inches
 _PANELS_PER_ROW = 3
 _INK, _FAINT_INK = "#222831", "#6b7280"
 
@@ -157,11 +158,16 @@ def _draw_phases(axes: Any, points: Sequence[TimelinePoint], panel_inches: float
         start = stop
 
     inches = panel_inches / len(points)
-    passes = [span for span in spans if span[0] in ("forward", "backward")]
-    names_fit = all((stop - start) * inches >= 0.085 * len(phase) for phase, start, stop in passes)
+    # A sliver (a parameter's hook between backward and step) gets no label, and so does not make the others short.
+    labelled = [
+        (phase, (stop - start) * inches)
+        for phase, start, stop in spans
+        if phase in ("forward", "backward") and (stop - start) * inches >= _NARROWEST_LABEL
+    ]
+    names_fit = all(width >= 0.085 * len(phase) for phase, width in labelled)
     for phase, start, stop in spans:
         width, is_last = (stop - start) * inches, stop == len(points)
-        if phase == "other" or (width < 0.12 and not is_last):
+        if phase == "other" or (width < _NARROWEST_LABEL and not is_last):
             continue
         # A narrow last phase (the optimizer's step) has the margin to spill into.
         spills = is_last and width < 0.09 * len(phase)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -54,6 +55,15 @@ def test_the_panels_share_one_scale_and_each_names_its_peak(tmp_path, drawn):
 
 def test_the_phases_are_named_in_their_order(tmp_path, drawn):
     plot_timelines({"plain": report_of_a_step()}, tmp_path / "memory.png")
+    assert [text for text in texts(drawn[0]) if not text.startswith("peak")] == ["forward", "backward", "step"]
+
+
+def test_a_sliver_of_a_phase_does_not_shorten_the_names_of_the_others(tmp_path, drawn):
+    report = report_of_a_step()
+    first_step = next(i for i, point in enumerate(report.timeline) if point.phase == "step")
+    sliver = [replace(report.timeline[first_step], phase=phase) for phase in ("forward", "backward")]
+    timeline = (*report.timeline[:first_step], *sliver, *report.timeline[first_step:])
+    plot_timelines({"plain": replace(report, timeline=timeline)}, tmp_path / "memory.png")
     assert [text for text in texts(drawn[0]) if not text.startswith("peak")] == ["forward", "backward", "step"]
 
 
