@@ -294,7 +294,7 @@ class StorageTracker(MemTracker):
         if not isinstance(first, torch.Tensor) or first._is_view():  # a view shares its storage with its base
             return
         into, made = self._holding_of(first), self._holding_of(result)
-        if into is not None and made is not None and into.node not in (None, made.node):
+        if into is not None and made is not None and (into.node is None or into.node != made.node):
             self.ledger.accumulations.append(Accumulation(into, made, self.ledger.operations[-1].end))
 
     def _holding_of(self, tensor: torch.Tensor) -> Holding | None:
