@@ -95,7 +95,8 @@ class _Survey:
         if storage is None or storage.device.type != self.device_type or not storage.nbytes():
             return
         dtype = str(tensor.dtype).removeprefix("torch.")
-        found = LiveTensor(storage.nbytes(), tuple(tensor.shape), dtype, category, submodule)
+        shape = (tensor.numel(),) if tensor.is_nested else tuple(tensor.shape)  # a nested tensor has no one shape
+        found = LiveTensor(storage.nbytes(), shape, dtype, category, submodule)
         self.found.setdefault(storage.data_ptr(), found)
 
 

@@ -242,3 +242,9 @@ def test_the_text_is_there_even_when_the_page_does_not_fit_in_memory(tmp_path, m
         "out_of_memory.json",
     ]
     assert Path(tmp_path / "out_of_memory.txt").read_text().startswith("Out of memory\n")
+
+
+def test_a_nested_tensor_that_the_user_holds_is_listed_with_its_elements():
+    nested = torch.nested.nested_tensor([torch.ones(311), torch.ones(313)])
+    live = find_live_tensors(nn.Linear(2, 2))
+    assert [tensor.size_bytes for tensor in live if tensor.shape == (nested.numel(),)] == [4 * 624]
