@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import lightning_memopt as memopt
 
-Quantity = Literal["activations+temporaries", "gradients", "optimizer_state", "peak"]
+Quantity = Literal["activations", "activations+temporaries", "gradients", "optimizer_state", "peak"]
 """What a row's memory target is about.
 
 ``activations+temporaries`` is all that is neither model nor optimizer at the moment of each run's peak: a target for
-activations that leaves out what recomputing them needs would flatter checkpointing. ``gradients`` and
-``optimizer_state`` are the highest over the step, since gradients may be cleared when the peak comes.
+activations that leaves out what recomputing them needs would flatter checkpointing. ``activations`` at the peak, without
+the temporaries, is what a budget bounds. ``gradients`` and ``optimizer_state`` are the highest over the step, since gradients may be cleared when the peak comes.
 """
 
 
@@ -73,9 +73,9 @@ ROWS: dict[str, Row] = {
         limit="the matrix products' results, which are kept",
     ),
     "checkpointing_budget": Row(
-        "checkpointing, budget 0.4", _callbacks(_checkpointing("budget", budget=0.4)), "activations+temporaries",
+        "checkpointing, budget 0.4", _callbacks(_checkpointing("budget", budget=0.4)), "activations",
         0.40, "checkpointing_full",
-        limit="the budget is of the blocks' activations; what surrounds the blocks and temporaries come on top",
+        limit="the budget itself; the temporaries of the backward come on top of what it bounds",
     ),
     "micro_batching": Row(
         "16 micro-batches of 1", _callbacks(lambda: memopt.MicroBatching(1)), "activations+temporaries", 0.08, 1.5,

@@ -28,6 +28,8 @@ def memory_ratio(row: Row, own: Mapping[str, Any], plain: Mapping[str, Any]) -> 
 def _quantity(row: Row, summary: Mapping[str, Any]) -> int:
     if row.quantity == "peak":
         return summary["peak_bytes"]
+    if row.quantity == "activations":
+        return summary["at_peak_bytes"]["activations"]
     if row.quantity == "activations+temporaries":
         return sum(summary["at_peak_bytes"].get(category, 0) for category in ("activations", "temporaries"))
     return summary["highest_bytes"][row.quantity]
