@@ -9,10 +9,10 @@ demo: $(READY)
 	$(VENV)/bin/lightning-memopt demo $(DEMO_ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --nbmake -m "not slow" $(PYTEST_ARGS) tests notebooks
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --nbmake $(PYTEST_ARGS) tests notebooks
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -10,8 +10,9 @@ Quantity = Literal["activations", "activations+temporaries", "gradients", "optim
 """What a row's memory target is about.
 
 ``activations+temporaries`` is all that is neither model nor optimizer at the moment of each run's peak: a target for
-activations that leaves out what recomputing them needs would flatter checkpointing. ``activations`` at the peak, without
-the temporaries, is what a budget bounds. ``gradients`` and ``optimizer_state`` are the highest over the step, since gradients may be cleared when the peak comes.
+activations that leaves out what recomputing them needs would flatter checkpointing. ``activations`` at the peak,
+without the temporaries, is what a budget bounds. ``gradients`` and ``optimizer_state`` are the highest over the step,
+since gradients may be cleared when the peak comes.
 """
 
 
@@ -88,6 +89,10 @@ ROWS: dict[str, Row] = {
     "low_bit": Row(
         "LowBitOptimizer(8)", _callbacks(lambda: memopt.LowBitOptimizer(8)), "optimizer_state", 0.27,
         limit="one scale a block of values, and small tensors in fp32; the peak is made of activations",
+    ),
+    "low_bit_4": Row(
+        "LowBitOptimizer(4)", _callbacks(lambda: memopt.LowBitOptimizer(4)), "optimizer_state",
+        limit="as with 8 bits, and two moments that are rounded to 16 levels",
     ),
     "chunked_loss": Row(
         "ChunkedLoss, vocabulary 32768", _callbacks(lambda: memopt.ChunkedLoss()), "activations+temporaries", 0.37,
