@@ -33,8 +33,9 @@ class ActivationCheckpointing(Callback):
             None to find the blocks.
 
     Raises:
-        MisconfigurationException: Bad arguments, when made; at fit start, if nothing matches ``modules`` or there is
-            nothing to recompute.
+        MisconfigurationException: Bad arguments, when made; at fit start, if nothing matches ``modules``, there is
+            nothing to recompute, or what is to be recomputed is already (by a second of these callbacks, or by
+            ``gradient_checkpointing_enable()`` of a Hugging Face model).
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[ActivationCheckpointing("budget", budget=0.4)], logger=False)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_memopt.techniques.checkpointing.budget import Keep
 from lightning_memopt.techniques.checkpointing.choose import Call, KeepNothing, KeepProducts, KeepWithinBudget
+from lightning_memopt.techniques.checkpointing.overlap import mark_recomputing, refuse_overlap
 from lightning_memopt.techniques.checkpointing.policy import Policy, Recompute
 from lightning_memopt.techniques.checkpointing.profile import draws_random_numbers, is_product
 from lightning_memopt.techniques.checkpointing.replay import Replayable, WrittenBuffers
@@ -69,7 +70,7 @@ def checkpoint_activations(
         A handle; ``handle.remove()`` or leaving its ``with`` block undoes everything.
 
     Raises:
-        ValueError: Bad arguments, or nothing in ``module`` to recompute.
+        ValueError: Bad arguments, nothing in ``module`` to recompute, or something in it that recomputes already.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
@@ -85,6 +86,7 @@ def checkpoint_activations(
         recomputed = [region for region in regions if (region.index + 1) % asked.k]
     else:
         recomputed = regions
+    refuse_overlap(module, recomputed)
     chooser = _chooser(asked, regions)
     handle = CheckpointHandle()
     segments: dict[nn.Sequential, list[Region]] = defaultdict(list)
@@ -113,6 +115,7 @@ def _chooser(asked: Recompute, regions: Sequence[Region]) -> KeepNothing:
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Bind ``forward`` to the instance: unlike a closure, a bound method follows ``copy.deepcopy`` of the module."""
     earlier = module.__dict__.get("forward")
+    mark_recomputing(forward)
     module.forward = MethodType(forward, module)
 
     def undo() -> None:
