@@ -12,7 +12,7 @@ _MARK = "_memopt_recomputes"
 _CHECKPOINTED_TWICE = (
     "activation checkpointing is on it a second time; use one policy, or give each its own blocks with modules="
 )
-_BY_HUGGING_FACE = "gradient_checkpointing_enable() was called on its model; call gradient_checkpointing_disable(), or leave it to that"
+_BY_HUGGING_FACE = "gradient_checkpointing_enable() was called on its model; turn it off there or leave it to that"
 
 
 def mark_recomputing(forward: Callable[..., Any]) -> None:

@@ -50,7 +50,7 @@ def test_disjoint_blocks_may_have_two_policies_and_a_block_can_be_checkpointed_a
 def test_a_hugging_face_model_that_checkpoints_by_itself_is_refused_until_that_is_off(name):
     module = ZOO[name].build()
     module.model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_enable\(\)"):
         checkpoint_activations(module)
     module.model.gradient_checkpointing_disable()
     checkpoint_activations(module).remove()
