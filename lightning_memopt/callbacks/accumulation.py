@@ -30,7 +30,7 @@ from lightning_memopt.techniques.accumulation import (
     factor_for_target,
 )
 from lightning_memopt.techniques.batches import weigh
-from lightning_memopt.techniques.counting import Count, Normalize, counter
+from lightning_memopt.techniques.counting import Count, Normalize, check_whole, counter
 
 
 class GradientAccumulation(Callback):
@@ -81,9 +81,9 @@ class GradientAccumulation(Callback):
             )
         if by not in ("epoch", "step"):
             raise MisconfigurationException(f"by={by!r} is unknown; a schedule counts by 'epoch' or by 'step'.")
-        if target_batch_size is not None and target_batch_size < 1:
-            raise MisconfigurationException(f"target_batch_size={target_batch_size} is no number of samples above 0.")
         try:
+            if target_batch_size is not None:
+                check_whole(target_batch_size, "target_batch_size", "samples")
             self._count = counter(normalize, count, mask_key)
             if schedule is not None:
                 check_schedule(schedule)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_memopt.techniques.checkpointing import CheckpointHandle, Recompute, checkpoint_activations
 from lightning_memopt.techniques.checkpointing.policy import Policy
-from lightning_memopt.techniques.checkpointing.selection import Selector
+from lightning_memopt.techniques.checkpointing.selection import Selector, as_selectors
 
 
 class ActivationCheckpointing(Callback):
@@ -51,9 +51,9 @@ class ActivationCheckpointing(Callback):
     ) -> None:
         try:
             self._recompute = Recompute(policy, k, budget)
+            self._modules = None if modules is None else as_selectors(modules)
         except ValueError as error:
             raise MisconfigurationException(f"ActivationCheckpointing: {error}.") from error
-        self._modules = modules
         self._handle: CheckpointHandle | None = None
 
     @override

@@ -82,6 +82,10 @@ class MicroBatching(Callback):
     ) -> None:
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise MisconfigurationException(f"size={size!r} is no number of samples: give 1 or more, or 'auto'.")
+        if not callable(split):
+            raise MisconfigurationException(
+                f"split={split!r} is no function; give one (batch, size) -> list of micro-batches."
+            )
         if normalize not in ("samples", "tokens"):
             raise MisconfigurationException(
                 f"normalize={normalize!r} is unknown; micro-batches weigh by 'samples' or by 'tokens'."

@@ -65,7 +65,7 @@ class MemoryMonitor(Callback):
     def __init__(
         self, every_n_steps: int = 200, dirpath: str | Path | None = None, *, predicted: MemoryReport | None = None
     ) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
             raise MisconfigurationException(
                 f"MemoryMonitor(every_n_steps={every_n_steps!r}): samples are a whole number of optimizer steps "
                 "apart; give an integer of at least 1"
@@ -242,9 +242,9 @@ class MemoryMonitor(Callback):
 
 
 def _local_folder(path: str | Path) -> Path:
-    if "://" in str(path):
+    if not isinstance(path, str | Path) or "://" in str(path):
         raise MisconfigurationException(
-            f"MemoryMonitor would write its report to {str(path)!r}, which is not a folder of this machine; "
+            f"MemoryMonitor would write its report to {path!r}, which is not a folder of this machine; "
             "give a local one as dirpath"
         )
     folder = Path(path)

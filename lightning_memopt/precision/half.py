@@ -61,7 +61,8 @@ class HalfPrecision(Precision):
                 "and fp16's trouble is gradients that underflow, not weights that are rounded. Use 'bf16', "
                 "rounding='kahan', or MixedPrecision('fp16'), which scales the loss."
             )
-        if isinstance(keep_fp32, str) or not all(isinstance(entry, str) and entry for entry in keep_fp32):
+        is_sequence = isinstance(keep_fp32, Sequence) and not isinstance(keep_fp32, str)
+        if not is_sequence or not all(isinstance(entry, str) and entry for entry in keep_fp32):
             raise MisconfigurationException(
                 f"HalfPrecision(keep_fp32={keep_fp32!r}) must be a sequence of names, such as ('norm', 'model.head')."
             )

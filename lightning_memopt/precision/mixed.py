@@ -1,5 +1,6 @@
 """Autocast, with a loss scale for fp16 that is logged and cannot collapse unnoticed."""
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
@@ -42,10 +44,14 @@ class MixedPrecision(LightningMixedPrecision):
         self, dtype: Literal["bf16", "fp16"], *, initial_scale: float = 2.0**16, growth_interval: int = 2000
     ) -> None:
         check_name("MixedPrecision", "dtype", dtype, DTYPES)
-        if not initial_scale > 0 or growth_interval < 1:
+        if not _is_number(initial_scale, int | float) or not 0 < initial_scale < math.inf:
             raise MisconfigurationException(
-                f"MixedPrecision(initial_scale={initial_scale}, growth_interval={growth_interval}): the scale must "
-                "be positive and the interval at least 1 step."
+                f"MixedPrecision(initial_scale={initial_scale!r}) cannot scale a loss; give a finite number above 0."
+            )
+        if not _is_number(growth_interval, int) or growth_interval < 1:
+            raise MisconfigurationException(
+                f"MixedPrecision(growth_interval={growth_interval!r}) is no number of steps; give a whole number of "
+                "at least 1."
             )
         self._dtype = DTYPES[dtype]
         self._scale_options = {"init_scale": initial_scale, "growth_interval": growth_interval}
@@ -131,6 +137,10 @@ class MixedPrecision(LightningMixedPrecision):
             self.loss_scale.load_state_dict(state_dict)
 
 
+def _is_number(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _refuse_lbfgs(optimizers: list[Optimizer]) -> None:
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
@@ -144,7 +154,8 @@ def _refuse_lstm_where_autocast_fails(model: torch.nn.Module) -> None:
     if name is None:
         return
     try:
-        with torch.autocast("cpu", dtype=torch.float16):
+        # On real tensors also in a prediction, whose fakes run anything.
+        with unset_fake_temporarily(), torch.autocast("cpu", dtype=torch.float16):
             torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
     except RuntimeError as error:
         raise MisconfigurationException(

@@ -66,8 +66,8 @@ def chunked_cross_entropy(
             f"reduction={reduction!r} is not possible: the gradients are summed over tokens chunk by chunk, so there "
             "is no loss per token to weight afterwards; possible are 'mean' and 'sum'."
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for plain logits.")
+    if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
+        raise ValueError(f"softcap={softcap!r} must be a positive number, or None for plain logits.")
     return chunked_cross_entropy_of_transformed_logits(
         hidden, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
         reduction=reduction, scale=1.0 if softcap is None else 1 / softcap, tanh_gain=softcap, chunk_size=chunk_size,
@@ -89,11 +89,11 @@ def chunked_cross_entropy_of_transformed_logits(
 ) -> torch.Tensor:
     """:func:`chunked_cross_entropy` for logits ``scale * x`` or ``tanh_gain * tanh(scale * x)`` of a linear ``x``."""
     _check_shapes(hidden, weight, target, bias)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={label_smoothing} must lie between 0 and 1.")
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r} must lie between 0 and 1.")
     classes, features = weight.shape
     rows = max(1, CHUNK_BYTES // (4 * classes), features // 2) if chunk_size == "auto" else chunk_size
-    if not isinstance(rows, int) or rows < 1:
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise ValueError(f"chunk_size={chunk_size!r} must be 'auto' or at least 1 token.")
     options = _Options(ignore_index, label_smoothing, reduction, scale, tanh_gain, rows)
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
@@ -112,10 +112,10 @@ def _check_shapes(
             f"hidden of shape {tuple(hidden.shape)} and weight of shape {tuple(weight.shape)} do not multiply: they "
             "must be (..., features) and (vocabulary, features)."
         )
-    if target.is_floating_point():
+    if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(
-            f"target is {target.dtype}: class probabilities would be as large as the logits that are avoided; give "
-            "class indices, or use F.cross_entropy."
+            f"target is {target.dtype}, which holds no class indices (and class probabilities would be as large as "
+            "the logits that are avoided); give class indices, or use F.cross_entropy."
         )
     if target.shape != hidden.shape[:-1]:
         raise ValueError(

@@ -16,6 +16,17 @@ IGNORED_LABEL = -100
 """What ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
 
+def check_whole(number: object, name: str, of: str) -> int:
+    """``number``, where it is a whole number of at least 1.
+
+    Raises:
+        ValueError: It is not; says so by ``name``, and what it is a number ``of``.
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name}={number!r} is no number of {of}; give a whole number, 1 or more.")
+    return number
+
+
 def counter(normalize: Normalize, count: Count | None = None, mask_key: str | int | None = None) -> Count:
     """The function that counts a batch, for the arguments that users give.
 
@@ -33,6 +44,10 @@ def counter(normalize: Normalize, count: Count | None = None, mask_key: str | in
         >>> int(count({"labels": torch.tensor([[5, 6, -100], [7, -100, -100]])}))
         3
     """
+    if count is not None and not callable(count):
+        raise ValueError(f"count={count!r} is no function of the batch that returns a number.")
+    if isinstance(mask_key, bool) or not isinstance(mask_key, str | int | None):
+        raise ValueError(f"mask_key={mask_key!r} is no key (a string) and no index (a whole number) of a batch.")
     if normalize not in ("batch", "samples", "tokens"):
         raise ValueError(f"normalize={normalize!r} is unknown; possible are 'batch', 'samples' and 'tokens'.")
     if normalize != "tokens":

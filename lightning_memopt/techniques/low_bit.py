@@ -72,7 +72,7 @@ def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) 
 
 def check_bits(bits: Any) -> None:
     """Raise a :class:`ValueError` where ``bits`` is none of 8, 4 and "fp8"."""
-    if isinstance(bits, bool) or bits not in FORMATS:
+    if isinstance(bits, bool) or not isinstance(bits, int | str) or bits not in FORMATS:
         raise ValueError(
             f"bits={bits!r} is no width that optimizer state can be held in; possible are 8, 4 and 'fp8'."
         )

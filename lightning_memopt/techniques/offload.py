@@ -80,7 +80,7 @@ class ActivationStore:
             raise ValueError(f"min_bytes={min_bytes!r} is not a number of bytes; give a whole number of at least 0")
         if directory is not None and to != "disk":
             raise ValueError(f"directory={str(directory)!r} was given with to={to!r}; use to='disk' or leave it out")
-        if directory is not None and not Path(directory).is_dir():
+        if directory is not None and not (isinstance(directory, str | Path) and Path(directory).is_dir()):
             raise ValueError(f"directory={str(directory)!r} is not an existing folder; make it first")
         self.to = to
         self.min_bytes = min_bytes

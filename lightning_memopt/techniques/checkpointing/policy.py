@@ -35,7 +35,8 @@ class Recompute:
         self._check_argument("budget", "budget", self.budget)
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k={self.k!r} cannot count blocks; give a whole number of at least 1")
-        if self.budget is not None and not 0 < self.budget <= 1:
+        is_number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (is_number and 0 < self.budget <= 1):
             raise ValueError(
                 f"budget={self.budget!r} is not a fraction of the activation memory; give a number in (0, 1]"
             )

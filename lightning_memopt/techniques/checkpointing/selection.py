@@ -53,7 +53,7 @@ def select_regions(module: nn.Module, modules: Selector | Sequence[Selector] | N
         ['[0:2]', '[2:4]']
     """
     if modules is not None:
-        return _matching(module, [modules] if isinstance(modules, str | type) else list(modules))
+        return _matching(module, as_selectors(modules))
     stacks = find_block_stacks(module)
     if stacks:
         return [
@@ -70,6 +70,25 @@ def select_regions(module: nn.Module, modules: Selector | Sequence[Selector] | N
             "recurrent layer, so there is nothing to checkpoint by default; name submodules with modules="
         )
     return regions
+
+
+def as_selectors(modules: Selector | Sequence[Selector]) -> list[Selector]:
+    """``modules`` as a list.
+
+    Raises:
+        ValueError: It is empty, or holds what is neither a pattern nor a class of modules.
+    """
+    selectors = list(modules) if isinstance(modules, Sequence) and not isinstance(modules, str) else [modules]
+    if not selectors or not all(map(_is_selector, selectors)):
+        raise ValueError(
+            f"modules={modules!r} does not say what to recompute; give a class of modules, a pattern of names "
+            "such as 'model.layers.*', a list of these, or None to find the blocks"
+        )
+    return selectors
+
+
+def _is_selector(value: object) -> bool:
+    return issubclass(value, nn.Module) if isinstance(value, type) else isinstance(value, str) and value != ""
 
 
 def _matching(root: nn.Module, selectors: list[Selector]) -> list[Region]:
