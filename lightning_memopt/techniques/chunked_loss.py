@@ -67,7 +67,7 @@ def chunked_cross_entropy(
             "is no loss per token to weight afterwards; possible are 'mean' and 'sum'."
         )
     if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
-        raise ValueError(f"softcap={softcap!r} must be a positive number, or None for plain logits.")
+        raise ValueError(f"softcap={softcap!r} must be positive, or None for plain logits.")
     return chunked_cross_entropy_of_transformed_logits(
         hidden, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
         reduction=reduction, scale=1.0 if softcap is None else 1 / softcap, tanh_gain=softcap, chunk_size=chunk_size,
