@@ -9,7 +9,7 @@ registers hooks that fail on frozen parameters, and takes an optimizer's tempora
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,17 @@ _CATEGORY_OF = {
     _MemRefType.OPT: "optimizer_state",
     _MemRefType.OTH: "other",
 }
+
+
+def _strided_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The tensors that hold the bytes of ``tensor``; none where PyTorch does not let us see them."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return () if tensor.is_mkldnn else (tensor,)
 
 
 class ScratchProbe(Protocol):
@@ -133,14 +144,15 @@ class StorageTracker(MemTracker):
         self._new_bytes += change
 
     def _track(self, reftype: Any, t: torch.Tensor) -> None:
-        if all(is_mapped(storage) for storage in get_untyped_storages(t)):
-            return
-        super()._track(reftype, t)
-        for storage in get_untyped_storages(t):
-            winfo, _ = self._WINFO.get(storage, (None, None))
-            holding = self._holdings.get(winfo)
-            if holding is not None and holding.address is None and storage.device.type != "meta":
-                holding.address = storage.data_ptr()
+        for part in _strided_parts(t):
+            if all(is_mapped(storage) for storage in get_untyped_storages(part)):
+                continue
+            super()._track(reftype, part)
+            for storage in get_untyped_storages(part):
+                winfo, _ = self._WINFO.get(storage, (None, None))
+                holding = self._holdings.get(winfo)
+                if holding is not None and holding.address is None and storage.device.type != "meta":
+                    holding.address = storage.data_ptr()
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         """Nothing: the peak is found when the ledger is replayed."""
@@ -184,7 +196,8 @@ class StorageTracker(MemTracker):
             return
         self._track(_MemRefType.OTH, tensor)
         moment = self.now()
-        for storage in get_untyped_storages(tensor):
+        storages = [storage for part in _strided_parts(tensor) for storage in get_untyped_storages(part)]
+        for storage in storages:
             winfo, _ = self._WINFO.get(storage, (None, None))
             holding = self._holdings.get(winfo)
             if holding is None:
@@ -256,13 +269,26 @@ class StorageTracker(MemTracker):
 
     def __enter__(self) -> "StorageTracker":
         super().__enter__()
+        if self._depth == 1:
+            self._get_rng_state = torch.get_rng_state
+            torch.get_rng_state = self._tracked_rng_state
         return self
 
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)
         self._is_closed = self._depth == 0
+        if self._is_closed:
+            torch.get_rng_state = self._get_rng_state
+
+    def _tracked_rng_state(self) -> torch.Tensor:
+        """The state that each checkpoint keeps: no operator makes it, and in a fake run it is a real tensor."""
+        state = self._get_rng_state()
+        self._track(_MemRefType.ACT if self.phase == "forward" else _MemRefType.TEMP, state)
+        return state
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked of fakes as often as all operators together
+            return func(*args)
         begin = self.now()
         call = describe_call(func, args, kwargs) if self._workspace is not None else None
         if self._probe is not None:
@@ -292,6 +318,8 @@ class StorageTracker(MemTracker):
 
     def _note_accumulation(self, first: Any, result: torch.Tensor) -> None:
         if not isinstance(first, torch.Tensor) or first._is_view():  # a view shares its storage with its base
+            return
+        if first.layout is not torch.strided or result.layout is not torch.strided:
             return
         into, made = self._holding_of(first), self._holding_of(result)
         if into is not None and made is not None and (into.node is None or into.node != made.node):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,13 +31,33 @@ def fake_copy(mode: FakeTensorMode, original: Any) -> Any:
 
 
 def adapt(module: pl.LightningModule) -> None:
-    """Drop on this copy what fake tensors cannot do: ``self.log`` reads values, ``self.cpu`` moves bytes."""
+    """Make up on this copy for what fake tensors cannot do.
+
+    ``self.log`` reads values and ``self.cpu`` moves bytes: they do nothing. ``.to(dtype)`` and the like swap the
+    parameters of a fake module, which PyTorch refuses for parameters that anybody else looks at.
+    """
 
     def ignore(*args: Any, **kwargs: Any) -> None:
         pass
 
     module.log = module.log_dict = ignore  # type: ignore[method-assign]
     module.cpu = ignore  # type: ignore[assignment,method-assign]
+    for submodule in module.modules():
+        submodule._apply = MethodType(_apply_in_place, submodule)  # type: ignore[method-assign]
+
+
+def _apply_in_place(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """``nn.Module._apply`` for fake tensors: parameters stay the same objects, and tied ones tied."""
+    with torch.no_grad():
+        for parameter in module.parameters(recurse):
+            for tensor in (parameter, parameter.grad):
+                if tensor is not None:
+                    tensor.data = function(tensor.data)
+        for each in module.modules() if recurse else (module,):
+            for name, buffer in each._buffers.items():
+                if buffer is not None:
+                    each._buffers[name] = function(buffer)
+    return module
 
 
 def silence_metrics(module: nn.Module) -> list[str]:

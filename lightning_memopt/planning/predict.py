@@ -18,7 +18,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_memopt.memory._torch_tracker import StorageTracker
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
@@ -60,10 +63,12 @@ def measure_memory(
         >>> report.by_category["optimizer_state"]
     """
     _check_options(trainer_options)
-    with isolate_rng():
+    _check_batch(batch, "measure_memory")
+    with _isolated():
         own = _own_copy(module, "measure_memory")
+        own_batch = _own_batch(batch, "measure_memory", copy.deepcopy)
         options = {"accelerator": "cpu", "devices": 1} | trainer_options | {"plugins": _copies(plugins)}
-        return run_second_step(own, copy.deepcopy(batch), _copies(callbacks), options)
+        return run_second_step(own, own_batch, _copies(callbacks), options)
 
 
 def predict_memory(
@@ -107,14 +112,15 @@ def predict_memory(
             "predict_memory() was given a strategy or an accelerator, but it runs on fake tensors of one CPU; leave "
             "them out, or run measure_memory() on the device itself"
         )
+    _check_batch(batch, "predict_memory")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with isolate_rng():
+    with _isolated():
         if isinstance(module, pl.LightningModule):
             own = _own_copy(module, "predict_memory", lambda original: fake_copy(mode, original))
         else:
             with mode:
                 own = _own_copy(module, "predict_memory", lambda original: original)
-        own_batch = fake_copy(mode, batch)
+        own_batch = _own_batch(batch, "predict_memory", lambda original: fake_copy(mode, original))
         adapt(own)
         metrics = silence_metrics(own)
         options = trainer_options | {
@@ -156,6 +162,45 @@ def _own_copy(
         module._trainer = trainer
 
 
+def _own_batch(batch: Any, caller: str, duplicate: Callable[[Any], Any]) -> Any:
+    try:
+        return duplicate(batch)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{caller}() works on a copy of the batch, and this {type(batch).__name__} cannot be copied ({error}); "
+            "give tensors, or dicts, lists, tuples or dataclasses of them"
+        ) from error
+
+
+def _check_batch(batch: Any, caller: str) -> None:
+    if batch is None or isinstance(batch, DataLoader | Dataset | pl.LightningDataModule):
+        raise ValueError(
+            f"{caller}() was given {'None' if batch is None else f'a {type(batch).__name__}'} for a batch; it needs "
+            "one batch as training_step gets it, such as next(iter(loader))"
+        )
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Away from the caller's random numbers and dispatch modes.
+
+    Lightning's ``isolate_rng`` restores nothing when the block raises.
+    """
+    if any(isinstance(mode, StorageTracker) for mode in _get_current_dispatch_mode_stack()):
+        raise ValueError(
+            "a measurement was asked for inside the block of track_memory(), which would count it as its own; ask "
+            "for it before or after the block"
+        )
+    failure: BaseException | None = None
+    with isolate_rng(), _disable_current_modes():
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
 def _copies(items: Sequence[Any]) -> list[Any]:
     return [copy.deepcopy(item) for item in items]
 
@@ -172,14 +217,26 @@ def _explain_reads_of_values(module: pl.LightningModule) -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [
-            frame
-            for frame in frames
-            if not Path(frame.filename).is_relative_to(_PACKAGE) and "/torch/" not in frame.filename
-        ]
-        where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
-        raise ValueError(
-            f"{type(module).__name__} cannot be predicted: {where} runs {error.func}, whose result depends on the "
-            "values of tensors, and fake tensors have none; use measure_memory(), or keep that line out of the step"
-        ) from error
+        raise _cannot_be_predicted(module, error, str(error.func)) from error
+    except RuntimeError as error:
+        if not str(error).startswith(".numpy() is not supported"):
+            raise
+        raise _cannot_be_predicted(module, error, "Tensor.numpy()") from error
+
+
+def _cannot_be_predicted(module: pl.LightningModule, error: Exception, operator: str) -> ValueError:
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_step(Path(frame.filename))]
+    where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
+    if operator.startswith("aten._local_scalar_dense"):
+        operator += " (.item(), float(), bool(), if)"
+    return ValueError(
+        f"{type(module).__name__} cannot be predicted: {where} runs {operator}, whose result depends on the values "
+        "of tensors, and fake tensors have none; use measure_memory(), or keep that line out of the step (self.log "
+        "takes the tensor itself)"
+    )
+
+
+def _is_of_step(path: Path) -> bool:
+    """Whether a file is the user's, a library's, or an optimizer of PyTorch's, and no machinery."""
+    is_optimizer = path.parent.match("torch/optim") and path.name != "optimizer.py"
+    return is_optimizer or not (path.is_relative_to(_PACKAGE) or "torch" in path.parts)

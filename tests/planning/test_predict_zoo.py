@@ -1,5 +1,6 @@
 """The predicted peak, the measured peak and the allocator's own events agree, for every module and technique."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_memopt as memopt
+from lightning_memopt.memory.report import MemoryReport
 from tests.planning.allocator import clipping, raw_peak_bytes
 from tests.zoo import ZOO
 
@@ -52,30 +54,52 @@ TECHNIQUES = {
     "low_bit_optimizer": Technique(lambda: [memopt.LowBitOptimizer(8)]),
     "chunked_loss": Technique(lambda: [memopt.ChunkedLoss()]),
     "mixed_bf16": Technique(plugins=lambda: [memopt.MixedPrecision("bf16")]),
-    "mixed_fp16": Technique(plugins=lambda: [memopt.MixedPrecision("fp16")]),
+    # A scale that overflows skips its first steps, and then no optimizer has state yet.
+    "mixed_fp16": Technique(plugins=lambda: [memopt.MixedPrecision("fp16", initial_scale=256.0)]),
     "half_bf16": Technique(plugins=lambda: [memopt.HalfPrecision("bf16", rounding="nearest")]),
     "half_bf16_kahan": Technique(plugins=lambda: [memopt.HalfPrecision("bf16", rounding="kahan")]),
 }
 """Every technique, as a user writes it; a new one is a row here."""
 
-KERNELS_THAT_ALLOCATE = ("cnn", "lstm")
-QUICK = [("gpt2", technique) for technique in TECHNIQUES] + [
-    (name, technique)
-    for name in KERNELS_THAT_ALLOCATE
-    for technique in ("micro_batching", "checkpointing_full", "mixed_bf16", "half_bf16")
+WITHOUT_LANGUAGE_MODEL = {
+    *("mlp", "metrics_mlp", "late_mlp", "encoder", "lstm", "shared_block", "gan", "bert_qa", "cnn", "vit"),
+}
+REFUSED = {
+    *((name, "chunked_loss") for name in WITHOUT_LANGUAGE_MODEL),
+    *(
+        ("gan", each)
+        for each in ("accumulation", "lightning_accumulation", "micro_batching", "optimizer_in_backward")
+    ),
+    ("lstm", "mixed_fp16"),
+}
+"""Which modules a technique refuses, in training as in prediction."""
+
+QUICK = [(name, technique) for name in ("late_mlp", "cnn") for technique in TECHNIQUES] + [
+    ("gpt2", "checkpointing_selective"),
+    ("gpt2", "chunked_loss"),
+    ("lstm", "micro_batching"),
+    ("lstm", "mixed_fp16"),
 ]
 
 
 def _assert_predicted(name: str, technique: str) -> None:
     entry, chosen = ZOO[name], TECHNIQUES[technique]
-    # Large enough to drown the random state that each checkpoint keeps, which a prediction does not see.
-    batch = entry.batch(batch_size=8 if technique == "micro_batching" else 24)
     options = dict(chosen.options)
-    raw = raw_peak_bytes(entry.build, batch, chosen.callbacks(), chosen.plugins(), **options)
-    predicted = memopt.predict_memory(
-        entry.build(), batch, callbacks=chosen.callbacks(), plugins=chosen.plugins(), **options
-    )
-    assert predicted.peak_bytes == pytest.approx(raw, rel=PREDICTED_WITHIN)
+
+    def predict() -> MemoryReport:
+        return memopt.predict_memory(
+            entry.build(), entry.batch(), callbacks=chosen.callbacks(), plugins=chosen.plugins(), **options
+        )
+
+    try:
+        raw = raw_peak_bytes(entry.build, entry.batch(), chosen.callbacks(), chosen.plugins(), **options)
+    except MisconfigurationException as refusal:
+        assert (name, technique) in REFUSED, refusal
+        with pytest.raises(MisconfigurationException, match=re.escape(str(refusal))):
+            predict()
+        return
+    assert (name, technique) not in REFUSED
+    assert predict().peak_bytes == pytest.approx(raw, rel=PREDICTED_WITHIN)
 
 
 @pytest.mark.parametrize(("name", "technique"), QUICK)
@@ -87,12 +111,4 @@ def test_with_a_technique_on_the_predicted_peak_is_still_within_two_percent(name
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("name", ZOO)
 def test_every_technique_on_every_module_is_predicted_within_two_percent_or_refused_by_both(name, technique):
-    try:
-        _assert_predicted(name, technique)
-    except MisconfigurationException as refusal:
-        chosen = TECHNIQUES[technique]
-        with pytest.raises(MisconfigurationException) as predicted:
-            memopt.predict_memory(
-                ZOO[name].build(), ZOO[name].batch(), callbacks=chosen.callbacks(), plugins=chosen.plugins()
-            )
-        assert type(predicted.value) is type(refusal)
+    _assert_predicted(name, technique)

@@ -1,0 +1,220 @@
+"""Modules as users write them, odd ones too: measured and predicted peaks against the allocator's events."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import lightning_memopt as memopt
+from tests.planning.allocator import raw_peak_bytes
+
+
+class _Net(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def loss(self, batch):
+        return F.mse_loss(self.net(batch), batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(parameter for parameter in self.parameters() if parameter.requires_grad)
+
+
+class SGDWithALossThatReducesInPlace(_Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class BinaryCrossEntropy(SGDWithALossThatReducesInPlace):
+    def loss(self, batch):
+        return F.binary_cross_entropy(self.net(batch).sigmoid(), batch.sigmoid())
+
+
+class CalledTwice(_Net):
+    def loss(self, batch):
+        return F.mse_loss(self.net(self.net(batch)), batch)
+
+
+class Frozen(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+class TwoOptimizersByHand(_Net):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(optimizer, gradient_clip_val=1.0)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.net[0].parameters()), torch.optim.SGD(self.net[2].parameters(), momentum=0.9)
+
+
+class ReadsTheTrainersCounters(_Net):
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (1 + self.global_step + self.current_epoch + self.trainer.current_epoch)
+
+
+class RandomNumbers(_Net):
+    def loss(self, batch):
+        noisy = F.dropout(batch + torch.randn_like(batch) * torch.rand(1), 0.3)
+        return F.cross_entropy(self.net(noisy[torch.randperm(64)]), torch.randint(0, 128, (64,)))
+
+
+class Checkpointed(_Net):
+    reentrant = False
+
+    def loss(self, batch):
+        hidden = batch.clone().requires_grad_()
+        for _ in range(10):
+            hidden = checkpoint(self.net, hidden, use_reentrant=self.reentrant)
+        return F.mse_loss(hidden, batch)
+
+
+class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+class InBfloat16FromTheStart(_Net):
+    def on_fit_start(self):
+        self.net.to(torch.bfloat16)
+
+    def loss(self, batch):
+        return super().loss(batch.bfloat16())
+
+
+class InDoubleFromConfigureModel(_Net):
+    def configure_model(self):
+        self.net.double()
+
+    def loss(self, batch):
+        return super().loss(batch.double())
+
+
+class SparseEmbedding(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Embedding(1000, 128, sparse=True)
+
+    def loss(self, batch):
+        return self.net(torch.arange(64)).square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SparseAdam(self.parameters())
+
+
+class Spectrum(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(64, 65, dtype=torch.cfloat))
+
+    def loss(self, batch):
+        return F.mse_loss(torch.fft.irfft2(torch.fft.rfft2(batch) * self.filter), batch)
+
+
+class Attention(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.MultiheadAttention(128, 4, dropout=0.1, batch_first=True)
+
+    def loss(self, batch):
+        rows = batch.view(4, 16, 128)
+        mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), 1)
+        return self.net(rows, rows, rows, attn_mask=mask, need_weights=False)[0].square().mean()
+
+
+class BidirectionalGRU(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.GRU(128, 32, 2, bidirectional=True, batch_first=True)
+
+    def loss(self, batch):
+        return self.net(batch.view(4, 16, 128))[0].square().mean()
+
+
+class Volumes(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv3d(1, 8, 3), nn.ReLU(), nn.ConvTranspose3d(8, 4, 3, stride=2))
+
+    def loss(self, batch):
+        return self.net(batch.view(2, 1, 16, 16, 16)).square().mean()
+
+
+CASES = {
+    each.__name__: each
+    for each in (
+        *(SGDWithALossThatReducesInPlace, BinaryCrossEntropy, CalledTwice, Frozen, TwoOptimizersByHand),
+        *(ReadsTheTrainersCounters, RandomNumbers, Checkpointed, CheckpointedReentrant, InBfloat16FromTheStart),
+        *(InDoubleFromConfigureModel, Spectrum, Attention, BidirectionalGRU, Volumes),
+    )
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_module_as_users_write_them_is_measured_and_predicted(name):
+    batch = torch.randn(64, 128)
+    raw = raw_peak_bytes(CASES[name], batch)
+    assert memopt.measure_memory(CASES[name](), batch).peak_bytes == pytest.approx(raw, rel=0.002)
+    assert memopt.predict_memory(CASES[name](), batch).peak_bytes == pytest.approx(raw, rel=0.02)
+
+
+def test_sparse_gradients_are_measured_and_the_prediction_names_the_operator_that_it_cannot_know():
+    batch = torch.randn(64, 128)
+    raw = raw_peak_bytes(SparseEmbedding, batch)
+    assert memopt.measure_memory(SparseEmbedding(), batch).peak_bytes == pytest.approx(raw, rel=0.002)
+    assert "coalesce" in " ".join(memopt.predict_memory(SparseEmbedding(), batch).notes)
+
+
+class ItemOfTheLoss(_Net):
+    def loss(self, batch):
+        loss = super().loss(batch)
+        self.seen = loss.item()
+        return loss
+
+
+class SelectsBySign(_Net):
+    def loss(self, batch):
+        output = self.net(batch)
+        return output[output > 0].sum()
+
+
+class WantsNumPy(_Net):
+    def loss(self, batch):
+        loss = super().loss(batch)
+        self.seen = loss.detach().numpy()
+        return loss
+
+
+class LimitedMemoryBFGS(_Net):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), max_iter=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (ItemOfTheLoss, r"ItemOfTheLoss cannot .*as_written.py:\d+ runs aten._local_scalar_dense.* \(.item\(\)"),
+        (SelectsBySign, r"SelectsBySign cannot .*as_written.py:\d+ runs aten.nonzero"),
+        (WantsNumPy, r"WantsNumPy cannot .*as_written.py:\d+ runs Tensor.numpy\(\)"),
+        (LimitedMemoryBFGS, r"LimitedMemoryBFGS cannot .*lbfgs.py:\d+ runs aten._local_scalar_dense"),
+    ],
+)
+def test_a_step_that_depends_on_values_is_measured_but_its_prediction_names_operator_and_line(module, message):
+    batch = torch.randn(64, 128)
+    assert memopt.measure_memory(module(), batch).peak_bytes == pytest.approx(
+        raw_peak_bytes(module, batch), rel=0.002
+    )
+    with pytest.raises(ValueError, match=message + r".*use measure_memory\(\)"):
+        memopt.predict_memory(module(), batch)
