@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def _rank_main(
     os.environ.update(environment)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * deadline)  # where a hanging rank hangs, on its stderr
+    _end_after(deadline + 5)  # if the parent was killed and cannot
     try:
         message = (True, function(*args))
     except BaseException:
@@ -100,6 +102,12 @@ def _rank_main(
         connection.send((False, traceback.format_exc()))
     # Rank 0 hosts the store and all ranks hold sockets of their peers: stay until the parent has every value.
     connection.recv()
+
+
+def _end_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 def _collect(ranks: list[_Rank], end: float, deadline_seconds: float) -> list[Any]:
