@@ -233,8 +233,8 @@ class DataParallelStrategy(DDPStrategy):
         if len(set(counts)) > 1:
             raise MisconfigurationException(
                 f"The ranks have {counts} training batches, in the order of ranks: the one with fewest would stop "
-                "and the others wait for it for ever. Give each rank equally many (`DistributedSampler` does), or set "
-                "`Trainer(limit_train_batches=...)` to the smallest."
+                "and the others wait for it for ever. Give each rank equally many (`DistributedSampler` does), or "
+                "set `Trainer(limit_train_batches=...)` to the smallest."
             )
 
     # Checkpoints

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 import lightning_memopt  # noqa: F401  registers the strategies
@@ -59,14 +59,26 @@ class _RecordGradients(Callback):
                 self.largest[name] = torch.maximum(largest, gradient.abs())
 
 
-def fit_zoo(entry: Entry, ranks: int, steps: int = STEPS, extra: Sequence[Callback] = (), **options: Any) -> Outcome:
+def fit_zoo(
+    entry: Entry,
+    ranks: int,
+    steps: int = STEPS,
+    *,
+    repeat_first_batch: bool = False,
+    extra: Sequence[Callback] = (),
+    **options: Any,
+) -> Outcome:
     """Fit on ``ranks`` (call it on each): the global batch is the same for any number of them."""
     gradients = _RecordGradients()
     usual: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": ACCUMULATE}
-    loader = entry.loader(batches=STEPS * ACCUMULATE, batch_size=GLOBAL_BATCH)
+    dataset: Dataset = entry.loader(
+        batches=1 if repeat_first_batch else steps * ACCUMULATE, batch_size=GLOBAL_BATCH
+    ).dataset
+    if repeat_first_batch:
+        dataset = ConcatDataset([dataset] * steps)
     # Dealt out in turn, so that batch i of all ranks together is batch i of one device.
-    sampler = DistributedSampler(loader.dataset, ranks, int(os.environ["LOCAL_RANK"]), shuffle=False)
-    own_share = DataLoader(loader.dataset, batch_size=GLOBAL_BATCH // ranks, sampler=sampler)
+    sampler = DistributedSampler(dataset, ranks, int(os.environ["LOCAL_RANK"]), shuffle=False)
+    own_share = DataLoader(dataset, batch_size=GLOBAL_BATCH // ranks, sampler=sampler)
     run = train(
         entry.build(),
         own_share,
