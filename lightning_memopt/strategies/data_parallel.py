@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -29,6 +29,7 @@ from lightning_memopt.parallel.gather import (
     shard_module_state,
     shard_optimizer_state,
 )
+from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
 
 _SHARDS = ("none", "optimizer", "gradients", "parameters")
@@ -120,22 +121,38 @@ class DataParallelStrategy(DDPStrategy):
         # The norm of offloaded gradients is summed over ranks in CPU memory.
         return f"cpu:gloo,cuda:{backend}" if self.offload and backend == "nccl" else backend
 
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if self._sharding is not None:
+            for optimizer in self.optimizers:
+                with self._refusals():
+                    check_steps_shards(optimizer, self._mesh())
+
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.root_device.type, (self.world_size,))
+
+    @contextmanager
+    def _refusals(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except ValueError as error:
+            raise MisconfigurationException(f"DataParallelStrategy(shard={self.shard!r}): {error}") from error
+
     def _shard_module(self) -> None:
         module = self.lightning_module
         assert module is not None
         broadcast_module_states(module)
         stage: ShardStage = self.shard  # type: ignore[assignment]
-        try:
+        with self._refusals():
             self._sharding = shard_module(
                 module,
-                init_device_mesh(self.root_device.type, (self.world_size,)),
+                self._mesh(),
                 stage,
                 several_backwards=not module.automatic_optimization,
                 policy=_mixed_precision_policy(self.precision_plugin),
                 offload=self.offload,
             )
-        except ValueError as error:
-            raise MisconfigurationException(f"DataParallelStrategy(shard={self.shard!r}): {error}") from error
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -388,9 +388,15 @@ class ByHandTied(SkipsALayer):
         self.idle.weight = self.used.weight
 
 
+class WithAdafactor(SkipsALayer):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor(self.parameters())
+
+
 @pytest.mark.parametrize(
     ("module", "said"),
     [
+        (WithAdafactor, "Adafactor fails on sharded parameters.*memopt_ddp"),
         (ScalarParameter, "`scale` is a scalar.*shape \\(1,\\)"),
         (ByHand, "`bias` is registered on the ByHand itself.*memopt_ddp"),
         (ByHandTied, "`used` and `idle` share a parameter.*memopt_ddp"),
