@@ -16,6 +16,7 @@ stage          parameters                                  gradients while accum
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -28,7 +29,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from lightning_memopt.parallel.units import check_can_shard, find_independent_children, find_shard_units
+from lightning_memopt.parallel.units import (
+    check_can_shard,
+    find_independent_children,
+    find_odd_modules,
+    find_shard_units,
+)
 from lightning_memopt.parallel.unshard import unshard_in_place
 
 ShardStage = Literal["optimizer", "gradients", "parameters"]
@@ -123,23 +129,18 @@ def shard_module(
     frees_after_forward = stage == "parameters" or several_backwards
     policy = policy or MixedPrecisionPolicy()
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
     units = find_shard_units(module)
+    # From the inside out: each call takes what no call before it has taken.
     for unit in units:
-        fully_shard(
-            unit,
-            mesh=mesh,
-            reshard_after_forward=frees_after_forward,
-            mp_policy=policy,
-            offload_policy=offload_policy,
-        )
+        for odd in find_odd_modules(unit):
+            shard(odd, reshard_after_forward=frees_after_forward)
+        shard(unit, reshard_after_forward=frees_after_forward)
     for root in roots:
-        if root not in units:
-            # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
-            fully_shard(
-                root,
-                mesh=mesh,
-                reshard_after_forward=several_backwards,
-                mp_policy=policy,
-                offload_policy=offload_policy,
-            )
+        if root in units:
+            continue
+        for odd in find_odd_modules(root, units):
+            shard(odd, reshard_after_forward=frees_after_forward)
+        # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
+        shard(root, reshard_after_forward=several_backwards)
     return Sharding(module, stage, tuple(root for root in roots if isinstance(root, FSDPModule)))

@@ -1,7 +1,9 @@
 """What of a model is sharded together: the blocks one by one, and the rest."""
 
 from collections import Counter
+from collections.abc import Collection
 
+import torch
 from torch import nn
 
 from lightning_memopt.models.blocks import find_block_stacks
@@ -31,6 +33,46 @@ def find_shard_units(module: nn.Module) -> list[nn.Module]:
         for block in stack.blocks
         if all(uses[parameter] == count for parameter, count in _count_uses(block).items())
     ]
+
+
+def find_odd_modules(unit: nn.Module, inner: Collection[nn.Module] = ()) -> list[nn.Module]:
+    """Modules of ``unit`` whose trainable parameters are stored in another dtype than most of its elements.
+
+    One collective carries one dtype of gradients, so such modules (norms kept in float32, say) are sharded apart.
+
+    Args:
+        unit: What is to be sharded together.
+        inner: Modules inside ``unit`` that are units themselves; their parameters do not count.
+
+    Raises:
+        ValueError: A module mixes dtypes itself, or its parameters are used outside it.
+    """
+    skipped = {submodule for module in inner if module is not unit for submodule in module.modules()}
+    own = {
+        name: [p for p in module.parameters(recurse=False) if p.requires_grad]
+        for name, module in unit.named_modules()
+        if module not in skipped
+    }
+    elements: Counter[torch.dtype] = Counter()
+    for parameters in own.values():
+        for parameter in parameters:
+            elements[parameter.dtype] += parameter.numel()
+    if len(elements) < 2:
+        return []
+    common = elements.most_common(1)[0][0]
+    uses = _count_uses(unit)
+    odd = []
+    for name, parameters in own.items():
+        if all(parameter.dtype == common for parameter in parameters):
+            continue
+        if len({parameter.dtype for parameter in parameters}) > 1 or any(uses[p] > 1 for p in parameters):
+            raise ValueError(
+                f"`{name or type(unit).__name__}` stores trainable parameters in {parameters[0].dtype} next to, or "
+                f"tied with, others in {common}, and gradients of two dtypes cannot be reduced together; store them "
+                "in one dtype, or use `memopt_ddp`."
+            )
+        odd.append(unit.get_submodule(name))
+    return odd
 
 
 def check_can_shard(module: nn.Module) -> None:

@@ -88,6 +88,35 @@ def test_only_the_last_stage_frees_a_block_between_forward_and_backward():
     assert _on_two(sharded_after_forward)[0] == {"optimizer": False, "gradients": False, "parameters": True}
 
 
+class NormInFull(nn.Module):
+    """Weights in bfloat16, the norm in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.norm(x).bfloat16()).float()
+
+
+def test_norms_kept_in_float32_are_sharded_beside_weights_in_bfloat16():
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(NormInFull(), NormInFull())
+
+    def train() -> dict[str, np.ndarray]:
+        model = build()
+        sharding = _shard(model)
+        _steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        sharding.undo()
+        return {name: value.float().numpy() for name, value in model.state_dict().items()}
+
+    plain = build()
+    _steps(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    for name, weight in _on_two(train)[0].items():
+        np.testing.assert_allclose(weight, plain.state_dict()[name].float().numpy(), rtol=1e-2, err_msg=name)
+
+
 def test_undoing_without_gathering_needs_no_other_rank():
     def undo_alone() -> bool:
         model = _model()

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from lightning_memopt.parallel.agreement import find_batch_norms, gather_values
-from lightning_memopt.parallel.units import check_can_shard, find_independent_children, find_shard_units
+from lightning_memopt.parallel.units import (
+    check_can_shard,
+    find_independent_children,
+    find_odd_modules,
+    find_shard_units,
+)
 from tests.zoo import ZOO
 
 
@@ -44,6 +49,22 @@ def test_a_scalar_parameter_is_refused_by_name():
 def test_a_parameter_without_values_is_refused_by_name():
     with pytest.raises(ValueError, match="`weight` is on the meta device"):
         check_can_shard(nn.Linear(2, 2, device="meta"))
+
+
+def test_modules_of_the_rarer_dtype_are_sharded_apart():
+    block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    block[0].float()
+    assert find_odd_modules(block) == [block[0]]
+    assert find_odd_modules(nn.ModuleList([block]), inner=[block]) == []
+    block[1].float().requires_grad_(False)  # frozen parameters have no gradients to reduce
+    assert find_odd_modules(block) == [block[0]]
+
+
+def test_a_module_that_mixes_dtypes_is_refused_by_name():
+    block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    block[1].bias.data = block[1].bias.bfloat16()
+    with pytest.raises(ValueError, match=r"`1` stores trainable parameters in torch.float32 next to"):
+        find_odd_modules(block)
 
 
 def test_batch_norms_are_found_by_name_but_not_synchronized_ones():
