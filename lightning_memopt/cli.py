@@ -1,6 +1,7 @@
 """The command line: ``lightning-memopt COMMAND``. Each command lives with the part that it shows."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_parser(commands)
     options = parser.parse_args(arguments)
+    # torch 2.13's profiler writes two lines each time it starts; it reads its log level once, when torch is loaded.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         return options.run(options)
     except KeyboardInterrupt:

@@ -85,7 +85,7 @@ def _train_alone(name: str) -> Run:
     return _alone[name]
 
 
-@pytest.mark.parametrize(("first", "second"), combinations(TECHNIQUES, 2))
+@pytest.mark.parametrize(("first", "second"), list(combinations(TECHNIQUES, 2)))
 def test_a_pair_of_techniques_trains_as_one_of_them_alone_or_is_refused_by_name(first, second):
     if refusal := REFUSED.get((first, second)):
         with pytest.raises(MisconfigurationException) as error:
@@ -98,7 +98,8 @@ def test_a_pair_of_techniques_trains_as_one_of_them_alone_or_is_refused_by_name(
     reference = second if TECHNIQUES[first].exact else first
     alone = _train_alone(reference)
     if exact and reference not in ("mixed_bf16", "mixed_fp16", "half_bf16", "low_bit_optimizer"):
-        assert_same_training(alone, both)
+        # A key's bias has no gradient but rounding errors, which AdamW scales up to the learning rate.
+        assert_same_training(alone, both, atol=1e-5)
     else:
         assert list(both.weights) == list(alone.weights)
         mean, expected = torch.tensor(both.losses).mean(), torch.tensor(alone.losses).mean()

@@ -33,12 +33,14 @@ def test_a_public_name_loads_and_has_a_docstring(name):
     assert getattr(lightning_memopt, name).__doc__
 
 
-def test_using_every_public_name_loads_no_optional_library():
-    optional = ["matplotlib", "torchao", "bitsandbytes", "torch_pruning"]
+def test_using_every_public_name_loads_no_optional_library_that_lightning_does_not_load_itself():
+    optional = ["matplotlib", "torchao", "bitsandbytes", "torch_pruning", "transformers"]
     loaded = _run(
-        "import sys, lightning_memopt as memopt\n"
+        "import sys, lightning.pytorch\n"
+        "before = set(sys.modules)\n"
+        "import lightning_memopt as memopt\n"
         "[getattr(memopt, name) for name in memopt.__all__]\n"
-        "print(*sys.modules)"
+        "print(*(set(sys.modules) - before))"
     ).split()
     assert not [name for name in optional if name in loaded]
 

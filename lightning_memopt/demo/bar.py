@@ -33,5 +33,7 @@ def step_bar(console: Console, names: Sequence[str], steps: int) -> Iterator[Rep
             if not task.started:
                 progress.start_task(task.id)
             progress.update(task.id, completed=done, text=text)
+            if done == 0 and not console.is_terminal:  # where no bar can be drawn, a log should show some life
+                console.print(f"{name}: {text}")
 
         yield report

@@ -47,7 +47,6 @@ def run(options: argparse.Namespace) -> int:
     from lightning_memopt.demo.bar import step_bar
     from lightning_memopt.demo.data import standard_library
     from lightning_memopt.demo.run import run as train
-    from lightning_memopt.demo.techniques import available
 
     console = Console()
     preset = PRESETS[options.preset]
@@ -56,17 +55,12 @@ def run(options: argparse.Namespace) -> int:
         corpus = standard_library()
     except ValueError as error:
         options.fail(str(error))
-    techniques, left_out = available(options.techniques)
-    if not techniques:
-        options.fail(" ".join(left_out))
     console.print(
         f"Training on {len(corpus.training) / 1e6:.1f} MB of Python's standard library, {steps} steps of "
         f"{preset.batch_size} x {preset.context} bytes; {corpus.files[1]} of {sum(corpus.files)} files are held out."
     )
-    for sentence in left_out:
-        console.print(sentence)
 
-    runs: dict[str, list[str]] = {"plain": [], "memopt": techniques}
+    runs: dict[str, list[str]] = {"plain": [], "memopt": options.techniques}
     with step_bar(console, list(runs), steps) as progress:
         plain, other = (
             train(name, preset, corpus, techniques=on, steps=steps, seed=options.seed, progress=progress)

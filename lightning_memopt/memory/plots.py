@@ -23,6 +23,8 @@ PHASE_COLORS: Mapping[str, str] = {"forward": "#eef3f9", "backward": "#fdf3e7", 
 """Background of each phase of the timeline."""
 
 _POINTS_PER_PANEL = 1500
+_STEP_SHARE = 0.25
+_NARROWEST_LABEL = 0.12  # inches
 _PANELS_PER_ROW = 3
 _INK, _FAINT_INK = "#222831", "#6b7280"
 
@@ -30,8 +32,8 @@ _INK, _FAINT_INK = "#222831", "#6b7280"
 def plot_timelines(reports: Mapping[str, MemoryReport], path: str | Path) -> Path:
     """Draw timelines side by side on one scale: bytes by category, phases shaded, the peak marked.
 
-    The horizontal axis counts allocations, not seconds. Timelines of more than 1500 points are thinned; the highest
-    point of each group is kept, so that no peak is lost.
+    The horizontal axis counts allocations, not seconds. Long timelines and the many small allocations of an optimizer
+    are thinned (:func:`thin`); the highest point of each group is kept, so that no peak is lost.
 
     Args:
         reports: What to draw, by the title of its panel, from left to right.
@@ -85,15 +87,19 @@ def plot_timelines(reports: Mapping[str, MemoryReport], path: str | Path) -> Pat
 
 
 def thin(timeline: Sequence[TimelinePoint], count: int) -> list[TimelinePoint]:
-    """At most ``count`` points of ``timeline``: the highest of each group of neighbours, phases kept apart.
+    """About ``count`` points of ``timeline`` to draw: the highest of each group of neighbours, phases kept apart.
 
-    Phases shorter than a group each keep one point, so that a timeline of many phases may give a few more.
+    An optimizer makes many small allocations, parameter by parameter. Its groups are made larger where that is needed
+    to leave most of the picture to the forward and the backward.
     """
+    steps = sum(point.phase == "step" for point in timeline)
     group = max(1, ceil(len(timeline) / count))
+    room_for_steps = _STEP_SHARE * (len(timeline) - steps)
+    step_group = group * max(1, ceil(steps / room_for_steps)) if room_for_steps else group
     kept: list[TimelinePoint] = []
-    for _, run in groupby(timeline, key=lambda point: point.phase):
-        points = list(run)
-        kept += [max(points[i : i + group], key=lambda p: p.total_bytes) for i in range(0, len(points), group)]
+    for phase, run in groupby(timeline, key=lambda point: point.phase):
+        points, size = list(run), step_group if phase == "step" else group
+        kept += [max(points[i : i + size], key=lambda p: p.total_bytes) for i in range(0, len(points), size)]
     return kept
 
 
@@ -152,11 +158,16 @@ def _draw_phases(axes: Any, points: Sequence[TimelinePoint], panel_inches: float
         start = stop
 
     inches = panel_inches / len(points)
-    passes = [span for span in spans if span[0] in ("forward", "backward")]
-    names_fit = all((stop - start) * inches >= 0.085 * len(phase) for phase, start, stop in passes)
+    # A sliver (a parameter's hook between backward and step) gets no label, and so does not make the others short.
+    labelled = [
+        (phase, (stop - start) * inches)
+        for phase, start, stop in spans
+        if phase in ("forward", "backward") and (stop - start) * inches >= _NARROWEST_LABEL
+    ]
+    names_fit = all(width >= 0.085 * len(phase) for phase, width in labelled)
     for phase, start, stop in spans:
         width, is_last = (stop - start) * inches, stop == len(points)
-        if phase == "other" or (width < 0.12 and not is_last):
+        if phase == "other" or (width < _NARROWEST_LABEL and not is_last):
             continue
         # A narrow last phase (the optimizer's step) has the margin to spill into.
         spills = is_last and width < 0.09 * len(phase)
@@ -171,7 +182,9 @@ def _draw_phases(axes: Any, points: Sequence[TimelinePoint], panel_inches: float
             color=_FAINT_INK,
         )
     axes.set_xticks([])
-    axes.set_xlabel("one optimizer step, allocation by allocation", fontsize=8.5, color=_FAINT_INK, labelpad=17)
+    axes.set_xlabel(
+        "one optimizer step, in the order of its allocations", fontsize=8.5, color=_FAINT_INK, labelpad=17
+    )
 
 
 def _draw_peak(axes: Any, points: Sequence[TimelinePoint], peak_bytes: int, unit_bytes: int) -> None:

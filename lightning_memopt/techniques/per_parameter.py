@@ -2,11 +2,21 @@
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+StepParameter = Callable[[Optimizer, torch.Tensor, int], None]
+"""Steps one parameter, given its optimizer and the index of its group there."""
+
+SurroundStep = Callable[[torch.Tensor], AbstractContextManager[torch.Tensor]]
+"""Makes the context in which a parameter is stepped; its value is what is stepped in the parameter's place."""
+
+_REPLACEMENT = "_memopt_step_one"
+_SURROUNDING = "_memopt_surround_step"
 
 
 def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | None = None) -> None:
@@ -36,13 +46,48 @@ def step_one(optimizer: Optimizer, parameter: torch.Tensor, group_index: int | N
         >>> parameters[0].tolist(), parameters[1].tolist()
         ([0.5, 0.5], [1.0, 1.0])
     """
-    groups = optimizer.param_groups
     index = find_group(optimizer, parameter) if group_index is None else group_index
-    optimizer.param_groups = [{**groups[index], "params": [parameter]}]
+    replacement: StepParameter = optimizer.__dict__.get(_REPLACEMENT, _step_plainly)
+    surrounding: SurroundStep = optimizer.__dict__.get(_SURROUNDING, _in_nothing)
+    with surrounding(parameter) as stepped:
+        replacement(optimizer, stepped, index)
+
+
+def step_alone(optimizer: Optimizer, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    """Step ``parameter``, which may be a stand-in for one of the optimizer's, with the hyper-parameters of ``group``.
+
+    Unlike :func:`step_one` this never asks what :func:`replace_step` put in: it is what such functions build on.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [parameter]}]
     try:
         _unhooked_step(optimizer)(optimizer)
     finally:
         optimizer.param_groups = groups
+
+
+def replace_step(optimizer: Optimizer, step: StepParameter | None) -> None:
+    """Make :func:`step_one` on ``optimizer`` call ``step``; ``None`` takes it back.
+
+    So a technique that keeps state in another form (fewer bits) and one that decides when a parameter is stepped
+    (in the backward) need not know of each other.
+    """
+    if step is None:
+        optimizer.__dict__.pop(_REPLACEMENT, None)
+    else:
+        optimizer.__dict__[_REPLACEMENT] = step
+
+
+def surround_step(optimizer: Optimizer, context: SurroundStep | None) -> None:
+    """Make :func:`step_one` on ``optimizer`` step within ``context(parameter)``; ``None`` takes it back.
+
+    For a technique that stores weights in another form (fewer bits) than the one in which they are stepped. The
+    context is entered around whatever :func:`replace_step` put in.
+    """
+    if context is None:
+        optimizer.__dict__.pop(_SURROUNDING, None)
+    else:
+        optimizer.__dict__[_SURROUNDING] = context
 
 
 def find_group(optimizer: Optimizer, parameter: torch.Tensor) -> int:
@@ -79,21 +124,27 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     for index, group in enumerate(optimizer.param_groups):
         if not group["params"]:
             continue
-        device = group["params"][0].device
-        with torch.random.fork_rng([device] if device.type != "cpu" else []):
-            try:
-                together = _train_stand_ins(optimizer, group, _step_all)
-                alone = _train_stand_ins(optimizer, group, _step_each)
-            except Exception as error:
-                raise ValueError(
-                    f"{name} cannot step one parameter at a time (tried on group {index}: "
-                    f"{type(error).__name__}: {error}); {remedy}"
-                ) from error
+        try:
+            together = _train_stand_ins(optimizer, group, _step_all)
+            alone = _train_stand_ins(optimizer, group, _step_each)
+        except Exception as error:
+            raise ValueError(
+                f"{name} cannot step one parameter at a time (tried on group {index}: "
+                f"{type(error).__name__}: {error}); {remedy}"
+            ) from error
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(together, alone, strict=True)):
             raise ValueError(
                 f"{name} steps its parameters jointly: on group {index}, one parameter at a time gave other weights "
                 f"than all at once, so gradients cannot be freed one by one; {remedy}"
             )
+
+
+def _in_nothing(parameter: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+    return nullcontext(parameter)
+
+
+def _step_plainly(optimizer: Optimizer, parameter: torch.Tensor, group_index: int) -> None:
+    step_alone(optimizer, parameter, optimizer.param_groups[group_index])
 
 
 def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
@@ -111,14 +162,17 @@ def _train_stand_ins(
     stand_ins = [nn.Parameter(torch.randn(shape, generator=generator).to(like.device)) for _ in range(2)]
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
-    twin.__dict__.pop("step", None)  # learning-rate schedulers patch it on the instance
+    for patch in ("step", _REPLACEMENT):
+        twin.__dict__.pop(patch, None)
     twin.state = defaultdict(dict)
     twin.param_groups = [{**group, "params": stand_ins}]
     twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    for _ in range(3):
-        for scale, stand_in in enumerate(stand_ins, start=1):
-            stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
-        step(twin)
+    # Forked, so that an optimizer that draws noise draws the same when its parameters are stepped one by one.
+    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+        for _ in range(3):
+            for scale, stand_in in enumerate(stand_ins, start=1):
+                stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
+            step(twin)
     return stand_ins
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -57,6 +58,15 @@ def test_the_phases_are_named_in_their_order(tmp_path, drawn):
     assert [text for text in texts(drawn[0]) if not text.startswith("peak")] == ["forward", "backward", "step"]
 
 
+def test_a_sliver_of_a_phase_does_not_shorten_the_names_of_the_others(tmp_path, drawn):
+    report = report_of_a_step()
+    first_step = next(i for i, point in enumerate(report.timeline) if point.phase == "step")
+    sliver = [replace(report.timeline[first_step], phase=phase) for phase in ("forward", "backward")]
+    timeline = (*report.timeline[:first_step], *sliver, *report.timeline[first_step:])
+    plot_timelines({"plain": replace(report, timeline=timeline)}, tmp_path / "memory.png")
+    assert [text for text in texts(drawn[0]) if not text.startswith("peak")] == ["forward", "backward", "step"]
+
+
 def test_phases_too_narrow_for_their_names_get_initials_and_never_overlap(tmp_path, drawn):
     plot_timelines({"a": report_of_a_step(micro_batches=8)}, tmp_path / "memory.png")
     assert [text for text in texts(drawn[0]) if not text.startswith("peak")] == [*"fb" * 8, "step"]
@@ -101,6 +111,15 @@ def test_thinning_keeps_the_peak_and_the_order_of_the_phases():
     assert len(thinned) <= 101
     assert max(p.total_bytes for p in thinned) == 1000
     assert [p.phase for p in thinned[-2:]] == ["forward", "step"]
+
+
+def test_an_optimizer_of_many_allocations_leaves_most_of_the_picture_to_the_other_phases():
+    points = [TimelinePoint("forward", "", {"activations": 5})] * 100
+    points += [TimelinePoint("step", "", {"temporaries": i % 11}) for i in range(300)]
+    thinned = thin(points, 1000)
+    assert sum(p.phase == "forward" for p in thinned) == 100
+    assert 20 <= sum(p.phase == "step" for p in thinned) <= 25
+    assert max(p.total_bytes for p in thinned) == 10
 
 
 def test_every_category_and_phase_has_a_color_of_its_own():

@@ -138,3 +138,14 @@ def test_checking_changes_neither_the_optimizer_nor_the_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
     assert not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
+def test_an_optimizer_that_adds_noise_to_each_parameter_is_accepted():
+    class Langevin(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter -= group["lr"] * parameter.grad + torch.randn_like(parameter)
+
+    check_steps_alone(Langevin(_parameters(), lr=0.1))

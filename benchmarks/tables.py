@@ -1,0 +1,159 @@
+"""Write the tables of the README and the docs from the results of the benchmarks.
+
+A table stands between two markers, ``<!-- table:NAME -->`` and ``<!-- /table -->``, and comes from
+``results/NAME.json``.
+
+    python benchmarks/tables.py          # rewrite what stands between the markers
+    python benchmarks/tables.py --check  # exit 1 if a file is not what the results say
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+_TABLE = re.compile(r"(<!-- table:(?P<name>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+_QUANTITIES = {"optimizer_state": "optimizer state", "activations+temporaries": "activations + temporaries"}
+_MIB = 2**20
+
+
+def techniques_table(results: dict[str, Any]) -> str:
+    """The table of techniques against plain Lightning, with a line on where and how it was measured.
+
+    Args:
+        results: What ``single_device.py`` or ``gpu.py`` wrote.
+    """
+    lines = [
+        "| technique | peak | memory against plain (target) | time against plain (target) | met "
+        "| predicted / measured peak | what limits it |",
+        "|---|---:|---|---|:-:|---:|---|",
+    ]
+    lines += [_row(row) for row in results["rows"].values()]
+    return "\n".join([*lines, "", _provenance(results)]) + "\n"
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    """The two runs of ``lightning-memopt demo``, from the JSON that it wrote.
+
+    Args:
+        results: What the demo wrote as ``results.json``, kept as ``results/demo.json``.
+    """
+    plain, other = results["runs"]
+    rows: list[tuple[str, str, float, float]] = []
+    for category in plain["measured"]["by_category"]:
+        pair = [run["measured"]["by_category"].get(category, 0) for run in (plain, other)]
+        if any(pair):
+            rows.append((category.replace("_", " "), "{:.1f} MiB", pair[0] / _MIB, pair[1] / _MIB))
+    peaks = [run["measured"]["peak_bytes"] / _MIB for run in (plain, other)]
+    predictions = [run["predicted"]["peak_bytes"] / _MIB for run in (plain, other)]
+    rows.append(("**peak**", "{:.1f} MiB", *peaks))
+    rows.append(("predicted peak", "{:.1f} MiB", *predictions))
+    rows.append(("time per step", "{:.3f} s", plain["seconds_per_step"], other["seconds_per_step"]))
+    rows.append(("validation loss (nats/byte)", "{:.4f}", plain["validation_loss"], other["validation_loss"]))
+    lines = [f"| | plain Lightning | with {', '.join(other['techniques'])} | ratio |", "|---|---:|---:|---:|"]
+    for title, form, first, second in rows:
+        ratio = f"{second / first:.2f}" if first else "-"
+        lines.append(f"| {title} | {form.format(first)} | {form.format(second)} | {ratio} |")
+    shape, versions = results["preset"], results["versions"]
+    provenance = (
+        f"`lightning-memopt demo --preset {shape['name']} --steps {results['steps']} --seed {results['seed']}`, "
+        f"{results['threads']} threads, Python {versions['python']}, torch {versions['torch']}."
+    )
+    return "\n".join([*lines, "", provenance]) + "\n"
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "single_device": techniques_table,
+    "gpu": techniques_table,
+    "demo": demo_table,
+}
+"""How each results file is drawn, by its name."""
+
+
+def rewrite(text: str, results_folder: Path = RESULTS) -> str:
+    """``text`` with every table between markers replaced by what the results say.
+
+    Raises:
+        ValueError: A marker names results that no benchmark writes, or that were never measured.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = results_folder / f"{name}.json"
+        if name not in RENDERERS:
+            raise ValueError(f"table:{name} is no table that benchmarks write; there are {', '.join(RENDERERS)}")
+        if not path.exists():
+            raise ValueError(f"table:{name} needs {path.name}, which was never measured; run the benchmark first")
+        return match[1] + RENDERERS[name](json.loads(path.read_text())) + match[4]
+
+    return _TABLE.sub(table, text)
+
+
+def outdated(paths: Iterable[Path]) -> dict[Path, str]:
+    """The files whose tables are not what the results say, with the text that they should have."""
+    texts = {path: path.read_text() for path in paths}
+    return {path: new for path, text in texts.items() if (new := rewrite(text)) != text}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    options = parser.parse_args()
+    try:
+        changes = outdated([ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path, text in changes.items():
+        if options.check:
+            print(f"{path.relative_to(ROOT)} is out of date: run python benchmarks/tables.py", file=sys.stderr)
+        else:
+            path.write_text(text)
+            print(f"{path.relative_to(ROOT)} rewritten")
+    return 1 if options.check and changes else 0
+
+
+def _row(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['title']} | | | | | | {row['error'].replace('|', '/')} |"
+    memory, quantity, time = row["memory"], "", ""
+    if "time" in row:
+        time = f"{row['time']['ratio']:.2f}{_bound(row.get('time_target'))}"
+    if "memory_ratio" in row:
+        name = _QUANTITIES.get(row["quantity"], row["quantity"])
+        quantity = f"{name} {row['memory_ratio']:.3f}{_bound(row['memory_target'])}"
+    cells = (
+        row["title"],
+        f"{memory['peak_bytes'] / _MIB:.0f} MiB",
+        quantity,
+        time,
+        {True: "yes", False: "**no**", None: ""}[row.get("met")],
+        f"{memory['predicted_peak_bytes'] / memory['peak_bytes']:.3f}",
+        row["limit"],
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _bound(value: float | None) -> str:
+    return "" if value is None else f" (≤ {value:.2f})"
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    environment = results["environment"]
+    where = environment.get("gpu", {}).get("name") or f"{environment['cpu']}, {environment['threads']} threads"
+    packages = environment["packages"]
+    dates = sorted(row["measured_at"] for row in results["rows"].values())
+    return (
+        f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {dates[-1]}. "
+        f"{results['time_method']}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

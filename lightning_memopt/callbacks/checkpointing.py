@@ -1,0 +1,84 @@
+"""Activation checkpointing for any LightningModule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_memopt.techniques.checkpointing import CheckpointHandle, Recompute, checkpoint_activations
+from lightning_memopt.techniques.checkpointing.policy import Policy
+from lightning_memopt.techniques.checkpointing.selection import Selector
+
+
+class ActivationCheckpointing(Callback):
+    """Recompute activations in the backward instead of keeping them.
+
+    Gradients, dropout masks, BatchNorm statistics and the ``state_dict`` are those of plain training. Validation and
+    other passes without gradients run as they would without the callback, and after ``fit`` every module has its own
+    ``forward`` back.
+
+    Args:
+        policy: ``"full"`` recomputes each block; ``"every_k"`` leaves every ``k``-th block alone and recomputes the
+            others; ``"selective"`` keeps the matrix products and attention results that the backward reads and
+            recomputes the rest; ``"budget"`` keeps what saves the most time per byte within ``budget``; ``"auto"`` is
+            ``"selective"`` where the model has blocks and ``"full"`` for segments of a plain ``nn.Sequential`` and
+            for recurrent layers.
+        k: For ``"every_k"``: a positive number of blocks.
+        budget: For ``"budget"``: a fraction in (0, 1] of the activation memory of the regions. The first step
+            recomputes everything while the regions are profiled; the budget is used from the second on.
+        modules: What to recompute: a class, a pattern of qualified names (``"model.layers.*"``), a list of these, or
+            None to find the blocks.
+
+    Raises:
+        MisconfigurationException: Bad arguments, when made; at fit start, if nothing matches ``modules`` or there is
+            nothing to recompute.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[ActivationCheckpointing("budget", budget=0.4)], logger=False)
+    """
+
+    def __init__(
+        self,
+        policy: Policy = "auto",
+        *,
+        k: int | None = None,
+        budget: float | None = None,
+        modules: Selector | Sequence[Selector] | None = None,
+    ) -> None:
+        try:
+            self._recompute = Recompute(policy, k, budget)
+        except ValueError as error:
+            raise MisconfigurationException(f"ActivationCheckpointing: {error}.") from error
+        self._modules = modules
+        self._handle: CheckpointHandle | None = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            self._handle = checkpoint_activations(pl_module, self._recompute, modules=self._modules)
+        except ValueError as error:
+            raise MisconfigurationException(f"ActivationCheckpointing: {error}.") from error
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of the callback (spawned processes) start without a patched module.
+        return {**self.__dict__, "_handle": None}
+
+    def _remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

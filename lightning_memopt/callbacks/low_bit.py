@@ -1,0 +1,75 @@
+"""Lightning's side of holding optimizer state in few bits."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_memopt.techniques.low_bit import Bits, LowBitState, check_bits, hold_low_bit_state
+
+
+class LowBitOptimizer(Callback):
+    """Holds the state of the user's AdamW, Adam or SGD with momentum in 8 or 4 bits instead of 32.
+
+    The optimizer stays the object that ``configure_optimizers`` made, with its groups, hyper-parameters and
+    learning-rate schedulers; only what it remembers between steps is packed. Tensors of fewer than 4096
+    elements (biases, norms) keep fp32 state. A checkpoint holds the packed state and resumes exactly; one saved
+    without the callback, or with other ``bits``, is converted when it is loaded.
+
+    Args:
+        bits: 8 (dynamic levels, 0.254 of fp32's bytes), ``"fp8"`` (e4m3, the same bytes) or 4 (0.133).
+
+    Raises:
+        MisconfigurationException: ``bits`` is unknown or, at the start of ``fit``, the optimizer or the strategy is
+            one that it cannot serve.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[LowBitOptimizer(bits=8)], logger=False)
+    """
+
+    def __init__(self, bits: Bits = 8) -> None:
+        try:
+            check_bits(bits)
+        except ValueError as error:
+            raise MisconfigurationException(f"LowBitOptimizer: {error}") from error
+        self.bits = bits
+        self._handles: list[LowBitState] = []
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise MisconfigurationException(
+                f"LowBitOptimizer cannot work here: {type(trainer.strategy).__name__} may shard optimizer state, and "
+                "packed state cannot be sharded yet. Train on one device or with DDP."
+            )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before a checkpoint is restored, so that its state is packed as it is loaded.
+        try:
+            for optimizer in trainer.optimizers:
+                self._handles.append(hold_low_bit_state(pl_module, optimizer, self.bits))
+        except ValueError as error:
+            self._release(unpack=False)
+            raise MisconfigurationException(f"LowBitOptimizer cannot work here: {error}") from error
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # So that Lightning says that this callback is missing where such a checkpoint is resumed without it.
+        return {"bits": self.bits}
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release(unpack=False)  # memory may be what ran out
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release(unpack=True)
+
+    def _release(self, unpack: bool) -> None:
+        for handle in self._handles:
+            handle.remove(unpack)
+        self._handles.clear()

@@ -1,0 +1,155 @@
+"""Lightning's side of stepping the optimizer in the backward."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_memopt.callbacks.instance_patch import replaced
+from lightning_memopt.models.fake import is_fake
+from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
+from lightning_memopt.techniques.per_parameter import check_steps_alone
+
+_ACCUMULATING_CALLBACKS = ("GradientAccumulation", "GradientAccumulationScheduler", "MicroBatching")
+"""By name, so that looking does not import them."""
+
+
+class OptimizerInBackward(Callback):
+    """Steps each parameter as soon as its gradient is complete and frees the gradient at once.
+
+    Gradients never exist all together: at any moment there are those of the one or two parameters that the backward
+    is working on. The optimizer, its state, its checkpoints and the learning-rate schedulers are the user's own,
+    and the numbers are the same. What needs all gradients at once is refused by name before the first step:
+    clipping by norm, accumulation, fp16 loss scaling, several devices, manual optimization, and optimizers whose
+    step is joint (LBFGS). Hooks that read gradients (``on_before_optimizer_step``) find none.
+
+    Raises:
+        MisconfigurationException: At the start of ``fit``, for what cannot work with it.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[OptimizerInBackward()], logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+        self._stepping: bool | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if problem := _find_problem(trainer, pl_module):
+            raise MisconfigurationException(f"OptimizerInBackward cannot work here: {problem}")
+        for hook in ("on_before_optimizer_step", "on_after_backward"):
+            if is_overridden(hook, pl_module):
+                rank_zero_warn(
+                    f"`{type(pl_module).__name__}.{hook}` finds no gradients: OptimizerInBackward has used and freed "
+                    "them by then. To look at a gradient, hook its parameter (`parameter.register_hook`)."
+                )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(is_fake(parameter) for parameter in pl_module.parameters()):
+            return  # the check compares values, which fake tensors do not have
+        for optimizer in trainer.optimizers:
+            try:
+                check_steps_alone(optimizer)
+            except ValueError as error:
+                raise MisconfigurationException(f"OptimizerInBackward cannot work here: {error}") from error
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not in on_fit_start: other callbacks may change the optimizer there.
+        clip_value = float(trainer.gradient_clip_val) if trainer.gradient_clip_val else None
+        stepper = step_in_backward(pl_module, trainer.optimizers, clip_value=clip_value)
+        self._undo.callback(stepper.remove)
+        # The stepper clips; Lightning would after the backward, and torch cannot clip where no gradient is left.
+        self._undo.enter_context(replaced(trainer, gradient_clip_val=None))
+        if is_overridden("optimizer_step", pl_module):
+            step = partial(self._note_step, trainer.strategy.optimizer_step)
+            self._undo.enter_context(replaced(trainer.strategy, optimizer_step=step))
+            self._stepping = False
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if self._stepping is False:
+            raise MisconfigurationException(
+                f"OptimizerInBackward cannot work here: `{type(pl_module).__name__}.optimizer_step` runs the closure "
+                "outside `optimizer.step`, so a batch can have a backward and no step. Call "
+                "`optimizer.step(closure=optimizer_closure)` for each batch, or remove the callback."
+            )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._detach()
+
+    def _note_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._stepping = True
+        try:
+            return step(*args, **kwargs)
+        finally:
+            self._stepping = False
+
+    def _detach(self) -> None:
+        self._undo.close()
+        self._stepping = None
+
+
+def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+    """What of the trainer or the module needs all gradients at once, as a sentence, or ``None``."""
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        return (
+            f"`{name}` optimizes manually (`automatic_optimization = False`), so only it knows when a gradient is "
+            "to be used. Use automatic optimization, or call `step_in_backward` (in `lightning_memopt.techniques."
+            "optimizer_in_backward`) yourself."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return (
+            f"{type(trainer.strategy).__name__} reduces gradients over the devices after they are complete, and each "
+            "parameter would be stepped before that. Train on one device, or shard with a ZeRO strategy."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__name__ in _ACCUMULATING_CALLBACKS:
+            return (
+                f"{type(callback).__name__} sums gradients over several backwards, and they are freed in each. Use "
+                "one of the two; ActivationCheckpointing saves activations and works with OptimizerInBackward."
+            )
+    if trainer.accumulate_grad_batches > 1:
+        return (
+            f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` sums gradients over batches, and they are "
+            "freed in each. Set it to 1, and save activations instead (ActivationCheckpointing)."
+        )
+    if is_overridden("configure_gradient_clipping", module):
+        return (
+            f"`{name}.configure_gradient_clipping` expects all gradients after the backward, and they are freed in "
+            "it. Clip by value with `Trainer(gradient_clip_val=..., gradient_clip_algorithm='value')`."
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+        return (
+            f"`gradient_clip_val={trainer.gradient_clip_val}` clips by the norm of all gradients, which are never "
+            "there together. Clip by value (`gradient_clip_algorithm='value'`), or not at all."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return (
+            f"{type(trainer.precision_plugin).__name__} scales the fp16 loss and must see all gradients before it "
+            "knows whether to step. Use bf16, which needs no scaling."
+        )
+    return None

@@ -1,0 +1,289 @@
+"""What kernels allocate inside themselves, for runs on fake tensors, where no kernel runs.
+
+A fake convolution makes its result and nothing else; the real one also takes room to reorder its inputs. The model of
+that scratch is the kernel itself: it runs once on real tensors for each operator, shapes, dtypes and strides, with
+the profiler watching the allocator. A call too large for that runs at smaller batch sizes and is extrapolated, which
+is possible because no kernel below takes more than linearly in the batch.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_memopt.memory.allocator_events import AllocatorEvents
+
+aten = torch.ops.aten
+
+_MAX_REAL_BYTES = 32 * 2**20
+"""Calls whose tensors together are larger run at a smaller batch size."""
+
+_WITHOUT_SCRATCH = {
+    *("sum", "mean", "amax", "amin", "max", "min", "any", "all", "argmax", "argmin", "linalg_vector_norm", "var"),
+    *("copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "detach", "index_select", "gather", "tril"),
+    *("triu", "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "native_dropout"),
+    *("nll_loss_forward", "nll_loss_backward", "masked_fill", "bernoulli_", "uniform_", "normal_", "exponential_"),
+    *("new_zeros", "new_empty", "new_full", "new_ones", "empty_like", "zeros_like", "ones_like", "full_like"),
+    *("slice_backward", "select_backward", "constant_pad_nd", "equal", "scatter_", "native_dropout_backward"),
+    *("_local_scalar_dense", "split_with_sizes_copy", "random_", "flip", "roll", "repeat", "rand_like", "randn_like"),
+}
+"""Operators that write straight into their result (their CPU kernels in ATen/native; seen with the profiler)."""
+
+
+def _first_of(*arguments: int) -> dict[int, int]:
+    return dict.fromkeys(arguments, 0)
+
+
+_BATCH_DIMENSIONS: dict[str, dict[int, int]] = {
+    "convolution": _first_of(0),
+    "convolution_backward": _first_of(0, 1),
+    "native_batch_norm": _first_of(0),
+    "_native_batch_norm_legit": _first_of(0),
+    "native_batch_norm_backward": _first_of(0, 1),
+    "native_group_norm": _first_of(0),
+    "native_layer_norm": _first_of(0),
+    "native_layer_norm_backward": _first_of(0, 1, 3, 4),
+    "embedding": _first_of(1),
+    "embedding_dense_backward": _first_of(0, 1),
+    "_safe_softmax": _first_of(0),
+    "cumsum": _first_of(0),
+    "mean": _first_of(0),
+    "sum": _first_of(0),
+    "mm": _first_of(0),
+    "addmm": _first_of(1),
+    "bmm": _first_of(0, 1),
+    "baddbmm": _first_of(0, 1, 2),
+    "_scaled_dot_product_flash_attention_for_cpu": _first_of(0, 1, 2),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _first_of(0, 1, 2, 3, 4, 5),
+    "max_pool2d_with_indices": _first_of(0),
+    "max_pool2d_with_indices_backward": _first_of(0, 1, 7),
+    "_adaptive_avg_pool2d": _first_of(0),
+    "_adaptive_avg_pool2d_backward": _first_of(0, 1),
+    "upsample_nearest2d": _first_of(0),
+    "upsample_bilinear2d": _first_of(0),
+    "topk": _first_of(0),
+    "sort": _first_of(0),
+    # Always time first, whatever batch_first says: nn.LSTM transposes before it calls the kernel.
+    "mkldnn_rnn_layer": {0: 1, 5: 0, 6: 0},
+    "mkldnn_rnn_layer_backward": {0: 1, 5: 0, 6: 0, 7: 1, 8: 0, 9: 0, 10: 1, 11: 0, 12: 0},
+}
+"""Which arguments carry the batch, and in which dimension, for calls that are run smaller than they are."""
+
+
+class TensorSpec(NamedTuple):
+    """A tensor's shape without its bytes."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> torch.Tensor:
+        """A real tensor of this shape, all zeros: a valid index, and no denormals to slow arithmetic."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        return tensor.zero_()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def resized(self, dimension: int, size: int) -> "TensorSpec":
+        """The same with another size in one dimension, laid out in the same order."""
+        order = sorted(range(len(self.shape)), key=lambda d: (self.stride[d], self.shape[d]))
+        shape = (*self.shape[:dimension], size, *self.shape[dimension + 1 :])
+        stride, step = [0] * len(shape), 1
+        for each in order:
+            if self.stride[each]:
+                stride[each] = step
+                step *= shape[each]
+        return TensorSpec(shape, tuple(stride), self.dtype)
+
+
+class Call(NamedTuple):
+    """An operator and its arguments, tensors as :class:`TensorSpec`.
+
+    ``grad_enabled`` is the gradient mode of the call: without gradients the fused LSTM keeps no workspace.
+    """
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    grad_enabled: bool
+
+    @property
+    def name(self) -> str:
+        """Its name, without the overload (``"convolution"``)."""
+        return self.operator._schema.name.split("::")[-1]
+
+    @property
+    def key(self) -> str:
+        """Equal for equal calls."""
+        return f"{self.operator}{self.arguments}{self.keywords}{self.grad_enabled}"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tensor arguments."""
+        leaves = tree_leaves((self.arguments, self.keywords), is_leaf=_is_spec)
+        return sum(leaf.size_bytes for leaf in leaves if isinstance(leaf, TensorSpec))
+
+
+def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
+    """What :class:`Workspace` needs to know of a call; None where the operator takes no scratch."""
+    tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)]
+    if not tensors or operator.namespace != "aten" or _is_free(operator, tensors):
+        return None
+
+    def spec(leaf: Any) -> Any:
+        is_tensor = isinstance(leaf, torch.Tensor)
+        return TensorSpec(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype) if is_tensor else leaf
+
+    return Call(
+        operator, tree_map(spec, tuple(arguments)), tree_map(spec, dict(keywords or {})), torch.is_grad_enabled()
+    )
+
+
+def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
+    name = operator._schema.name.split("::")[-1]
+    if name in ("sum", "mean") and tensors[0].dtype in (torch.float16, torch.bfloat16):
+        return False  # summed in 32 bits, of a copy
+    if name in _WITHOUT_SCRATCH or operator.is_view or name.startswith(("_foreach", "_fused")):
+        return True
+    one_dtype = len({tensor.dtype for tensor in tensors if tensor.dim() > 0}) <= 1
+    if torch.Tag.pointwise in operator.tags:
+        return one_dtype or name == "where"
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
+        return tensors[0].dtype in (torch.float32, torch.float64) and all(map(_suits_blas, tensors[-2:]))
+    return False
+
+
+def _suits_blas(matrix: torch.Tensor) -> bool:
+    """Whether BLAS takes the matrix as it lies; otherwise it is copied first."""
+    *_, rows, columns = matrix.shape
+    *_, row_stride, column_stride = matrix.stride()
+    by_rows = column_stride == 1 and row_stride >= max(1, columns)
+    by_columns = row_stride == 1 and column_stride >= max(1, rows)
+    return by_rows or by_columns
+
+
+class Need(NamedTuple):
+    """What a call takes: beside its results while it runs, and for its results."""
+
+    scratch_bytes: int
+    result_bytes: int
+
+
+class Workspace:
+    """Measures what operators take, each once.
+
+    Attributes:
+        unknown: Names of the operators whose scratch could not be told, with the reason.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, Need] = {}
+        self.unknown: dict[str, str] = {}
+
+    def scratch_bytes(self, call: Call) -> int:
+        """The most that ``call`` holds beside its results while it runs, in bytes."""
+        return self._need(call).scratch_bytes
+
+    def complete(self, call: Call, result: Any) -> Any:
+        """``result`` of a fake call, with what the fake kernel gets wrong put right.
+
+        The fused LSTM's has no workspace, and batch norm's keeps the statistics of a 16-bit input in 16 bits.
+        """
+        if call.name == "mkldnn_rnn_layer":
+            *outputs, workspace = result
+            missing = self._need(call).result_bytes - sum(output.nbytes for output in result)
+            return (*outputs, workspace.new_empty(max(0, missing)))
+        if call.name == "native_batch_norm" and _is_spec(call.arguments[1]):
+            output, *statistics = result
+            return (output, *(each.new_empty(each.shape, dtype=call.arguments[1].dtype) for each in statistics))
+        return result
+
+    def notes(self) -> list[str]:
+        """A sentence for each operator in :attr:`unknown`."""
+        return [
+            f"what {name} allocates inside itself is not counted: {reason}" for name, reason in self.unknown.items()
+        ]
+
+    def _need(self, call: Call) -> Need:
+        if call.key not in self._known:
+            self._known[call.key] = self._find(call)
+        return self._known[call.key]
+
+    def _find(self, call: Call) -> Need:
+        if call.size_bytes <= _MAX_REAL_BYTES:
+            return self._run(call)
+        dimensions = {
+            index: dimension
+            for index, dimension in _BATCH_DIMENSIONS.get(call.name, {}).items()
+            if index < len(call.arguments) and _is_spec(call.arguments[index])
+        }
+        if not dimensions:
+            self.unknown[call.name] = "it is too large to try, and nothing is known of how it grows"
+            return Need(0, 0)
+        first, dimension = next(iter(dimensions.items()))
+        batch = call.arguments[first].shape[dimension]
+        large = max(2, batch * _MAX_REAL_BYTES // call.size_bytes)
+        small = max(1, large // 2)
+        if large >= batch:
+            return self._run(call)
+        at_large, at_small = (self._run(_resized(call, dimensions, size)) for size in (large, small))
+        return Need(
+            *(a + (a - b) * (batch - large) // (large - small) for a, b in zip(at_large, at_small, strict=True))
+        )
+
+    def _run(self, call: Call) -> Need:
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            try:
+                return _measure(call)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                self.unknown[call.name] = f"it does not run on zeros ({error})"
+                return Need(0, 0)
+
+
+def _measure(call: Call) -> Need:
+    arguments, keywords = tree_map(
+        lambda leaf: leaf.make() if _is_spec(leaf) else leaf, (call.arguments, call.keywords), is_leaf=_is_spec
+    )
+    if call.name == "mkldnn_rnn_layer_backward":
+        arguments = (*arguments[:-1], _lstm_workspace(arguments))
+    events = AllocatorEvents()
+    if not events.start():
+        raise RuntimeError("another profiler is running")
+    try:
+        result = call.operator(*arguments, **keywords)
+    finally:
+        allocations = events.stop()
+    held = peak = 0
+    for allocation in allocations:
+        held += allocation.size_bytes
+        peak = max(peak, held)
+    del result  # alive until here, so that what it holds counted as held
+    return Need(peak - held, held)
+
+
+def _lstm_workspace(arguments: Any) -> torch.Tensor:
+    """Only the forward can make what the backward of a fused LSTM reads."""
+    tensors, (reverse, mode, hidden_size, layers, has_biases, train, bidirectional, batch_sizes, batch_first) = (
+        arguments[:7],
+        arguments[13:22],
+    )
+    with torch.enable_grad():  # without, the forward makes none
+        return aten.mkldnn_rnn_layer(
+            *tensors, reverse, batch_sizes, mode, hidden_size, layers, has_biases, bidirectional, batch_first, train
+        )[3]
+
+
+def _resized(call: Call, dimensions: dict[int, int], size: int) -> Call:
+    def resize(index: int, argument: Any) -> Any:
+        return argument.resized(dimensions[index], size) if index in dimensions else argument
+
+    return call._replace(arguments=tuple(resize(index, argument) for index, argument in enumerate(call.arguments)))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, TensorSpec)

@@ -1,0 +1,69 @@
+"""Copies of modules and batches made of fake tensors, which have everything but bytes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+from lightning_memopt.planning.known_values import stays_real
+
+
+def fake_copy(mode: FakeTensorMode, original: Any) -> Any:
+    """A deep copy whose tensors are fakes of ``mode`` on the CPU; tensors on meta and other fakes are welcome.
+
+    What :func:`~lightning_memopt.planning.known_values.stays_real` keeps is copied for real.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(original):
+        if stays_real(tensor):
+            memo[id(tensor)] = tensor.clone()
+        elif tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+            memo[id(tensor)] = _fake_like(mode, tensor)
+    with FakeCopyMode(mode):
+        return copy.deepcopy(original, memo)
+
+
+def adapt(module: pl.LightningModule) -> None:
+    """Drop on this copy what fake tensors cannot do: ``self.log`` reads values, ``self.cpu`` moves bytes."""
+
+    def ignore(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    module.log = module.log_dict = ignore  # type: ignore[method-assign]
+    module.cpu = ignore  # type: ignore[assignment,method-assign]
+
+
+def silence_metrics(module: nn.Module) -> list[str]:
+    """Replace torchmetrics objects on this copy, which check values; gives their names."""
+    names = []
+    for name, metric in module.named_modules():
+        if isinstance(metric, Metric):
+            metric.forward = metric.update = metric.compute = _zero  # type: ignore[assignment,method-assign]
+            names.append(name)
+    return names
+
+
+def _zero(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros(())
+
+
+def _tensors(original: Any) -> list[torch.Tensor]:
+    if isinstance(original, nn.Module):
+        return [*original.parameters(), *original.buffers()]
+    leaves = tree_leaves(dict(original) if hasattr(original, "keys") else original)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    make: Callable[..., Any] = torch.empty_strided
+    with mode:
+        fake = make(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)

@@ -1,0 +1,61 @@
+"""Keep the values that are cheap to keep, so that a step on fake tensors can branch on its batch."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_MAX_ELEMENTS = 2**22
+aten = torch.ops.aten
+
+
+def stays_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor keeps its values in a fake run: token ids, labels, masks and counters do."""
+    is_countable = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+    is_real = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
+    return is_countable and is_real and tensor.numel() <= _MAX_ELEMENTS
+
+
+class KnownValues(TorchDispatchMode):
+    """Computes for real what follows from integers and booleans alone; enter it inside the ``FakeTensorMode``.
+
+    Models look at masks and ids: Hugging Face skips attention masks that mask nothing, a loss indexes by a mask. With
+    their values known a fake step takes the branch of the real one, and tensors of data-dependent shape have one.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and all(map(stays_real, tensors)):
+            with unset_fake_temporarily():
+                real = func(*args, **kwargs)
+            if all(stays_real(leaf) for leaf in tree_leaves(real) if isinstance(leaf, torch.Tensor)):
+                return real
+        if func is aten.index.Tensor:
+            args = (args[0], _without_masks(args[1]))
+        result = func(*args, **kwargs)
+        if not tensors and isinstance(result, FakeTensor) and _makes_integers(func, result):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return result
+
+
+def _makes_integers(func: Any, result: torch.Tensor) -> bool:
+    is_integer = not (result.dtype.is_floating_point or result.dtype.is_complex)
+    is_random = torch.Tag.nondeterministic_seeded in func.tags
+    return is_integer and not is_random and result.device.type == "cpu" and result.numel() <= _MAX_ELEMENTS
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """The same indices with a known mask written as the positions that it selects, whose number is then known."""
+    unmasked: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, torch.Tensor) and index.dtype is torch.bool and stays_real(index)
+        if is_mask:
+            with unset_fake_temporarily():
+                unmasked.extend(index.nonzero(as_tuple=True))
+        else:
+            unmasked.append(index)
+    return unmasked

@@ -1,0 +1,117 @@
+"""Run Lightning's own loop on one batch until one optimizer step, not the first, is measured."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_memopt.memory.report import MemoryReport
+from lightning_memopt.memory.track import track_memory
+
+_MAX_BATCHES = 1000
+"""A loop that takes more batches than this for two optimizer steps is taken for one that never steps."""
+
+_QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "max_epochs": 1,
+}
+
+
+class _SameBatch:
+    """A loader of one batch, again and again."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(_MAX_BATCHES):
+            yield self._batch
+
+    def __len__(self) -> int:
+        return _MAX_BATCHES
+
+
+class StayInPlace(SingleDeviceStrategy):
+    """Leaves the module where it is: fake parameters can be moved nowhere."""
+
+    def model_to_device(self) -> None:
+        """Nothing."""
+
+
+class _MeasureSecondStep(Callback):
+    """Lets the report begin before the second optimizer step and end after it, and then ends the fit."""
+
+    def __init__(self, tracker: track_memory) -> None:
+        self._tracker = tracker
+        self._steps_before: int | None = None
+        self.is_done = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._steps_before is None and trainer.global_step > 0:
+            self._steps_before = trainer.global_step
+            self._tracker.restart(module, list(trainer.optimizers), batch)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self.is_done and self._steps_before is not None and trainer.global_step > self._steps_before:
+            self._tracker.end_report()
+            self.is_done = True
+            trainer.should_stop = True
+
+
+def run_second_step(
+    module: pl.LightningModule, batch: Any, callbacks: Sequence[Callback], trainer_options: dict[str, Any]
+) -> MemoryReport:
+    """Fit ``module`` on ``batch`` until its second optimizer step is done, and report that step.
+
+    The second, because optimizers make their state in the first. All micro-batches of an accumulation window belong
+    to a step.
+
+    Args:
+        module: A module of its own, that nobody else uses; it is trained.
+        batch: One batch of its training loader.
+        callbacks: For the trainer.
+        trainer_options: Arguments of ``pl.Trainer``, over those that keep it quiet.
+
+    Raises:
+        ValueError: The loop does not step an optimizer.
+    """
+    with _silence(), track_memory(module, _trackable(batch)) as tracker:
+        watcher = _MeasureSecondStep(tracker)
+        trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
+        trainer.fit(module, _SameBatch(batch))
+    if not watcher.is_done:
+        raise ValueError(
+            f"{type(module).__name__} stepped its optimizer fewer than twice in {_MAX_BATCHES} batches, so there is "
+            "no step to measure; training_step must return a loss, or step an optimizer by hand"
+        )
+    return tracker.report()
+
+
+def _trackable(batch: Any) -> Any:
+    return batch if isinstance(batch, dict | list | tuple) or hasattr(batch, "untyped_storage") else []
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nobody wants to read about the devices and loaders of a trainer that they did not make."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

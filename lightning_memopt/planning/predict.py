@@ -1,0 +1,185 @@
+"""Measure or predict the memory of one optimizer step of any LightningModule."""
+
+import copy
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from lightning_memopt.memory.report import MemoryReport
+from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
+from lightning_memopt.planning.known_values import KnownValues
+from lightning_memopt.planning.loop import StayInPlace, run_second_step
+
+_PACKAGE = Path(__file__).parents[1]
+Module = pl.LightningModule | Callable[[], pl.LightningModule]
+
+
+def measure_memory(
+    module: Module,
+    batch: Any,
+    *,
+    callbacks: Sequence[Callback] = (),
+    plugins: Sequence[Any] = (),
+    **trainer_options: Any,
+) -> MemoryReport:
+    """Run one optimizer step of ``module`` for real and report its memory.
+
+    Lightning's own loop runs on a copy: ``training_step``, backward, clipping, accumulation, whatever
+    ``configure_optimizers`` returns, or manual optimization. The first step makes the optimizer's state, the second
+    is reported. The module, the callbacks and the random number generators stay as they are.
+
+    Args:
+        module: A LightningModule, or a function without arguments that makes one.
+        batch: One batch as the training loader gives it.
+        callbacks: Techniques and other callbacks; copies of them are used.
+        plugins: Precision plugins; copies of them are used.
+        **trainer_options: Arguments of ``pl.Trainer``, such as ``accumulate_grad_batches`` or ``gradient_clip_val``.
+
+    Returns:
+        The report of the second optimizer step. ``by_category`` of the peak is in bytes.
+
+    Raises:
+        ValueError: ``module`` is no LightningModule, cannot be copied, or never steps an optimizer.
+
+    Example:
+        >>> report = measure_memory(module, batch, gradient_clip_val=1.0)
+        >>> report.by_category["optimizer_state"]
+    """
+    _check_options(trainer_options)
+    with isolate_rng():
+        own = _own_copy(module, "measure_memory")
+        options = {"accelerator": "cpu", "devices": 1} | trainer_options | {"plugins": _copies(plugins)}
+        return run_second_step(own, copy.deepcopy(batch), _copies(callbacks), options)
+
+
+def predict_memory(
+    module: Module,
+    batch: Any,
+    *,
+    callbacks: Sequence[Callback] = (),
+    plugins: Sequence[Any] = (),
+    **trainer_options: Any,
+) -> MemoryReport:
+    """Predict the memory of one optimizer step of ``module`` on a CPU, without allocating it.
+
+    The same loop as in :func:`measure_memory` runs on fake tensors, which have shapes and no bytes, so the model and
+    its step may be larger than this machine. What kernels take inside themselves is found by running single small
+    ones (:mod:`lightning_memopt.memory.workspace`). ``self.log`` and torchmetrics, which read values, do nothing.
+
+    Args:
+        module: A LightningModule, whose parameters may be on the meta device, or a function without arguments that
+            makes one, which is called where its parameters take no memory:
+            ``predict_memory(lambda: MyModule(config), batch)``.
+        batch: One batch as the training loader gives it; tensors on the meta device are welcome.
+        callbacks: Techniques and other callbacks; copies of them are used.
+        plugins: Precision plugins; copies of them are used.
+        **trainer_options: Arguments of ``pl.Trainer``.
+
+    Returns:
+        The report of the second optimizer step; ``notes`` say what it leaves out.
+
+    Raises:
+        ValueError: As for :func:`measure_memory`, or the step reads the value of a tensor, which fakes do not have;
+            the message says by which operator and where.
+
+    Example:
+        >>> plain = predict_memory(module, batch)
+        >>> less = predict_memory(module, batch, callbacks=[memopt.ActivationCheckpointing("full")])
+        >>> saved_bytes = plain.peak_bytes - less.peak_bytes
+    """
+    _check_options(trainer_options)
+    if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":
+        raise ValueError(
+            "predict_memory() was given a strategy or an accelerator, but it runs on fake tensors of one CPU; leave "
+            "them out, or run measure_memory() on the device itself"
+        )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with isolate_rng():
+        if isinstance(module, pl.LightningModule):
+            own = _own_copy(module, "predict_memory", lambda original: fake_copy(mode, original))
+        else:
+            with mode:
+                own = _own_copy(module, "predict_memory", lambda original: original)
+        own_batch = fake_copy(mode, batch)
+        adapt(own)
+        metrics = silence_metrics(own)
+        options = trainer_options | {
+            "accelerator": "cpu",
+            "devices": 1,
+            "strategy": StayInPlace(device=torch.device("cpu")),
+            "plugins": _copies(plugins),
+        }
+        with _explain_reads_of_values(own), mode, KnownValues():
+            report = run_second_step(own, own_batch, _copies(callbacks), options)
+    notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []
+    return replace(report, notes=(*report.notes, *notes))
+
+
+def _own_copy(
+    module: Module, caller: str, duplicate: Callable[[pl.LightningModule], pl.LightningModule] = copy.deepcopy
+) -> pl.LightningModule:
+    if not isinstance(module, pl.LightningModule):
+        if isinstance(module, torch.nn.Module) or not callable(module):
+            raise ValueError(
+                f"{caller}() was given a {type(module).__name__}; it needs a LightningModule, whose training_step "
+                "and configure_optimizers say what a step is, or a function without arguments that makes one"
+            )
+        made = module()
+        if not isinstance(made, pl.LightningModule):
+            raise ValueError(
+                f"{caller}() was given a function that makes a {type(made).__name__}; it must make a LightningModule"
+            )
+        return made
+    trainer, module._trainer = module._trainer, None  # else the trainer and all that it holds is copied too
+    try:
+        return duplicate(module)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{caller}() works on a copy, and {type(module).__name__} cannot be copied ({error}); give a function "
+            "without arguments that makes the module"
+        ) from error
+    finally:
+        module._trainer = trainer
+
+
+def _copies(items: Sequence[Any]) -> list[Any]:
+    return [copy.deepcopy(item) for item in items]
+
+
+def _check_options(trainer_options: dict[str, Any]) -> None:
+    if "max_steps" in trainer_options or "max_epochs" in trainer_options:
+        raise ValueError(
+            "max_steps and max_epochs were given, but a measurement ends after two optimizer steps; leave them out"
+        )
+
+
+@contextmanager
+def _explain_reads_of_values(module: pl.LightningModule) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [
+            frame
+            for frame in frames
+            if not Path(frame.filename).is_relative_to(_PACKAGE) and "/torch/" not in frame.filename
+        ]
+        where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
+        raise ValueError(
+            f"{type(module).__name__} cannot be predicted: {where} runs {error.func}, whose result depends on the "
+            "values of tensors, and fake tensors have none; use measure_memory(), or keep that line out of the step"
+        ) from error

@@ -1,0 +1,153 @@
+"""Autocast, with a loss scale for fp16 that is logged and cannot collapse unnoticed."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision as LightningMixedPrecision
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from lightning_memopt.models.fake import is_fake
+from lightning_memopt.precision.loss_scale import LossScale
+from lightning_memopt.precision.names import DTYPES, check_name
+
+
+class MixedPrecision(LightningMixedPrecision):
+    """Weights in float32, matrix products in 16 bits by autocast; for fp16 a dynamic loss scale.
+
+    The loss scale works on CPU and CUDA, with accumulation, clipping (gradients are unscaled first), several
+    optimizers and manual optimization. Each update logs ``precision/loss_scale`` and ``precision/skipped_steps``. A
+    skipped step counts as a step for ``trainer.global_step`` and learning-rate schedules, as in Lightning. The scale
+    is saved in checkpoints and resumed.
+
+    Args:
+        dtype: ``"bf16"`` or ``"fp16"``.
+        initial_scale: The first loss scale of fp16.
+        growth_interval: Steps without overflow after which the scale doubles.
+
+    Raises:
+        MisconfigurationException: Unknown dtype, a scale or interval that is not positive, or LBFGS with fp16.
+        LossScaleCollapsedError: In training, when lowering the scale does not make gradients finite.
+
+    Example:
+        >>> trainer = pl.Trainer(plugins=[MixedPrecision("bf16")], logger=False)
+    """
+
+    def __init__(
+        self, dtype: Literal["bf16", "fp16"], *, initial_scale: float = 2.0**16, growth_interval: int = 2000
+    ) -> None:
+        check_name("MixedPrecision", "dtype", dtype, DTYPES)
+        if not initial_scale > 0 or growth_interval < 1:
+            raise MisconfigurationException(
+                f"MixedPrecision(initial_scale={initial_scale}, growth_interval={growth_interval}): the scale must "
+                "be positive and the interval at least 1 step."
+            )
+        self._dtype = DTYPES[dtype]
+        self._scale_options = {"init_scale": initial_scale, "growth_interval": growth_interval}
+        self.loss_scale: LossScale | None = None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        super().__init__("16-mixed" if dtype == "fp16" else "bf16-mixed", device)
+        self._use_device(device)
+
+    def _use_device(self, device: str) -> None:
+        self.device = device
+        if self._dtype == torch.float16:
+            self.loss_scale = LossScale(device, **self._scale_options)
+            self.scaler = self.loss_scale.scaler
+
+    @override
+    def connect(
+        self, model: torch.nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[torch.nn.Module, list[Optimizer], list[Any]]:
+        parameter = next(model.parameters(), None)
+        if parameter is not None and parameter.device.type != self.device:
+            self._use_device(parameter.device.type)
+        if self.loss_scale is not None:
+            _refuse_lbfgs(optimizers)
+            if self.device == "cpu":
+                _refuse_lstm_where_autocast_fails(model)
+        return super().connect(model, optimizers, lr_schedulers)
+
+    @override
+    def pre_backward(  # type: ignore[override]
+        self, tensor: torch.Tensor, module: "pl.LightningModule"
+    ) -> torch.Tensor:
+        if self.loss_scale is not None and not is_fake(tensor):
+            tensor = self.loss_scale.scale(tensor)
+        return Precision.pre_backward(self, tensor, module)
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: "pl.LightningModule", closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        if self.loss_scale is None:
+            return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)
+        result = closure()
+        if result is None and model.automatic_optimization:  # the step returned None: there was no backward
+            return result
+        gradient = next(
+            (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None
+        )
+        # On fake tensors nothing overflows, and the scaler's question whether something did has no answer.
+        if gradient is None or is_fake(gradient):
+            self._after_closure(model, optimizer)
+            optimizer.step(**kwargs)
+            return result
+        self.loss_scale.scaler.unscale_(optimizer)
+        self.loss_scale.check(model)
+        self._after_closure(model, optimizer)
+        self.loss_scale.step(optimizer, **kwargs)
+        model.log_dict(
+            {
+                "precision/loss_scale": self.loss_scale.value,
+                "precision/skipped_steps": float(self.loss_scale.skipped_steps),
+            }
+        )
+        return result
+
+    @override
+    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        # Lightning refuses fused optimizers here, which may unscale inside their step; ours is unscaled before.
+        Precision.clip_gradients(self, optimizer, *args, **kwargs)
+
+    @override
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        with torch.autocast(self.device, dtype=self._dtype, cache_enabled=False):
+            yield
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.loss_scale is None else self.loss_scale.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(state_dict)
+
+
+def _refuse_lbfgs(optimizers: list[Optimizer]) -> None:
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            "MixedPrecision('fp16') cannot train with LBFGS: it computes the loss several times in a step, and an "
+            "overflow in between cannot be undone; use MixedPrecision('bf16'), which needs no loss scale."
+        )
+
+
+def _refuse_lstm_where_autocast_fails(model: torch.nn.Module) -> None:
+    name = next((name for name, module in model.named_modules() if isinstance(module, torch.nn.LSTM)), None)
+    if name is None:
+        return
+    try:
+        with torch.autocast("cpu", dtype=torch.float16):
+            torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
+    except RuntimeError as error:
+        raise MisconfigurationException(
+            f"MixedPrecision('fp16'): {name} is an nn.LSTM, which CPU autocast to fp16 cannot run here (PyTorch says "
+            f"{str(error)!r}); use MixedPrecision('bf16')."
+        ) from error

@@ -1,0 +1,256 @@
+"""Measure and split a batch of any of the shapes that a collate function returns."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+_SHARED = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+"""Leaves that say something about the whole batch wherever they are not listed one a sample."""
+
+Split = Callable[[Any, int], Sequence[Any]]
+"""Cuts a batch into micro-batches of at most so many samples: :func:`micro_batches`, or what a user gives."""
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in ``batch``: the first dimension that its tensors agree on.
+
+    Args:
+        batch: A tensor, or dicts, lists, tuples, named tuples and dataclasses of them, nested as deep as you like;
+            a ``BatchEncoding`` and other mappings too. Tensors of no dimension and what is not a tensor say
+            nothing about the size, except that in a batch without tensors the lists of samples do.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ValueError: Tensors disagree on the first dimension, or nothing in the batch has one.
+
+    Example:
+        >>> batch_size({"x": torch.zeros(8, 3), "scale": torch.tensor(2.0)})
+        8
+    """
+    return _read_size(batch)[0]
+
+
+def micro_batches(batch: Any, size: int) -> list[Any]:
+    """Split ``batch`` into micro-batches of at most ``size`` samples, of the same type as the batch.
+
+    Tensors are cut along their first dimension and share memory with the batch. Lists of dicts, strings and other
+    objects that are as long as the batch are cut too. Everything else (tensors of no dimension, numbers, ``None``)
+    is in each micro-batch.
+
+    Args:
+        batch: See :func:`batch_size`.
+        size: Samples in a micro-batch; the last has what remains.
+
+    Returns:
+        The micro-batches in order; the batch itself, alone, where it is no larger than ``size``.
+
+    Raises:
+        ValueError: ``size`` is below 1, or the size of the batch cannot be told.
+
+    Example:
+        >>> [micro["x"].shape[0] for micro in micro_batches({"x": torch.zeros(8, 3)}, 3)]
+        [3, 3, 2]
+    """
+    if size < 1:
+        raise ValueError(f"a micro-batch of {size} samples was asked for; it must have at least 1.")
+    total, dicts_are_samples = _read_size(batch)
+    if total <= size:
+        return [batch]
+    windows = [slice(start, start + size) for start in range(0, total, size)]
+    return [_cut(batch, window, total, dicts_are_samples) for window in windows]
+
+
+def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
+    """Put together what the same step returned for each micro-batch of a batch.
+
+    Tensors with one row a sample are concatenated, floating tensors of no dimension become their weighted mean,
+    mappings, lists and tuples are merged item by item, and for anything else there is a list with one item for each
+    micro-batch.
+
+    Args:
+        outputs: One output for each micro-batch.
+        sizes: Samples in each micro-batch; ``None`` where unknown.
+        weights: What each weighs in a mean; they sum to 1.
+
+    Example:
+        >>> outputs = [{"logits": torch.zeros(3, 2)}, {"logits": torch.zeros(1, 2)}]
+        >>> merge_outputs(outputs, sizes=[3, 1], weights=[0.75, 0.25])["logits"].shape
+        torch.Size([4, 2])
+    """
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if all(isinstance(output, Tensor) for output in outputs):
+        return _merge_tensors(list(outputs), sizes, weights)
+    same_keys = isinstance(first, Mapping) and all(
+        isinstance(output, Mapping) and output.keys() == first.keys() for output in outputs
+    )
+    same_length = isinstance(first, list | tuple) and all(
+        isinstance(output, type(first)) and len(output) == len(first) for output in outputs
+    )
+    if not same_keys and not same_length:
+        return list(outputs)
+    parts = [[value for _, value in _parts(output) or ()] for output in outputs]
+    return _rebuild(first, [merge_outputs(items, sizes, weights) for items in zip(*parts, strict=True)])
+
+
+def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
+    """``loss * weight``, where a weight of 0 gives 0 even if the loss, a mean over nothing, is not a number."""
+    if not isinstance(weight, Tensor):
+        if weight > 0:
+            return loss * weight
+        weight = torch.zeros_like(loss)
+    weight = weight.to(loss.device)
+    return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
+
+
+def detached(item: Any) -> Any:
+    """``item`` with each tensor in it detached from its graph."""
+    if isinstance(item, Tensor):
+        return item.detach()
+    parts = _parts(item)
+    return item if parts is None else _rebuild(item, [detached(part) for _, part in parts])
+
+
+def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
+    if all(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors):
+        return sum(weigh(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True))
+    rows_are_samples = all(
+        tensor.ndim > 0 and tensor.shape[0] == size for tensor, size in zip(tensors, sizes, strict=True)
+    )
+    if rows_are_samples and len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    return tensors
+
+
+def _read_size(batch: Any) -> tuple[int, bool]:
+    """Number of samples, and whether a list of dicts holds one dict a sample.
+
+    It does beside tensors that give the size (images and the boxes in each); alone it is a list of batches, as
+    several loaders give.
+    """
+    dicts_are_samples = True
+    sizes = dict(_tensor_sizes(batch, "batch", dicts_are_samples))
+    if not sizes:
+        dicts_are_samples = False
+        sizes = dict(_tensor_sizes(batch, "batch", dicts_are_samples))
+    sizes = sizes or dict(_list_sizes(batch, "batch"))
+    if not sizes:
+        raise ValueError(
+            f"the batch, a {type(batch).__name__}, holds no tensor with a first dimension and no list of samples, so "
+            "its size is unknown; give `split=`, a function (batch, size) -> list of micro-batches."
+        )
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"the tensors of the batch disagree on the number of samples ({found}), so it cannot be cut along the "
+            "first dimension; give `split=`, a function (batch, size) -> list of micro-batches."
+        )
+    return next(iter(sizes.values())), dicts_are_samples
+
+
+def _tensor_sizes(item: Any, name: str, dicts_are_samples: bool) -> Iterator[tuple[str, int]]:
+    """First dimensions of the tensors that are to be cut, by where they are; refuses what cannot be."""
+    if isinstance(item, Tensor):
+        if item.is_nested:
+            raise ValueError(f"{name} is a nested tensor, which cannot be cut into views; give `split=`.")
+        if item.ndim:
+            yield name, item.shape[0]
+    elif isinstance(item, PackedSequence):
+        raise ValueError(
+            f"{name} is a PackedSequence, whose rows are not samples; pack in the step, or give `split=`."
+        )
+    elif not _is_list_of_samples(item, dicts_are_samples):
+        parts = _parts(item)
+        if parts is None:
+            _refuse_hidden_tensors(item, name)
+        else:
+            for key, part in parts:
+                yield from _tensor_sizes(part, f"{name}{key}", dicts_are_samples)
+
+
+def _list_sizes(item: Any, name: str) -> Iterator[tuple[str, int]]:
+    if _is_list_of_samples(item, dicts_are_samples=False):
+        yield name, len(item)
+    else:
+        for key, part in _parts(item) or ():
+            yield from _list_sizes(part, f"{name}{key}")
+
+
+def _parts(item: Any) -> list[tuple[str, Any]] | None:
+    """The named parts of a container, ``None`` for a leaf."""
+    if isinstance(item, Mapping):
+        return [(f"[{key!r}]", value) for key, value in item.items()]
+    if _is_named_tuple(item):
+        return [(f".{field}", getattr(item, field)) for field in item._fields]
+    if isinstance(item, list | tuple):
+        return [(f"[{index}]", value) for index, value in enumerate(item)]
+    if _is_dataclass_instance(item):
+        return [(f".{field.name}", getattr(item, field.name)) for field in dataclasses.fields(item)]
+    return None
+
+
+def _cut(item: Any, window: slice, total: int, dicts_are_samples: bool) -> Any:
+    if isinstance(item, Tensor):
+        return item[window] if item.ndim else item
+    if _is_list_of_samples(item, dicts_are_samples):
+        return item[window] if len(item) == total else item
+    parts = _parts(item)
+    return (
+        item if parts is None else _rebuild(item, [_cut(part, window, total, dicts_are_samples) for _, part in parts])
+    )
+
+
+def _rebuild(item: Any, values: list[Any]) -> Any:
+    """A container like ``item`` that holds ``values``, given in the order of its parts."""
+    if isinstance(item, Mapping):
+        # A copy keeps what else the mapping knows (a default factory, a tokenizer's encodings).
+        twin: Any = copy.copy(item)
+        for key, value in zip(item, values, strict=True):
+            twin[key] = value
+        return twin
+    if _is_named_tuple(item):
+        return type(item)(*values)
+    if isinstance(item, list | tuple):
+        return type(item)(values)
+    twin = copy.copy(item)
+    for field, value in zip(dataclasses.fields(item), values, strict=True):
+        object.__setattr__(twin, field.name, value)  # frozen dataclasses too
+    return twin
+
+
+def _is_list_of_samples(item: Any, dicts_are_samples: bool) -> bool:
+    """Whether a list or tuple holds one string, object (or dict) a sample; a list of tensors is a container."""
+    if not isinstance(item, list | tuple) or _is_named_tuple(item) or not item:
+        return False
+    if all(isinstance(part, Mapping) for part in item):
+        return dicts_are_samples
+    return all(_parts(part) is None and not isinstance(part, Tensor) for part in item)
+
+
+def _is_named_tuple(item: Any) -> bool:
+    return isinstance(item, tuple) and hasattr(item, "_fields")
+
+
+def _is_dataclass_instance(item: Any) -> bool:
+    return dataclasses.is_dataclass(item) and not isinstance(item, type)
+
+
+def _refuse_hidden_tensors(item: Any, name: str) -> None:
+    """An object that keeps tensors where they cannot be seen would be given whole to each micro-batch."""
+    if isinstance(item, _SHARED):
+        return
+    hidden = [key for key, value in getattr(item, "__dict__", {}).items() if isinstance(value, Tensor) and value.ndim]
+    if hidden:
+        raise ValueError(
+            f"{name} is a {type(item).__qualname__} that holds tensors ({', '.join(hidden)}) and is neither a "
+            "mapping, a sequence nor a dataclass, so it cannot be cut; give `split=`, a function (batch, size) -> "
+            "list of micro-batches."
+        )

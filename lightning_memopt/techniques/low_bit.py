@@ -1,0 +1,284 @@
+"""Hold an optimizer's state in few bits between steps, with the optimizer otherwise as the user made it."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from types import MethodType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_memopt.techniques.blockwise import BlockwiseCodec, FormatName, PackedTensor, as_packed
+from lightning_memopt.techniques.per_parameter import replace_step, step_alone, step_one
+
+Bits = Literal[8, 4, "fp8"]
+
+FORMATS: dict[Bits, FormatName] = {8: "8-bit", 4: "4-bit", "fp8": "fp8"}
+
+SUPPORTED = (AdamW, Adam, SGD)
+
+SMALLEST = 4096
+"""Tensors with fewer elements stay as they are: they are norms and biases, sensitive, and too small to matter."""
+
+PIECE = {"cpu": 2**16, "other": 2**22}
+"""Elements that are unpacked, stepped and packed at a time, by device type.
+
+Bounds the temporaries to some 30 bytes each: 2 MiB on a CPU, where pieces that fit its cache are also the fastest,
+and 120 MiB on a GPU, where each piece costs the launch of some sixty kernels.
+"""
+
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False, "momentum_buffer": True}
+"""The state that is packed, and whether it can be negative."""
+
+
+def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) -> "LowBitState":
+    """Keep what ``optimizer`` remembers of each large parameter in 8 or 4 bits instead of 32.
+
+    The optimizer object stays, with its groups, hyper-parameters, hooks and learning-rate schedulers, and so does its
+    arithmetic: a step unpacks the state of a piece of a parameter, lets the optimizer step that piece, and packs
+    the state again. State that is there already, or that is loaded later (from a run with or without low-bit state),
+    is packed at once. ``state_dict`` holds packed tensors as plain dicts of plain tensors.
+
+    Bytes: 1 + 4/256 per element and moment in 8 bits and fp8, 1/2 + 4/128 in 4 bits, against 4.
+
+    Args:
+        module: Owns the parameters; used to name them.
+        optimizer: AdamW, Adam (without ``amsgrad``) or SGD with momentum.
+        bits: 8, 4 or "fp8"; see :mod:`lightning_memopt.techniques.blockwise`.
+
+    Returns:
+        A handle whose ``remove()`` unpacks the state and puts everything back.
+
+    Raises:
+        ValueError: ``bits`` is unknown, the optimizer is not one of those, gradients are sparse, or parameters are
+            sharded.
+
+    Example:
+        >>> net = nn.Linear(128, 64)
+        >>> optimizer = torch.optim.AdamW(net.parameters())
+        >>> handle = hold_low_bit_state(net, optimizer, bits=8)
+        >>> net(torch.ones(4, 128)).sum().backward()
+        >>> optimizer.step()
+        >>> state_bytes(optimizer) < 0.3 * 2 * sum(p.nbytes for p in net.parameters())
+        True
+        >>> handle.remove()
+    """
+    check_bits(bits)
+    _refuse_unsupported(module, optimizer)
+    return LowBitState(optimizer, FORMATS[bits])
+
+
+def check_bits(bits: Any) -> None:
+    """Raise a :class:`ValueError` where ``bits`` is none of 8, 4 and "fp8"."""
+    if isinstance(bits, bool) or bits not in FORMATS:
+        raise ValueError(
+            f"bits={bits!r} is no width that optimizer state can be held in; possible are 8, 4 and 'fp8'."
+        )
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in the state of ``optimizer``, packed or not."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(count(item) for item in value.values())
+        return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+    return sum(count(state) for state in optimizer.state.values())
+
+
+class LowBitState:
+    """The handle of :func:`hold_low_bit_state`."""
+
+    def __init__(self, optimizer: Optimizer, format_name: FormatName) -> None:
+        self._optimizer = optimizer
+        self._codec = BlockwiseCodec(format_name)
+        self._pack_all()
+        replace_step(optimizer, self._step_parameter)
+        self._undo_patch = self._patch_step()
+        self._load_hooks = (
+            optimizer.register_load_state_dict_pre_hook(_wrap_packed),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        )
+
+    def remove(self, unpack: bool = True) -> None:
+        """Put the optimizer back.
+
+        Args:
+            unpack: Bring the state back to the type that it was made in, so that the optimizer can go on. Without it
+                (where memory has run out) the optimizer can only be saved.
+        """
+        self._undo_patch()
+        replace_step(self._optimizer, None)
+        if not unpack:
+            return
+        for hook in self._load_hooks:
+            hook.remove()
+        for parameter, state in self._optimizer.state.items():
+            for key, value in state.items():
+                if packed := as_packed(value):
+                    state[key] = _unpack_whole(packed, parameter)
+
+    def _patch_step(self) -> Callable[[], None]:
+        """Let ``optimizer.step`` step packed parameters, from within: its own hooks run around it, once."""
+        optimizer = self._optimizer
+        patched = optimizer.__dict__.get("step")  # a learning-rate scheduler's
+        inner = optimizer.step
+
+        @wraps(inner)
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            stepped: dict[torch.Tensor, torch.Tensor] = {}
+            try:
+                return inner(closure=partial(self._run_and_step, closure, stepped))
+            finally:
+                for parameter, gradient in stepped.items():
+                    parameter.grad = gradient
+
+        def undo() -> None:
+            if patched is None:
+                optimizer.__dict__.pop("step", None)
+            else:
+                optimizer.__dict__["step"] = patched
+
+        optimizer.__dict__["step"] = MethodType(step, optimizer)
+        return undo
+
+    @torch.no_grad()
+    def _run_and_step(self, closure: Callable[[], Any] | None, stepped: dict[torch.Tensor, torch.Tensor]) -> Any:
+        """Run the closure, then step each large parameter and hide its gradient from the optimizer's own loop."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for index, group in enumerate(self._optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.numel() >= SMALLEST:
+                    step_one(self._optimizer, parameter, index)
+                    stepped[parameter], parameter.grad = parameter.grad, None
+        return loss
+
+    def _step_parameter(self, optimizer: Optimizer, parameter: torch.Tensor, group_index: int) -> None:
+        group = optimizer.param_groups[group_index]
+        if parameter.grad is None or parameter.numel() < SMALLEST:
+            step_alone(optimizer, parameter, group)
+            return
+        values, gradients = parameter.detach().reshape(-1), parameter.grad.reshape(-1)
+        before, after = optimizer.state[parameter], dict[str, Any]()
+        size = PIECE.get(values.device.type, PIECE["other"])
+        for start in range(0, values.numel(), size):
+            span = _Span(start, min(start + size, values.numel()))
+            piece = values[span.start : span.stop]
+            piece.grad = gradients[span.start : span.stop]
+            optimizer.state[piece] = {
+                key: self._read(value, span).to(piece.dtype) if key in _SIGNED else _copy(value)
+                for key, value in before.items()
+            }
+            try:
+                step_alone(optimizer, piece, group)
+                self._write(optimizer.state[piece], before, after, span, values.numel())
+            finally:
+                del optimizer.state[piece]
+        optimizer.state[parameter] = after
+        if not parameter.is_contiguous():  # values was a copy
+            parameter.copy_(values.view(parameter.shape))
+
+    def _read(self, value: Any, span: "_Span") -> torch.Tensor:
+        packed = as_packed(value)
+        assert packed is not None, "state is packed when it is made and when it is loaded"
+        return self._codec.unpack(packed, span.start, span.stop)
+
+    def _write(
+        self, state: dict[str, Any], before: dict[str, Any], after: dict[str, Any], span: "_Span", numel: int
+    ) -> None:
+        for key, value in state.items():
+            if key not in _SIGNED or value is None:
+                after[key] = value
+                continue
+            if key not in after:
+                after[key] = before.get(key) or self._codec.empty(numel, _SIGNED[key], value)
+            self._codec.write(after[key], span.start, value)
+
+    @torch.no_grad()
+    def _pack_all(self) -> None:
+        for parameter, state in self._optimizer.state.items():
+            if parameter.numel() < SMALLEST:
+                continue
+            for key in _SIGNED.keys() & state.keys():
+                packed = as_packed(state[key])
+                if packed is not None and packed["format"] == self._codec.format_name:
+                    continue
+                value = _unpack_whole(packed, parameter) if packed else state[key]
+                if value is not None:
+                    state[key] = self._codec.pack(value, _SIGNED[key])
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, _Loading):
+                    packed, device = value.packed, parameter.device
+                    moved = {"codes": packed["codes"].to(device), "scales": packed["scales"].to(device)}
+                    state[key] = {**packed, **moved}
+        self._pack_all()
+
+
+class _Span(NamedTuple):
+    start: int
+    stop: int
+
+
+class _Loading:
+    """Hides a packed tensor from ``load_state_dict``, which would cast its codes to the parameter's type."""
+
+    def __init__(self, packed: PackedTensor) -> None:
+        self.packed = packed
+
+
+def _wrap_packed(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        index: {key: _Loading(packed) if (packed := as_packed(value)) else value for key, value in values.items()}
+        for index, values in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _unpack_whole(packed: PackedTensor, parameter: torch.Tensor) -> torch.Tensor:
+    codec = BlockwiseCodec(packed["format"])  # type: ignore[arg-type]
+    return codec.unpack(packed, 0, parameter.numel()).to(packed["dtype"]).view(parameter.shape)
+
+
+def _copy(value: Any) -> Any:
+    """Each piece counts its own step, so that all of them see the same one."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _refuse_unsupported(module: nn.Module, optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    possible = f"Possible are {', '.join(kind.__name__ for kind in SUPPORTED)} with momentum."
+    if not isinstance(optimizer, SUPPORTED):
+        raise ValueError(
+            f"The optimizer is {name}, whose state cannot be held in few bits: what each of its tensors means is "
+            f"not known here. {possible}"
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("amsgrad"):
+            raise ValueError(
+                f"Group {index} of {name} has amsgrad=True: a running maximum of rounded numbers only creeps up. "
+                "Set amsgrad=False."
+            )
+        if isinstance(optimizer, SGD) and not group["momentum"]:
+            raise ValueError(
+                f"Group {index} of {name} has momentum=0, so it keeps no state that could be held in few bits. "
+                f"{possible}"
+            )
+    for path, child in module.named_modules():
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse:
+            raise ValueError(
+                f"{path!r} has sparse=True: a sparse gradient updates single rows, and state is packed in blocks "
+                "across rows. Set sparse=False."
+            )
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{path!r} is a DTensor: state of sharded parameters cannot be packed yet. Train on one device or "
+                "with DDP."
+            )

@@ -1,0 +1,140 @@
+"""Where the bytes of an offloaded storage wait: in a file, in pinned host memory, or nowhere (prediction)."""
+
+import mmap
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.models.mapped import mark_as_mapped
+
+
+class OffloadError(OSError):
+    """Activations could not be written, usually because the disk is full."""
+
+
+class StoredBytes:
+    """The bytes of one storage, outside the device."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device = tensor.device
+        self.nbytes = tensor.untyped_storage().nbytes()
+        # Keeps the address from being given to another storage while it is a key of the store.
+        self._original = StorageWeakRef(tensor.untyped_storage())
+        self._restored: StorageWeakRef | None = None
+
+    def view(self, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of these bytes back on the device; all views that are in use at once share one storage."""
+        with _disable_current_modes():
+            return torch.empty(0, dtype=dtype, device=self.device).set_(self._storage(), offset, size, stride)
+
+    def _storage(self) -> torch.UntypedStorage:
+        storage: torch.UntypedStorage | None = None
+        if self._restored is not None:
+            storage = torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
+        if storage is None:
+            storage = self._load()
+            self._restored = StorageWeakRef(storage)
+        return storage
+
+    def _load(self) -> torch.UntypedStorage:
+        raise NotImplementedError
+
+
+class FileCopy(StoredBytes):
+    """A file, deleted with this object.
+
+    It is written with ordinary writes, which report a full disk (under a mapping a full disk kills the process), and
+    mapped for reading: the pages are the file's and leave memory when it is needed elsewhere.
+
+    Args:
+        tensor: A tensor of the storage.
+        path: The file to make.
+        already_stored_bytes: What other files hold, for the message when the disk is full.
+
+    Raises:
+        OffloadError: The file cannot be written.
+    """
+
+    def __init__(self, tensor: torch.Tensor, path: Path, already_stored_bytes: int) -> None:
+        super().__init__(tensor)
+        self._path = path
+        weakref.finalize(self, _unlink, path)
+        with _disable_current_modes(), torch.no_grad():
+            data: Any = _bytes_of(tensor).cpu().numpy()
+        try:
+            path.write_bytes(memoryview(data))
+        except OSError as error:
+            _unlink(path)
+            raise OffloadError(
+                error.errno,
+                f"offloading {format_bytes(self.nbytes)} of activations failed "
+                f"({os.strerror(error.errno or 0)}) with {format_bytes(already_stored_bytes)} already stored; "
+                "free the disk, give directory= on a larger one, or raise min_bytes",
+                str(path.parent),
+            ) from error
+
+    def _load(self) -> torch.UntypedStorage:
+        # Not UntypedStorage.from_file, which reports the mapping to the profiler as if it were allocated memory.
+        with self._path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
+        mapped = torch.frombuffer(mapping, dtype=torch.uint8)
+        if self.device.type != "cpu":
+            return mapped.to(self.device).untyped_storage()
+        mark_as_mapped(mapped.untyped_storage())
+        return mapped.untyped_storage()
+
+
+class HostCopy(StoredBytes):
+    """A copy in pinned memory, made on a stream of its own while the forward goes on.
+
+    The copying stream waits for the stream that is current now, which need not be the one of the last call; the
+    allocator is told of the copy, so that the memory is not given away before it ends; and the way back runs on the
+    stream that uses it, after the copy. Without any one of these the gradients are wrong at times
+    (https://github.com/meta-pytorch/torchtune/issues/1867).
+    """
+
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        super().__init__(tensor)
+        with torch.no_grad():
+            source = _bytes_of(tensor)
+        self._host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(source, non_blocking=True)
+        source.record_stream(stream)
+        self._copied = stream.record_event()
+
+    def _load(self) -> torch.UntypedStorage:
+        torch.cuda.current_stream(self.device).wait_event(self._copied)
+        return self._host.to(self.device, non_blocking=True).untyped_storage()
+
+
+class FakeBytes(StoredBytes):
+    """A fake storage: prediction sees it leave the device and come back, and nothing is written."""
+
+    def __init__(self, tensor: FakeTensor) -> None:
+        super().__init__(tensor)
+        self._mode = tensor.fake_mode
+
+    def view(self, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+        """A fake tensor of its own."""
+        with _disable_current_modes(), self._mode:
+            tensor = torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
+            mark_as_mapped(tensor.untyped_storage())
+        return tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)

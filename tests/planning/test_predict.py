@@ -1,0 +1,166 @@
+import copy
+import resource
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import lightning_memopt as memopt
+from tests.planning.allocator import raw_peak_bytes
+from tests.zoo import ZOO
+from tests.zoo.text import LossOutside
+
+MIB = 2**20
+
+
+def _gpt2(layers: int = 12, width: int = 256) -> pl.LightningModule:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=256, n_positions=256, n_embd=width, n_layer=layers, n_head=8, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return LossOutside(GPT2LMHeadModel(config))
+
+
+class _ConvNet(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 32, 7, stride=2, padding=3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1, groups=2), nn.GroupNorm(8, 128), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_a_gpt2_of_real_width_and_context_is_predicted_at_the_size_that_it_has():
+    batch = {"input_ids": torch.randint(0, 256, (4, 256)), "labels": torch.randint(0, 256, (4, 256))}
+    raw = raw_peak_bytes(lambda: _gpt2(layers=4), batch)
+    assert raw > 128 * MIB
+    assert memopt.predict_memory(_gpt2(layers=4), batch).peak_bytes == pytest.approx(raw, rel=0.002)
+
+
+def test_a_conv_net_too_large_to_try_whole_is_extrapolated_from_smaller_batches():
+    batch = torch.randn(24, 3, 160, 160), torch.randint(0, 10, (24,))
+    raw = raw_peak_bytes(_ConvNet, batch)
+    assert memopt.predict_memory(_ConvNet(), batch).peak_bytes == pytest.approx(raw, rel=0.02)
+
+
+def test_a_model_larger_than_the_machine_is_predicted_without_allocating_it():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batch = {"input_ids": torch.randint(0, 256, (2, 128)), "labels": torch.randint(0, 256, (2, 128))}
+    report = memopt.predict_memory(lambda: _gpt2(layers=32, width=4096), batch)
+    grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert report.by_category["parameters"] == pytest.approx(6.45e9 * 4, rel=0.01)
+    assert report.by_category["optimizer_state"] == pytest.approx(2 * 6.45e9 * 4, rel=0.01)
+    assert grown_bytes < 1024 * MIB
+
+
+def test_predicting_twice_gives_the_same_report():
+    entry = ZOO["cnn"]
+    first, second = (memopt.predict_memory(entry.build(), entry.batch()) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("function", [memopt.measure_memory, memopt.predict_memory])
+def test_the_module_its_state_and_the_random_numbers_stay_as_they_were(function):
+    entry = ZOO["cnn"]
+    module, batch = entry.build(dropout=0.2), entry.batch()
+    weights, keys = copy.deepcopy(module.state_dict()), set(vars(module))
+    random_state = torch.get_rng_state()
+    function(module, batch)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in module.state_dict().items())
+    assert set(vars(module)) == keys
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_parameters_on_the_meta_device_are_predicted_as_if_they_were_real():
+    entry = ZOO["encoder"]
+    real = memopt.predict_memory(entry.build(), entry.batch())
+    meta = memopt.predict_memory(entry.build().to("meta"), entry.batch())
+    assert meta.peak_bytes == pytest.approx(real.peak_bytes, rel=0.001)
+
+
+def test_a_module_that_has_been_fitted_can_be_predicted():
+    entry = ZOO["mlp"]
+    module = entry.build()
+    trainer = pl.Trainer(
+        max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    trainer.fit(module, entry.loader(1))
+    memopt.predict_memory(module, entry.batch())
+    assert module.trainer is trainer
+
+
+class _ReadsValues(_ConvNet):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * 2 if loss.item() > 1 else loss
+
+
+class _Raises(_ConvNet):
+    def training_step(self, batch, batch_idx):
+        raise KeyError("mine")
+
+
+def _images() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+
+
+def test_a_step_that_reads_a_value_is_refused_with_the_operator_and_the_line():
+    with pytest.raises(
+        ValueError, match=r"_ReadsValues cannot be predicted: .*test_predict.py:\d+ .*_local_scalar_dense"
+    ):
+        memopt.predict_memory(_ReadsValues(), _images())
+
+
+@pytest.mark.parametrize("function", [memopt.measure_memory, memopt.predict_memory])
+def test_an_error_of_the_module_comes_through_and_leaves_nothing_behind(function):
+    from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+    resize = torch.UntypedStorage.resize_
+    with pytest.raises(KeyError, match="mine"):
+        function(_Raises(), _images())
+    assert not _get_current_dispatch_mode_stack()
+    assert not (_global_forward_hooks or _global_forward_pre_hooks)
+    assert not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    assert torch.UntypedStorage.resize_ is resize
+    assert not torch.autograd._profiler_enabled()
+    assert type(torch.ones(2)) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (nn.Linear(2, 2), {}, "given a Linear; it needs a LightningModule"),
+        (lambda: nn.Linear(2, 2), {}, "makes a Linear; it must make a LightningModule"),
+        (_ConvNet(), {"max_steps": 3}, "leave them out"),
+    ],
+)
+def test_bad_input_is_refused_with_what_is_possible(module, options, message):
+    with pytest.raises(ValueError, match=message):
+        memopt.predict_memory(module, _images(), **options)
+
+
+def test_a_module_that_never_steps_is_refused():
+    class Idle(_ConvNet):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(ValueError, match="Idle stepped its optimizer fewer than twice"):
+        memopt.measure_memory(Idle(), _images())

@@ -1,0 +1,313 @@
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_memopt.memory.track import track_memory
+from lightning_memopt.techniques.checkpointing import checkpoint_activations
+from tests.zoo import ZOO
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "full": {"policy": "full"},
+    "every_k": {"policy": "every_k", "k": 2},
+    "selective": {"policy": "selective"},
+    "budget": {"policy": "budget", "budget": 0.5},
+}
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 128)
+        self.down = nn.Linear(128, 32)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.dropout(nn.functional.gelu(self.up(x)))
+        return x + self.down(hidden if scale is None else hidden * scale)
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def _step(module: nn.Module, x: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    torch.manual_seed(seed)
+    module(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(module: nn.Module, x: torch.Tensor) -> dict[str, int]:
+    with _Count() as count:
+        module(x).sum().backward()
+    return count.calls
+
+
+@pytest.fixture
+def stack() -> Stack:
+    torch.manual_seed(0)
+    return Stack()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_full_runs_every_block_again_and_every_k_all_but_each_kth(stack: Stack, x: torch.Tensor) -> None:
+    assert _calls(stack, x)["gelu"] == 4
+    with checkpoint_activations(stack, "full"):
+        assert _calls(stack, x)["gelu"] == 8
+    with checkpoint_activations(stack, "every_k", k=2) as handle:
+        assert handle.names == ["blocks.0", "blocks.2"]
+        assert _calls(stack, x)["gelu"] == 6
+    with checkpoint_activations(stack, "every_k", k=1):
+        assert _calls(stack, x)["gelu"] == 4
+
+
+def test_selective_runs_the_cheap_operators_again_and_no_product(stack: Stack, x: torch.Tensor) -> None:
+    plain = _calls(stack, x)
+    with checkpoint_activations(stack, "selective"):
+        selective = _calls(stack, x)
+    assert selective["gelu"] == 2 * plain["gelu"]
+    assert selective["addmm"] == plain["addmm"]
+
+
+def test_the_budget_is_met_from_the_second_step_on() -> None:
+    module, batch = Stack(depth=10), torch.randn(256, 32)
+    module(batch).sum().backward()
+
+    def activations() -> int:
+        with track_memory(module) as tracker:
+            module(batch).sum().backward()
+        return tracker.report().by_category["activations"]
+
+    plain, peaks = activations(), {}
+    for budget in (0.3, 0.5, 0.8):
+        with checkpoint_activations(module, "budget", budget=budget):
+            module(batch).sum().backward()
+            peaks[budget] = activations() / plain
+    assert all(peak <= budget for budget, peak in peaks.items()), peaks
+    assert peaks[0.3] < peaks[0.5] < peaks[0.8]
+
+
+def test_a_budget_that_cannot_be_reached_says_what_can(stack: Stack, x: torch.Tensor, caplog) -> None:
+    with caplog.at_level(logging.WARNING), checkpoint_activations(stack, "budget", budget=0.01):
+        _step(stack, x)
+        _step(stack, x)
+    assert "a budget of 0.01 of the activation memory is" in caplog.text
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dropout_masks_are_replayed_and_the_random_state_goes_on_as_in_plain_training(policy: str, x) -> None:
+    module = Stack(dropout=0.3)
+    expected = [_step(module, x, seed) for seed in range(3)]
+    state = torch.get_rng_state()
+    with checkpoint_activations(module, **POLICIES[policy]):
+        for seed, gradients in enumerate(expected):
+            assert all(torch.equal(g, gradients[name]) for name, g in _step(module, x, seed).items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_running_statistics_and_counters_move_once_per_step(policy: str) -> None:
+    entry = ZOO["cnn"]
+    plain, module = entry.build(), entry.build()
+    images = entry.batch()[0]
+    for net in (plain, module):
+        net.forward = lambda x, net=net: net.head(net.blocks(net.stem(x)))
+    _step(plain, images)
+    _step(plain, images)
+    with checkpoint_activations(module, **POLICIES[policy]):
+        _step(module, images)
+        _step(module, images)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(module.get_buffer(name), buffer), name
+
+
+def test_a_buffer_that_a_block_writes_itself_is_written_once_and_read_as_it_was() -> None:
+    class Counting(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x) * self.calls.clone()
+            self.calls.add_(1)
+            return out
+
+    plain = nn.Sequential(Counting(), Counting())
+    module, x = copy.deepcopy(plain), torch.randn(4, 32)
+    expected = [_step(plain, x) for _ in range(3)]
+    with checkpoint_activations(module, "full"):
+        for gradients in expected:
+            assert all(torch.equal(g, gradients[name]) for name, g in _step(module, x).items())
+    assert torch.equal(module[0].calls, torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_frozen_blocks_and_inputs_without_gradients_train_the_same(policy: str, stack: Stack, x) -> None:
+    stack.blocks[0].requires_grad_(False)
+    stack.blocks[2].requires_grad_(False)
+    expected = _step(stack, x)
+    with checkpoint_activations(stack, policy):
+        found = _step(stack, x)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], g) for name, g in expected.items())
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_keyword_tensors_get_their_gradients(policy: str, x: torch.Tensor) -> None:
+    net = nn.ModuleList([Block(), Block()])
+    scale = torch.rand(128, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        scale.grad = None
+        net[1](net[0](x, scale=scale), scale=scale).sum().backward()
+        return scale.grad.clone()
+
+    expected = gradient()
+    with checkpoint_activations(net, policy):
+        assert torch.equal(gradient(), expected)
+
+
+def test_an_in_place_activation_after_a_product_is_recomputed_rather_than_kept_wrong(x: torch.Tensor) -> None:
+    block = [nn.Sequential(nn.Linear(32, 32), nn.ReLU(inplace=True), nn.Linear(32, 32)) for _ in range(3)]
+    net = nn.Sequential(*block)
+    expected = _step(net, x)
+    with checkpoint_activations(net, "selective"):
+        assert all(torch.equal(g, expected[name]) for name, g in _step(net, x).items())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_block_runs_as_it_is(context, stack: Stack, x: torch.Tensor) -> None:
+    with checkpoint_activations(stack, "selective"), context():
+        before = torch.get_rng_state()
+        with _Count() as count:
+            stack(x)
+        assert count.calls["gelu"] == 4
+        assert torch.equal(before, torch.get_rng_state())
+
+
+def test_removing_the_handle_twice_or_after_an_exception_leaves_no_trace(stack: Stack, x: torch.Tensor) -> None:
+    keys = list(stack.state_dict())
+    stack.blocks[1].forward = stack.blocks[1].forward  # an instance's own forward is given back
+    handle = checkpoint_activations(stack, "full")
+    assert list(stack.state_dict()) == keys
+    handle.remove()
+    handle.remove()
+    with pytest.raises(KeyError), checkpoint_activations(stack, "selective"):
+        raise KeyError
+    assert [name for name, module in stack.named_modules() if "forward" in module.__dict__] == ["blocks.1"]
+
+
+def test_a_copy_made_while_checkpointing_runs_its_own_weights(stack: Stack, x: torch.Tensor) -> None:
+    with checkpoint_activations(stack, "full"):
+        twin = copy.deepcopy(stack)
+        for parameter in twin.parameters():
+            nn.init.zeros_(parameter)
+        assert torch.equal(twin(x), x)
+
+
+def test_a_block_that_branches_on_values_is_recomputed_in_full_and_says_so(x: torch.Tensor, caplog) -> None:
+    class Branching(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x.sum() > 1e9 else super().forward(x) * 2
+
+    net = nn.Sequential(Branching(), Branching())
+    expected = _step(net, x)
+    with caplog.at_level(logging.WARNING), checkpoint_activations(net, "selective"):
+        assert all(torch.equal(g, expected[name]) for name, g in _step(net, x).items())
+    assert "cannot be profiled on fake tensors" in caplog.text
+
+
+def test_a_key_value_cache_is_not_filled_twice() -> None:
+    entry = ZOO["gpt2"]
+    module, batch = entry.build(), entry.batch()
+    module.model.config.use_cache = True
+    plain = module.model(**batch).loss
+    with checkpoint_activations(module, "full"), pytest.warns(UserWarning, match="h.0 was given a key-value cache"):
+        loss = module.model(**batch).loss
+        loss.backward()
+    assert torch.equal(loss, plain)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("gpt2", "selective"), ("encoder", "full"), ("cnn", "full"), ("cnn", "budget"), ("mlp", "full")],
+)
+def test_a_compiled_submodule_compiles_and_trains_the_same(name: str, policy: str) -> None:
+    def gradients(compiled: bool) -> list[torch.Tensor]:
+        module, batch = ZOO[name].build(), ZOO[name].batch()
+        module.log = lambda *args, **options: None
+        part = {"gpt2": "model", "encoder": "encoder", "cnn": "blocks", "mlp": "net"}[name]
+        if compiled:
+            setattr(module, part, torch.compile(getattr(module, part), backend="aot_eager"))
+            with checkpoint_activations(module, **POLICIES[policy]):
+                module.training_step(batch, 0).backward()
+        else:
+            module.training_step(batch, 0).backward()
+        return [p.grad for p in module.parameters()] + [b.float() for b in module.buffers()]
+
+    torch.testing.assert_close(gradients(compiled=True), gradients(compiled=False))
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+@pytest.mark.parametrize("name", ["encoder", "cnn"])
+def test_the_peak_on_fake_tensors_is_that_of_the_real_step(name: str, policy: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    def peak(fake: bool) -> int:
+        module, batch = ZOO[name].build(), ZOO[name].batch()
+        module.log = lambda *args, **options: None
+        mode = FakeTensorMode()
+        if fake:
+            for part in module.modules():
+                for key, p in part._parameters.items():
+                    part._parameters[key] = None if p is None else nn.Parameter(mode.from_tensor(p.data))
+                for key, b in part._buffers.items():
+                    part._buffers[key] = None if b is None else mode.from_tensor(b)
+            batch = tree_map_only(torch.Tensor, mode.from_tensor, batch)
+            mode.__enter__()
+        try:
+            with checkpoint_activations(module, policy), track_memory(module) as tracker:
+                module.training_step(batch, 0).backward()
+            return tracker.report().by_category["activations"]
+        finally:
+            if fake:
+                mode.__exit__(None, None, None)
+
+    assert peak(fake=True) == pytest.approx(peak(fake=False), rel=0.02)
