@@ -91,8 +91,8 @@ def fit_zoo(
     losses = torch.tensor(run.losses)
     if ranks > 1:
         dist.all_reduce(losses)
-    weights = {name: weight.numpy() for name, weight in run.weights.items()}
-    largest = {name: value.numpy() for name, value in gradients.largest.items()}
+    weights = {name: weight.float().numpy() for name, weight in run.weights.items()}
+    largest = {name: value.float().numpy() for name, value in gradients.largest.items()}
     return Outcome(losses.numpy() / ranks, np.array(gradients.norms), weights, largest)
 
 
