@@ -1,22 +1,20 @@
 """Data parallelism for any LightningModule: replicas, or one of the three ZeRO stages."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -31,8 +29,7 @@ from lightning_memopt.parallel.gather import (
 )
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
-
-_SHARDS = ("none", "optimizer", "gradients", "parameters")
+from lightning_memopt.strategies.data_options import check_arguments, compression_hooks, mixed_precision_policy
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -67,7 +64,7 @@ class DataParallelStrategy(DDPStrategy):
         compression: Literal["bf16", "fp16"] | None = None,
         **options: Any,
     ) -> None:
-        _check_arguments(shard, offload, compression)
+        check_arguments(shard, offload, compression)
         # Searching for unused parameters costs a walk over the graph per step; not searching hangs or fails at the
         # first module that has one.
         super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, **options)
@@ -106,14 +103,18 @@ class DataParallelStrategy(DDPStrategy):
 
     @override
     def model_to_device(self) -> None:
-        if not self.offload:
+        if self.offload:
+            # Sharding moves each block to the device and its shards back, so the whole model is never there.
+            assert self.lightning_module is not None
+            _move_torchmetrics_to_device(self.lightning_module, self.root_device)
+        else:
             super().model_to_device()
 
     @override
     def _register_ddp_hooks(self) -> None:
         if self.compression is not None:
             assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
-            self.model.register_comm_hook(None, _compressions()[self.compression])
+            self.model.register_comm_hook(None, compression_hooks()[self.compression])
 
     @override
     def _get_process_group_backend(self) -> str:
@@ -150,7 +151,7 @@ class DataParallelStrategy(DDPStrategy):
                 self._mesh(),
                 stage,
                 several_backwards=not module.automatic_optimization,
-                policy=_mixed_precision_policy(self.precision_plugin),
+                policy=mixed_precision_policy(self.precision_plugin),
                 offload=self.offload,
             )
 
@@ -246,12 +247,35 @@ class DataParallelStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
-        counts = gather_values(self.lightning_module.trainer.num_training_batches)
+        self._check_batch_counts("training", self.lightning_module.trainer.num_training_batches)
+
+    @override
+    def on_validation_start(self) -> None:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._check_batch_counts("validation", tuple(counts))
+
+    @override
+    def on_test_start(self) -> None:
+        assert self.lightning_module is not None
+        self._check_batch_counts("test", tuple(self.lightning_module.trainer.num_test_batches))
+
+    @override
+    def on_predict_start(self) -> None:
+        assert self.lightning_module is not None
+        self._check_batch_counts("predict", tuple(self.lightning_module.trainer.num_predict_batches))
+
+    def _check_batch_counts(self, kind: str, count: Hashable) -> None:
+        if kind != "training" and self._sharding is None:
+            return  # replicas evaluate without each other
+        counts = gather_values(count)
         if len(set(counts)) > 1:
+            option = {"training": "train", "validation": "val"}.get(kind, kind)
             raise MisconfigurationException(
-                f"The ranks have {counts} training batches, in the order of ranks: the one with fewest would stop "
+                f"The ranks have {counts} {kind} batches, in the order of ranks: the one with fewest would stop "
                 "and the others wait for it for ever. Give each rank equally many (`DistributedSampler` does), or "
-                "set `Trainer(limit_train_batches=...)` to the smallest."
+                f"set `Trainer(limit_{option}_batches=...)` to the smallest."
             )
 
     # Checkpoints
@@ -307,46 +331,3 @@ class DataParallelStrategy(DDPStrategy):
                 f"{len(unused)} parameters got no gradient in the first step on any rank and were left alone: "
                 f"{', '.join(f'`{name}`' for name in unused[:10])}{', ...' if len(unused) > 10 else ''}."
             )
-
-
-def _check_arguments(shard: str, offload: bool, compression: str | None) -> None:
-    if shard not in _SHARDS:
-        raise MisconfigurationException(
-            f"DataParallelStrategy(shard={shard!r}) is not known; choose one of {', '.join(map(repr, _SHARDS))}."
-        )
-    if offload and shard == "none":
-        raise MisconfigurationException(
-            "DataParallelStrategy(offload=True) with shard='none' has nothing to offload: replicas stay on their "
-            "devices; choose shard='optimizer', 'gradients' or 'parameters'."
-        )
-    if compression not in (None, *_compressions()):
-        raise MisconfigurationException(
-            f"DataParallelStrategy(compression={compression!r}) is not known; choose 'bf16', 'fp16' or None."
-        )
-    if compression and shard != "none":
-        raise MisconfigurationException(
-            f"DataParallelStrategy(compression={compression!r}) with shard={shard!r}: only the gradients of replicas "
-            "(shard='none') are compressed; a mixed-precision plugin gathers sharded parameters in 16 bits."
-        )
-
-
-def _mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
-    """Gather in 16 bits what autocast would cast anyway, and reduce gradients in 32.
-
-    Inputs are left alone: autocast casts them per operation, as on one device.
-    """
-    gathered = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision.precision))
-    stores_half = str(precision.precision) in ("bf16-true", "16-true")
-    return MixedPrecisionPolicy(
-        param_dtype=gathered,
-        reduce_dtype=torch.float32 if gathered or stores_half else None,
-        cast_forward_inputs=False,
-    )
-
-
-def _compressions() -> dict[str, Callable[..., Any]]:
-    def bf16(state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        # Under its own name DDP refuses it without NCCL; gloo reduces bf16 as well.
-        return bf16_compress_hook(state, bucket)
-
-    return {"bf16": bf16, "fp16": fp16_compress_hook}

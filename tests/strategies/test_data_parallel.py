@@ -307,6 +307,23 @@ def test_ranks_with_unequal_batch_counts_are_refused_on_all_of_them():
         assert re.search(r"have \[3, 4\] training batches.*DistributedSampler.*limit_train_batches", message)
 
 
+def test_ranks_with_unequal_validation_batches_are_refused_where_they_gather_shards():
+    def fit() -> list[str]:
+        messages = []
+        for strategy in ("memopt_ddp", "memopt_zero3"):
+            trainer = pl.Trainer(
+                accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            )  # fmt: skip
+            loader = MLP.loader(batches=1 + int(os.environ["RANK"]))
+            messages.append(_error(lambda trainer=trainer, loader=loader: trainer.validate(MLP.build(), loader)))
+        return messages
+
+    for replicas, sharded in run_on_ranks(fit, 2):
+        assert replicas == "no error"
+        assert re.search(r"have \[\(1,\), \(2,\)\] validation batches.*limit_val_batches", sharded)
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         return iter(MLP.loader(batches=2).dataset)
