@@ -16,7 +16,6 @@ stage          parameters                                  gradients while accum
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -129,18 +128,18 @@ def shard_module(
     frees_after_forward = stage == "parameters" or several_backwards
     policy = policy or MixedPrecisionPolicy()
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
     units = find_shard_units(module)
-    # From the inside out: each call takes what no call before it has taken.
+    # From the inside out, since each call takes what no call before it has taken. Planned whole before the first, so
+    # that a refusal leaves the module as it was.
+    plan: list[tuple[nn.Module, bool]] = []
     for unit in units:
-        for odd in find_odd_modules(unit):
-            shard(odd, reshard_after_forward=frees_after_forward)
-        shard(unit, reshard_after_forward=frees_after_forward)
+        plan += [(odd, frees_after_forward) for odd in find_odd_modules(unit)]
+        plan.append((unit, frees_after_forward))
     for root in roots:
-        if root in units:
-            continue
-        for odd in find_odd_modules(root, units):
-            shard(odd, reshard_after_forward=frees_after_forward)
-        # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
-        shard(root, reshard_after_forward=several_backwards)
+        if root not in units:
+            plan += [(odd, frees_after_forward) for odd in find_odd_modules(root, units)]
+            # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
+            plan.append((root, several_backwards))
+    for part, frees in plan:
+        fully_shard(part, mesh=mesh, reshard_after_forward=frees, mp_policy=policy, offload_policy=offload_policy)
     return Sharding(module, stage, tuple(root for root in roots if isinstance(root, FSDPModule)))

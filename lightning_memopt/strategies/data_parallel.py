@@ -138,6 +138,9 @@ class DataParallelStrategy(DDPStrategy):
         try:
             yield
         except ValueError as error:
+            if self._sharding is not None:  # every rank refuses, so they can gather
+                self._sharding.undo()
+                self._sharding = None
             raise MisconfigurationException(f"DataParallelStrategy(shard={self.shard!r}): {error}") from error
 
     def _shard_module(self) -> None:

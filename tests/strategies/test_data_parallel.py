@@ -419,12 +419,16 @@ class WithAdafactor(SkipsALayer):
         (ByHandTied, "`used` and `idle` share a parameter.*memopt_ddp"),
     ],
 )
-def test_a_module_that_cannot_be_sharded_is_refused_by_name_on_all_ranks(module, said):
-    def fit() -> str:
-        return _error(lambda: train(module(), MLP.loader(batches=2), steps=1, devices=2, strategy="memopt_zero3"))
+def test_a_module_that_cannot_be_sharded_is_refused_by_name_on_all_ranks_and_left_as_it_was(module, said):
+    def fit() -> tuple[str, bool]:
+        built = module()
+        options = {"steps": 1, "devices": 2, "strategy": "memopt_zero3"}
+        message = _error(lambda: train(built, MLP.loader(batches=2), **options))
+        return message, all(type(parameter) is nn.Parameter for parameter in built.parameters())
 
-    for message in run_on_ranks(fit, 2):
+    for message, is_plain in run_on_ranks(fit, 2):
         assert re.search(said, message), message
+        assert is_plain
 
 
 @pytest.mark.parametrize(
