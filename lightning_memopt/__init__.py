@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_memopt.__about__ import __version__
+from lightning_memopt.registration import register_strategies
 
 if TYPE_CHECKING:
     from lightning_memopt.callbacks.accumulation import GradientAccumulation as GradientAccumulation
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
 
 _HOME = {
     "ActivationCheckpointing": "callbacks.checkpointing",
     "ActivationOffload": "callbacks.offload",
     "ChunkedLoss": "callbacks.chunked_loss",
+    "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
     "HalfPrecision": "precision.half",
     "LowBitOptimizer": "callbacks.low_bit",
@@ -45,6 +48,9 @@ _HOME = {
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
+
+
+register_strategies()
 
 
 def __getattr__(name: str) -> Any:

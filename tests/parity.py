@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +46,7 @@ def train(
     steps: int = 20,
     callbacks: Sequence[Callback] = (),
     seed: int = 1234,
+    ckpt_path: str | Path | None = None,
     **trainer_options: Any,
 ) -> Run:
     """Fit ``module`` for ``steps`` optimizer steps on one CPU with everything that writes files switched off."""
@@ -61,7 +63,7 @@ def train(
     }
     trainer = pl.Trainer(**(options | trainer_options), callbacks=[*callbacks, recorder])
     torch.manual_seed(seed)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     return Run(recorder.losses, weights, module, trainer)
 

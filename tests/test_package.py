@@ -18,14 +18,14 @@ def _run(code: str) -> str:
     ).stdout
 
 
-def test_importing_the_package_loads_no_more_than_its_own_first_page():
+def test_importing_the_package_loads_no_more_than_its_own_first_page_and_the_names_of_strategies():
     loaded = _run(
         "import sys, lightning.pytorch\n"
         "before = set(sys.modules)\n"
         "import lightning_memopt\n"
         "print(*sorted(set(sys.modules) - before))"
     ).split()
-    assert loaded == ["lightning_memopt", "lightning_memopt.__about__"]
+    assert loaded == ["lightning_memopt", "lightning_memopt.__about__", "lightning_memopt.registration"]
 
 
 @pytest.mark.parametrize("name", [n for n in lightning_memopt.__all__ if n != "__version__"])
@@ -53,7 +53,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it():
 def test_the_lower_layers_do_not_import_lightning():
     offenders = [
         path.relative_to(ROOT).as_posix()
-        for layer in ("models", "memory", "techniques")
+        for layer in ("models", "memory", "techniques", "parallel")
         for path in (ROOT / "lightning_memopt" / layer).rglob("*.py")
         if re.search(r"^\s*(import|from) lightning(\.|\s)", path.read_text(), re.MULTILINE)
     ]
@@ -61,7 +61,7 @@ def test_the_lower_layers_do_not_import_lightning():
 
 
 def test_layers_import_downward_only():
-    order = ["models", "memory", "techniques", "planning", "callbacks", "precision", "demo"]
+    order = ["models", "memory", "techniques", "parallel", "planning", "callbacks", "precision", "strategies", "demo"]
     allowed_sideways = {("callbacks", "precision"), ("precision", "callbacks")}
     upward = []
     for height, layer in enumerate(order):

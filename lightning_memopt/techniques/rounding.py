@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memopt.techniques.per_parameter import step_one, surround_step
@@ -73,6 +74,11 @@ def round_stochastically(tensor: torch.Tensor, bits: RandomBits) -> torch.Tensor
         >>> sorted({float(value) for value in rounded}), round(float(rounded.float().mean()), 3)
         ([1.0, 1.0078125], 1.001)
     """
+    if isinstance(tensor, DTensor):  # each rank rounds its own elements
+        local = round_stochastically(tensor.to_local(), bits)
+        return DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
     rounded = bits.like(tensor).add_(tensor.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
     return torch.where(tensor.isfinite(), rounded, tensor).to(torch.bfloat16)
 

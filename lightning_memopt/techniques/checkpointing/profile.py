@@ -5,13 +5,15 @@ middle of the first step. ``torch.distributed._tools`` has estimators for this, 
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -103,10 +105,25 @@ def profile_region(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mappi
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, _fake, (args, dict(kwargs)))
         inputs = [leaf for leaf in tree_leaves((fake_args, fake_kwargs)) if isinstance(leaf, torch.Tensor)]
         recorder.start(list(state.values()), inputs)
-        with torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda packed: packed), recorder:
+        hooks = torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda packed: packed)
+        with _without_gathering(module), hooks, recorder:
             functional_call(module, state, fake_args, fake_kwargs)
     input_bytes = {_storage(leaf): _storage_bytes(leaf) for leaf in inputs if leaf.requires_grad}
     return RegionProfile(recorder.operators(), sum(input_bytes.values()))
+
+
+@contextmanager
+def _without_gathering(module: torch.nn.Module) -> Generator[None, None, None]:
+    """Keep FSDP2 from freeing the parameters after this call: the real one, which gathered them, is still to come."""
+    sharded = [submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)]
+    hooks = [(submodule._forward_pre_hooks, submodule._forward_hooks) for submodule in sharded]
+    for submodule in sharded:
+        submodule._forward_pre_hooks, submodule._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for submodule, (before, after) in zip(sharded, hooks, strict=True):
+            submodule._forward_pre_hooks, submodule._forward_hooks = before, after
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Parallelism as plain functions on an ``nn.Module``; no Lightning here."""

@@ -1,0 +1,145 @@
+"""ZeRO stages 1, 2 and 3 by FSDP2, applied to a module in place and undone.
+
+Source of the stages: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"
+(https://arxiv.org/abs/1910.02054). With N ranks, FSDP2 keeps parameters, gradients and optimizer state sharded
+between steps in every stage; the stages differ in what is whole *during* a step:
+
+=============  ==========================================  =============================================
+stage          parameters                                  gradients while accumulating
+=============  ==========================================  =============================================
+"optimizer"    whole from forward to the end of backward   whole, reduced once per optimizer step
+"gradients"    whole from forward to the end of backward   sharded, reduced after every micro-batch
+"parameters"   whole one block at a time                   whole, reduced once per optimizer step
+=============  ==========================================  =============================================
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from lightning_memopt.parallel.units import (
+    check_can_shard,
+    find_independent_children,
+    find_odd_modules,
+    find_shard_units,
+)
+from lightning_memopt.parallel.unshard import unshard_in_place
+
+ShardStage = Literal["optimizer", "gradients", "parameters"]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A sharded module: switches gradient reduction, and puts the module back.
+
+    Attributes:
+        module: The module, sharded in place.
+        stage: Which ZeRO stage.
+        roots: The modules whose call gathers what belongs to no block.
+    """
+
+    module: nn.Module
+    stage: ShardStage
+    roots: tuple[FSDPModule, ...]
+
+    @contextmanager
+    def accumulate(self) -> Generator[None, None, None]:
+        """Leave out what a backward pass need not do when another follows before the optimizer step.
+
+        Stage "gradients" reduces all the same: it never keeps whole gradients. The other two keep them, and save
+        the communication.
+        """
+        if self.stage == "gradients":
+            yield
+            return
+        # Parameters do not change between micro-batches, so where they are whole through a step they may stay so.
+        stays_whole = self.stage == "optimizer"
+        for root in self.roots:
+            root.set_requires_gradient_sync(False)
+            root.set_reshard_after_backward(not stays_whole)
+        try:
+            yield
+        finally:
+            for root in self.roots:
+                root.set_requires_gradient_sync(True)
+                root.set_reshard_after_backward(True)
+
+    def reshard(self) -> None:
+        """Free whatever is gathered, as after a forward pass without a backward pass."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def undo(self, gather: bool = True) -> None:
+        """Put classes and hooks back, and whole plain parameters on the CPU in place of the shards.
+
+        Args:
+            gather: Communicates: all ranks must call it. ``False`` leaves each rank its shards, for when a rank may
+                have failed.
+        """
+        unshard_in_place(self.module, gather)
+
+
+def shard_module(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    stage: ShardStage,
+    *,
+    several_backwards: bool = False,
+    policy: MixedPrecisionPolicy | None = None,
+    offload: bool = False,
+) -> Sharding:
+    """Shard ``module`` in place over a one-dimensional ``mesh``, block by block.
+
+    All ranks must hold the same values. Tied parameters stay tied. Build optimizers afterwards: the parameters are
+    replaced by ``DTensor`` ones of the same names.
+
+    Args:
+        module: The module whose ``forward`` (or a method routed through it) runs the whole step.
+        mesh: The ranks that share one copy.
+        stage: Which ZeRO stage.
+        several_backwards: The step steps optimizers by hand between backward passes, so each child of ``module`` is
+            gathered when it is called rather than all when ``module`` is.
+        policy: Precision of gathered parameters and of the reduction.
+        offload: Keep shards, gradients and optimizer state in CPU memory, and step there.
+
+    Raises:
+        ValueError: A parameter cannot be sharded; names it.
+
+    Example:
+        >>> mesh = init_device_mesh("cpu", (2,))  # doctest: +SKIP
+        >>> sharding = shard_module(model, mesh, "parameters")  # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(model.parameters())  # doctest: +SKIP
+    """
+    check_can_shard(module)
+    roots: Sequence[nn.Module] = find_independent_children(module) if several_backwards else [module]
+    # An optimizer may step between any two calls of such a module: whole parameters kept after one would be stale.
+    frees_after_forward = stage == "parameters" or several_backwards
+    policy = policy or MixedPrecisionPolicy()
+    offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    units = find_shard_units(module)
+    # From the inside out, since each call takes what no call before it has taken. Planned whole before the first, so
+    # that a refusal leaves the module as it was.
+    plan: list[tuple[nn.Module, bool]] = []
+    for unit in units:
+        plan += [(odd, frees_after_forward) for odd in find_odd_modules(unit)]
+        plan.append((unit, frees_after_forward))
+    for root in roots:
+        if root not in units:
+            plan += [(odd, frees_after_forward) for odd in find_odd_modules(root, units)]
+            # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
+            plan.append((root, several_backwards))
+    for part, frees in plan:
+        fully_shard(part, mesh=mesh, reshard_after_forward=frees, mp_policy=policy, offload_policy=offload_policy)
+    return Sharding(module, stage, tuple(root for root in roots if isinstance(root, FSDPModule)))

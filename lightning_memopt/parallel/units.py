@@ -1,0 +1,126 @@
+"""What of a model is sharded together: the blocks one by one, and the rest."""
+
+from collections import Counter
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from lightning_memopt.models.blocks import find_block_stacks
+
+
+def find_shard_units(module: nn.Module) -> list[nn.Module]:
+    """Find the blocks of ``module`` that can be gathered and freed one at a time.
+
+    A block whose parameters are also used elsewhere (tied weights, a layer registered twice) is left out: it would
+    be freed while the other use still needs it. Its parameters stay with the rest of the model.
+
+    Args:
+        module: Any module; it is only read.
+
+    Returns:
+        The blocks in the order of their stacks; none of them holds another.
+
+    Example:
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), num_layers=3)
+        >>> len(find_shard_units(encoder))
+        3
+    """
+    uses = _count_uses(module)
+    return [
+        block
+        for stack in find_block_stacks(module)
+        for block in stack.blocks
+        if all(uses[parameter] == count for parameter, count in _count_uses(block).items())
+    ]
+
+
+def find_odd_modules(unit: nn.Module, inner: Collection[nn.Module] = ()) -> list[nn.Module]:
+    """Modules of ``unit`` whose trainable parameters are stored in another dtype than most of its elements.
+
+    One collective carries one dtype of gradients, so such modules (norms kept in float32, say) are sharded apart.
+
+    Args:
+        unit: What is to be sharded together.
+        inner: Modules inside ``unit`` that are units themselves; their parameters do not count.
+
+    Raises:
+        ValueError: A module mixes dtypes itself, or its parameters are used outside it.
+    """
+    skipped = {submodule for module in inner if module is not unit for submodule in module.modules()}
+    own = {
+        name: [p for p in module.parameters(recurse=False) if p.requires_grad]
+        for name, module in unit.named_modules()
+        if module not in skipped
+    }
+    elements: Counter[torch.dtype] = Counter()
+    for parameters in own.values():
+        for parameter in parameters:
+            elements[parameter.dtype] += parameter.numel()
+    if len(elements) < 2:
+        return []
+    common = elements.most_common(1)[0][0]
+    uses = _count_uses(unit)
+    odd = []
+    for name, parameters in own.items():
+        if all(parameter.dtype == common for parameter in parameters):
+            continue
+        if len({parameter.dtype for parameter in parameters}) > 1 or any(uses[p] > 1 for p in parameters):
+            raise ValueError(
+                f"`{name or type(unit).__name__}` stores trainable parameters in {parameters[0].dtype} next to, or "
+                f"tied with, others in {common}, and gradients of two dtypes cannot be reduced together; store them "
+                "in one dtype, or use `memopt_ddp`."
+            )
+        odd.append(unit.get_submodule(name))
+    return odd
+
+
+def check_can_shard(module: nn.Module) -> None:
+    """Refuse a module with parameters that cannot be sharded.
+
+    Raises:
+        ValueError: A parameter is on the meta device or is a scalar.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"Parameter `{name}` is on the meta device, so there are no values to shard; build the module with "
+                "real values, and let the strategy shard them."
+            )
+        if parameter.ndim == 0:
+            raise ValueError(
+                f"Parameter `{name}` is a scalar (shape ()), and FSDP2 shards along the first dimension; give it "
+                "one element (shape (1,)), or use `memopt_ddp`."
+            )
+
+
+def find_independent_children(module: nn.Module) -> list[nn.Module]:
+    """The children of ``module`` that hold its parameters, if each parameter belongs to exactly one of them.
+
+    A step that runs several backward passes by hand (a GAN's) must be able to gather and reduce each network by
+    itself, when it is called.
+
+    Raises:
+        ValueError: A parameter is registered on ``module`` itself or tied between two children.
+    """
+    for name, _ in module.named_parameters(recurse=False):
+        raise ValueError(
+            f"Parameter `{name}` is registered on the {type(module).__name__} itself, which steps its optimizers by "
+            "hand, so no submodule's call can gather it; move it into a submodule, or use `memopt_ddp`."
+        )
+    owner: dict[nn.Parameter, str] = {}
+    children = []
+    for name, child in module.named_children():
+        for parameter in child.parameters():
+            if owner.setdefault(parameter, name) != name:
+                raise ValueError(
+                    f"Submodules `{owner[parameter]}` and `{name}` share a parameter, and the module steps its "
+                    "optimizers by hand, so they cannot be gathered and reduced separately; use `memopt_ddp`."
+                )
+        if next(child.parameters(), None) is not None:
+            children.append(child)
+    return children
+
+
+def _count_uses(module: nn.Module) -> Counter[nn.Parameter]:
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))

@@ -1,0 +1,72 @@
+"""Strategy names for ``Trainer(strategy=...)``, registered without importing the strategies or Lightning."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_ZERO = {"zero1": "optimizer", "zero2": "gradients", "zero3": "parameters"}
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "memopt_ddp": {"shard": "none"},
+    **{f"memopt_{name}": {"shard": shard} for name, shard in _ZERO.items()},
+    **{f"memopt_{name}_offload": {"shard": shard, "offload": True} for name, shard in _ZERO.items()},
+}
+
+
+def register_strategies() -> None:
+    """Make the names known to Lightning: now where it is loaded, or else as soon as it is.
+
+    Registering needs Lightning's registry, and loading Lightning takes seconds that a user of the command line or
+    of the plain functions need not spend.
+    """
+    if "lightning.pytorch" in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _LightningFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _LightningFinder())
+
+
+def _register() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    for name, options in STRATEGIES.items():
+        if name not in StrategyRegistry:
+            StrategyRegistry.register(name, _data_parallel, description="lightning_memopt", **options)
+
+
+def _data_parallel(**options: Any) -> Any:
+    from lightning_memopt.strategies.data_parallel import DataParallelStrategy
+
+    return DataParallelStrategy(**options)
+
+
+class _LightningFinder(MetaPathFinder):
+    """Finds ``lightning.pytorch`` once, by the other finders, and registers when it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "lightning.pytorch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader  # as if nobody had stood in between
+        self.loader.exec_module(module)
+        _register()

@@ -1,0 +1,1 @@
+"""Lightning strategies: arguments, hooks and state dicts over ``lightning_memopt.parallel``."""

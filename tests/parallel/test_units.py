@@ -1,0 +1,76 @@
+"""What is sharded together, read off models without any process group."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt.parallel.agreement import find_batch_norms, gather_values
+from lightning_memopt.parallel.units import (
+    check_can_shard,
+    find_independent_children,
+    find_odd_modules,
+    find_shard_units,
+)
+from tests.zoo import ZOO
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("gpt2", 3), ("t5", 4), ("captioner", 4), ("encoder", 3), ("mlp", 0), ("lstm", 0)]
+)
+def test_each_block_of_each_stack_is_a_unit(name, count):
+    assert len(find_shard_units(ZOO[name].build())) == count
+
+
+def test_a_block_tied_to_something_outside_it_stays_with_the_rest():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), num_layers=3)
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(8, 8)})
+    model["head"].weight = encoder.layers[1].self_attn.out_proj.weight
+    assert find_shard_units(model) == [encoder.layers[0], encoder.layers[2]]
+
+
+def test_a_block_registered_twice_stays_with_the_rest():
+    first, second = (nn.TransformerEncoderLayer(8, 2) for _ in range(2))
+    model = nn.ModuleDict({"layers": nn.ModuleList([first, second]), "again": first})
+    assert find_shard_units(model) == [second]
+
+
+def test_children_that_share_nothing_are_independent_and_those_without_parameters_left_out():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "act": nn.ReLU(), "b": nn.Linear(2, 2)})
+    assert find_independent_children(model) == [model["a"], model["b"]]
+
+
+def test_a_scalar_parameter_is_refused_by_name():
+    model = nn.Linear(2, 2)
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match=r"`scale` is a scalar.*shape \(1,\)"):
+        check_can_shard(model)
+
+
+def test_a_parameter_without_values_is_refused_by_name():
+    with pytest.raises(ValueError, match="`weight` is on the meta device"):
+        check_can_shard(nn.Linear(2, 2, device="meta"))
+
+
+def test_modules_of_the_rarer_dtype_are_sharded_apart():
+    block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    block[0].float()
+    assert find_odd_modules(block) == [block[0]]
+    assert find_odd_modules(nn.ModuleList([block]), inner=[block]) == []
+    block[1].float().requires_grad_(False)  # frozen parameters have no gradients to reduce
+    assert find_odd_modules(block) == [block[0]]
+
+
+def test_a_module_that_mixes_dtypes_is_refused_by_name():
+    block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    block[1].bias.data = block[1].bias.bfloat16()
+    with pytest.raises(ValueError, match=r"`1` stores trainable parameters in torch.float32 next to"):
+        find_odd_modules(block)
+
+
+def test_batch_norms_are_found_by_name_but_not_synchronized_ones():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.LayerNorm(2), nn.SyncBatchNorm(2))
+    assert find_batch_norms(model) == ["0"]
+
+
+def test_without_a_process_group_there_is_one_value():
+    assert gather_values(3) == [3]

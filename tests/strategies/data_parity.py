@@ -1,0 +1,126 @@
+"""Train one module of the zoo on one device and data parallel, on the same global batches, and compare."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+import lightning_memopt  # noqa: F401  registers the strategies
+from tests.distributed import run_on_ranks
+from tests.parity import train
+from tests.zoo import ZOO, Entry
+
+STRATEGIES = ("memopt_ddp", "memopt_zero1", "memopt_zero2", "memopt_zero3")
+STEPS = 20
+ACCUMULATE = 2
+GLOBAL_BATCH = 8
+NOISE = 1e-6
+
+
+@dataclass
+class Outcome:
+    """What one training left, as plain values.
+
+    Attributes:
+        losses: Of each batch, the mean over ranks.
+        grad_norms: Of each optimizer step, before clipping.
+        weights: The final ``state_dict``.
+        largest_gradients: Of each element of each parameter, the largest magnitude that its gradient had; on one
+            device only.
+    """
+
+    losses: np.ndarray = field(default_factory=lambda: np.empty(0))
+    grad_norms: np.ndarray = field(default_factory=lambda: np.empty(0))
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    largest_gradients: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class _RecordGradients(Callback):
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.largest: dict[str, torch.Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        self.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        if trainer.world_size == 1:
+            for name, gradient in gradients.items():
+                largest = self.largest.get(name, torch.zeros(()))
+                self.largest[name] = torch.maximum(largest, gradient.abs())
+
+
+def fit_zoo(
+    entry: Entry,
+    ranks: int,
+    steps: int = STEPS,
+    *,
+    repeat_first_batch: bool = False,
+    extra: Sequence[Callback] = (),
+    **options: Any,
+) -> Outcome:
+    """Fit on ``ranks`` (call it on each): the global batch is the same for any number of them."""
+    gradients = _RecordGradients()
+    usual: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": ACCUMULATE}
+    dataset: Dataset = entry.loader(
+        batches=1 if repeat_first_batch else steps * ACCUMULATE, batch_size=GLOBAL_BATCH
+    ).dataset
+    if repeat_first_batch:
+        dataset = ConcatDataset([dataset] * steps)
+    # Dealt out in turn, so that batch i of all ranks together is batch i of one device.
+    sampler = DistributedSampler(dataset, ranks, int(os.environ["LOCAL_RANK"]), shuffle=False)
+    own_share = DataLoader(dataset, batch_size=GLOBAL_BATCH // ranks, sampler=sampler)
+    run = train(
+        entry.build(),
+        own_share,
+        steps=steps * (1 if entry.automatic else 2),  # Lightning counts a step of each of the GAN's two optimizers
+        devices=ranks,
+        callbacks=[gradients, *extra],
+        use_distributed_sampler=False,
+        **((usual if entry.automatic else {}) | options),
+    )
+    losses = torch.tensor(run.losses)
+    if ranks > 1:
+        dist.all_reduce(losses)
+    weights = {name: weight.float().numpy() for name, weight in run.weights.items()}
+    largest = {name: value.float().numpy() for name, value in gradients.largest.items()}
+    return Outcome(losses.numpy() / ranks, np.array(gradients.norms), weights, largest)
+
+
+@cache
+def on_one_device(name: str) -> Outcome:
+    return run_on_ranks(lambda: fit_zoo(ZOO[name], 1), 1)[0]
+
+
+@cache
+def on_two_ranks(name: str, strategy: str) -> tuple[Outcome, Outcome]:
+    """The outcome of each rank."""
+    first, second = run_on_ranks(lambda: fit_zoo(ZOO[name], 2, strategy=strategy), 2, deadline_seconds=120)
+    return first, second
+
+
+def assert_same_outcome(plain: Outcome, other: Outcome, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Same losses, gradient norms and weights, but for weights whose gradient is zero in exact arithmetic.
+
+    The bias of an attention's keys is one: softmax does not see it. Its computed gradient is rounding noise, and
+    Adam divides noise by its own size; such elements (a few in a hundred) differ between any two orders of summation.
+    """
+    assert list(other.weights) == list(plain.weights), "state_dict keys changed"
+    np.testing.assert_allclose(other.losses, plain.losses, rtol=rtol, atol=atol, err_msg="losses")
+    np.testing.assert_allclose(other.grad_norms, plain.grad_norms, rtol=rtol, atol=atol, err_msg="gradient norms")
+    noise = 0
+    for name, weight in plain.weights.items():
+        is_noise = plain.largest_gradients.get(name, np.ones(())) < NOISE
+        noise += int(is_noise.sum())
+        ours, theirs = (np.where(is_noise, 0, values) for values in (other.weights[name], weight))
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=name)
+    assert noise <= 0.05 * sum(weight.size for weight in plain.weights.values())

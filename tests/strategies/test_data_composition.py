@@ -1,0 +1,71 @@
+"""Single-device techniques inside data parallel training: the numbers of one device, or a refusal by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_memopt as memopt
+from tests.distributed import run_on_ranks
+from tests.strategies.data_parity import fit_zoo
+from tests.zoo import ZOO
+
+TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
+    "checkpointing_full": lambda: {"extra": [memopt.ActivationCheckpointing("full")]},
+    "checkpointing_selective": lambda: {"extra": [memopt.ActivationCheckpointing("selective")]},
+    "offload": lambda: {"extra": [memopt.ActivationOffload(to="disk", min_bytes=1024)]},
+    "accumulation": lambda: {"extra": [memopt.GradientAccumulation(2)], "accumulate_grad_batches": 1},
+    "micro_batching": lambda: {"extra": [memopt.MicroBatching(2)]},
+    "chunked_loss": lambda: {"extra": [memopt.ChunkedLoss()]},
+    "monitor": lambda: {"extra": [memopt.MemoryMonitor(every_n_steps=2)]},
+    "mixed_bf16": lambda: {"plugins": [memopt.MixedPrecision("bf16")]},
+    "mixed_fp16": lambda: {"plugins": [memopt.MixedPrecision("fp16")]},
+    "half_bf16": lambda: {"plugins": [memopt.HalfPrecision("bf16")]},
+}
+TOLERANCE = {"mixed_bf16": 1e-3, "mixed_fp16": 1e-4, "half_bf16": 1e-3}
+REFUSED = {
+    "optimizer_in_backward": (
+        lambda: {
+            "extra": [memopt.OptimizerInBackward()],
+            "accumulate_grad_batches": 1,
+            "gradient_clip_val": None,
+        },
+        "OptimizerInBackward cannot work here: DataParallelStrategy",
+    ),
+    "low_bit_optimizer": (
+        lambda: {"extra": [memopt.LowBitOptimizer(8)]},
+        "LowBitOptimizer cannot work here.*DTensor",
+    ),
+}
+
+
+def _losses(ranks: int, strategy: str) -> dict[str, np.ndarray]:
+    return {
+        name: fit_zoo(ZOO["gpt2"], ranks, 4, strategy=strategy, **options()).losses
+        for name, options in TECHNIQUES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_on_ranks(lambda: _losses(1, "auto"), 1, deadline_seconds=120)[0]
+
+
+@pytest.mark.parametrize("strategy", ["memopt_zero3", pytest.param("memopt_ddp", marks=pytest.mark.slow)])
+def test_each_technique_gives_the_losses_of_one_device(one_device, strategy):
+    two_ranks = run_on_ranks(lambda: _losses(2, strategy), 2, deadline_seconds=240)[0]
+    for name, losses in one_device.items():
+        np.testing.assert_allclose(two_ranks[name], losses, rtol=TOLERANCE.get(name, 1e-5), err_msg=name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_whole_parameters_refuses_shards_by_name(name):
+    options, said = REFUSED[name]
+
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=said):
+            fit_zoo(ZOO["gpt2"], 2, 1, strategy="memopt_zero3", **options())
+
+    run_on_ranks(fit, 2)

@@ -1,0 +1,33 @@
+"""Replicas and every ZeRO stage train as one device does on the same global batches."""
+
+import numpy as np
+import pytest
+
+from tests.strategies.data_parity import STRATEGIES, assert_same_outcome, on_one_device, on_two_ranks
+from tests.zoo import ZOO
+
+QUICK = ("mlp", "gan", "gpt2")
+
+
+def _matrix() -> list[object]:
+    """Every module under stage 3; the other strategies share its code and at each change are tried on a few."""
+    return [
+        pytest.param(name, strategy, marks=[] if strategy == "memopt_zero3" or name in QUICK else [pytest.mark.slow])
+        for name, entry in ZOO.items()
+        for strategy in STRATEGIES
+        if not entry.has_batch_norm
+    ]
+
+
+@pytest.mark.parametrize(("name", "strategy"), _matrix())
+def test_two_ranks_train_as_one_device(name, strategy):
+    for outcome in on_two_ranks(name, strategy):
+        assert_same_outcome(on_one_device(name), outcome)
+
+
+@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
+def test_both_ranks_end_with_the_same_weights_where_batch_norm_sees_only_a_share(strategy):
+    first, second = on_two_ranks("cnn", strategy)
+    for name, weight in first.weights.items():
+        if "running" not in name:
+            np.testing.assert_array_equal(second.weights[name], weight, err_msg=name)
