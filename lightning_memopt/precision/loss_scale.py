@@ -89,6 +89,10 @@ class LossScale:
         self.update()
         return self.scaler.state_dict() | {"skipped_steps": self.skipped_steps}
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.update()  # torch refuses to pickle a scaler with a pending change
+        return self.__dict__
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, or from Lightning's own mixed precision, which counts nothing."""
         state = dict(state)

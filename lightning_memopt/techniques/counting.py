@@ -1,6 +1,7 @@
 """What a batch weighs in a mean over several: one, its samples, or its tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -61,7 +62,7 @@ def counter(normalize: Normalize, count: Count | None = None, mask_key: str | in
         )
     if count is not None:
         return count
-    return lambda batch: count_unmasked(batch, mask_key)
+    return partial(count_unmasked, mask_key=mask_key)  # not a lambda: callbacks are pickled for spawned processes
 
 
 def count_unmasked(batch: Any, mask_key: Any) -> Tensor:
