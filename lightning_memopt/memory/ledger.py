@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Literal, NamedTuple
 
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, Phase, TimelinePoint
@@ -202,6 +203,6 @@ def _steps(holdings: Iterable[Holding]) -> Iterable[tuple[State | None, State]]:
 
 def _thin(points: Sequence[TimelinePoint]) -> Iterable[TimelinePoint]:
     """At most ``_TIMELINE_POINTS`` runs of neighbours, of each run the largest point, so that peaks stay."""
-    run_length = max(1, len(points) // _TIMELINE_POINTS)
+    run_length = max(1, ceil(len(points) / _TIMELINE_POINTS))
     for start in range(0, len(points), run_length):
         yield max(points[start : start + run_length], key=lambda point: point.total_bytes)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
-from math import floor, log10
+from math import ceil, log2
 
 from lightning_memopt.memory.plots import COLORS, PHASE_COLORS, thin
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, TimelinePoint, format_bytes
@@ -69,7 +69,7 @@ class _Frame:
 
     def grid(self) -> list[str]:
         """Horizontal lines at round figures of bytes."""
-        step = _round_step(self.top_bytes / 4)
+        step = _round_step(self.top_bytes / 5)
         lines = []
         for i in range(int(self.top_bytes / step) + 1):
             y = self.y(i * step)
@@ -120,7 +120,5 @@ def _steps(heights: Sequence[int], frame: _Frame) -> list[tuple[float, float]]:
 
 
 def _round_step(at_least: float) -> float:
-    """1, 2 or 5 times a power of ten of B, KiB, MiB or GiB: the smallest that is no less than ``at_least``."""
-    unit = next((2**power for power in (30, 20, 10) if at_least >= 2**power), 1)
-    magnitude = 10 ** floor(log10(max(at_least / unit, 1)))
-    return next(unit * magnitude * factor for factor in (1, 2, 5, 10) if unit * magnitude * factor >= at_least)
+    """The smallest power of two that is no less than ``at_least``: round in B, KiB, MiB and GiB alike."""
+    return 2.0 ** ceil(log2(max(at_least, 1)))

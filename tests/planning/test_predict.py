@@ -1,5 +1,6 @@
 import copy
 import resource
+from itertools import groupby
 
 import lightning.pytorch as pl
 import pytest
@@ -76,6 +77,14 @@ def test_a_model_larger_than_the_machine_is_predicted_without_allocating_it():
     assert report.by_category["parameters"] == pytest.approx(6.45e9 * 4, rel=0.01)
     assert report.by_category["optimizer_state"] == pytest.approx(2 * 6.45e9 * 4, rel=0.01)
     assert grown_bytes < 1024 * MIB
+
+
+def test_a_timeline_has_at_most_a_thousand_points_in_the_order_of_the_step():
+    timeline = memopt.measure_memory(ZOO["gpt2"].build(), ZOO["gpt2"].batch()).timeline
+    phases = [phase for phase, _ in groupby(point.phase for point in timeline if point.phase != "other")]
+    assert len(timeline) <= 1000
+    assert [phase for phase in phases if phase != "forward"] == ["backward", "step"]
+    assert phases[0] == "forward"
 
 
 def test_predicting_twice_gives_the_same_report():
