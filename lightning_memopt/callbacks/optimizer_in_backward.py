@@ -124,10 +124,10 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         return (
             f"{type(trainer.strategy).__name__} reduces gradients over the devices after they are complete, and each "
-            "parameter would be stepped before that. Train on one device, or shard with a ZeRO strategy."
+            "parameter would be stepped before that. Train on one device, or leave OptimizerInBackward out."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ in _ACCUMULATING_CALLBACKS:
+        if any(kind.__name__ in _ACCUMULATING_CALLBACKS for kind in type(callback).__mro__):
             return (
                 f"{type(callback).__name__} sums gradients over several backwards, and they are freed in each. Use "
                 "one of the two; ActivationCheckpointing saves activations and works with OptimizerInBackward."

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import HalfPrecision, OptimizerInBackward
+from lightning_memopt import HalfPrecision, MicroBatching, OptimizerInBackward
 from tests.parity import Run, assert_same_training, train
 from tests.zoo import ZOO
 
@@ -252,3 +252,12 @@ def test_fp16_loss_scaling_is_refused_by_name():
     scaling = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(MisconfigurationException, match="MixedPrecision scales the fp16 loss"):
         _fit(plugins=[scaling])
+
+
+def test_a_subclass_of_an_accumulating_callback_is_refused_too():
+    class Mine(MicroBatching):
+        pass
+
+    entry = ZOO["mlp"]
+    with pytest.raises(MisconfigurationException, match="Mine sums gradients over several backwards"):
+        train(entry.build(), entry.loader(), callbacks=[OptimizerInBackward(), Mine(4)])
