@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import HalfPrecision, MicroBatching, OptimizerInBackward
+from lightning_memopt import HalfPrecision, OptimizerInBackward
 from tests.parity import Run, assert_same_training, train
 from tests.zoo import ZOO
 
@@ -260,4 +260,4 @@ def test_a_subclass_of_an_accumulating_callback_is_refused_too():
 
     entry = ZOO["mlp"]
     with pytest.raises(MisconfigurationException, match="Mine sums gradients over several backwards"):
-        train(entry.build(), entry.loader(), callbacks=[OptimizerInBackward(), Mine(4)])
+        train(entry.build(), entry.loader(), callbacks=[OptimizerInBackward(), Mine()])
