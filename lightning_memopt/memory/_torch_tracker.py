@@ -4,7 +4,8 @@ The one file that imports ``torch.distributed._tools`` (tried with torch 2.13; e
 error that says so).
 What PyTorch's ``MemTracker`` does is kept: it sees every operator, and follows each storage by a weak reference and
 through resizes. What is replaced is its notion of where the loop is: it refuses a submodule that is called twice,
-registers hooks that fail on frozen parameters, and takes an optimizer's temporaries for its state.
+registers hooks that fail on frozen parameters, and takes an optimizer's temporaries for its state. As it wraps
+``UntypedStorage.resize_`` for the time of the block, which no dispatch mode sees, this wraps ``torch.get_rng_state``.
 """
 
 import itertools
