@@ -154,7 +154,7 @@ def _refuse_lstm_where_autocast_fails(model: torch.nn.Module) -> None:
     if name is None:
         return
     try:
-        # On real tensors also in a prediction, whose fakes run anything.
+        # Real tensors, also in a prediction, whose fakes run anything.
         with unset_fake_temporarily(), torch.autocast("cpu", dtype=torch.float16):
             torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
     except RuntimeError as error:
