@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+# These fork their ranks from the tests' own process, which is safe only before other tests have started threads in it.
+FORKED := tests/strategies tests/parallel tests/test_distributed.py
+OTHERS := -n 2 --dist worksteal --nbmake $(addprefix --ignore=,$(FORKED)) tests notebooks
 
 .PHONY: demo test test-all lint benchmark clean
 
@@ -9,10 +13,12 @@ demo: $(READY)
 	$(VENV)/bin/lightning-memopt demo $(DEMO_ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --nbmake -m "not slow" $(PYTEST_ARGS) tests notebooks
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(FORKED)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(OTHERS)
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --nbmake $(PYTEST_ARGS) tests notebooks
+	$(PYTEST) $(PYTEST_ARGS) $(FORKED)
+	$(PYTEST) $(PYTEST_ARGS) $(OTHERS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
