@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -10,10 +12,13 @@ from typing import Any
 
 _ZERO = {"zero1": "optimizer", "zero2": "gradients", "zero3": "parameters"}
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "memopt_ddp": {"shard": "none"},
-    **{f"memopt_{name}": {"shard": shard} for name, shard in _ZERO.items()},
-    **{f"memopt_{name}_offload": {"shard": shard, "offload": True} for name, shard in _ZERO.items()},
+_DATA = "data_parallel:DataParallelStrategy"
+
+# Of each name, the class below lightning_memopt.strategies, and its arguments.
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "memopt_ddp": (_DATA, {"shard": "none"}),
+    **{f"memopt_{name}": (_DATA, {"shard": shard}) for name, shard in _ZERO.items()},
+    **{f"memopt_{name}_offload": (_DATA, {"shard": shard, "offload": True}) for name, shard in _ZERO.items()},
 }
 
 
@@ -32,15 +37,14 @@ def register_strategies() -> None:
 def _register() -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
-    for name, options in STRATEGIES.items():
+    for name, (path, options) in STRATEGIES.items():
         if name not in StrategyRegistry:
-            StrategyRegistry.register(name, _data_parallel, description="lightning_memopt", **options)
+            StrategyRegistry.register(name, partial(_make, path), description="lightning_memopt", **options)
 
 
-def _data_parallel(**options: Any) -> Any:
-    from lightning_memopt.strategies.data_parallel import DataParallelStrategy
-
-    return DataParallelStrategy(**options)
+def _make(path: str, **options: Any) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(f"lightning_memopt.strategies.{module}"), name)(**options)
 
 
 class _LightningFinder(MetaPathFinder):

@@ -1,26 +1,22 @@
 """Data parallelism for any LightningModule: replicas, or one of the three ZeRO stages."""
 
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
-from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from lightning_memopt.parallel.agreement import broadcast_module_states, find_batch_norms, gather_values
+from lightning_memopt.parallel.agreement import broadcast_module_states
 from lightning_memopt.parallel.gather import (
     gather_module_state,
     gather_optimizer_state,
@@ -29,10 +25,11 @@ from lightning_memopt.parallel.gather import (
 )
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
+from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.data_options import check_arguments, compression_hooks, mixed_precision_policy
 
 
-class DataParallelStrategy(DDPStrategy):
+class DataParallelStrategy(MemoptStrategy):
     """Every rank trains on its own batches; what they hold in common is replicated or sharded.
 
     The module needs no ``configure_model``, wrap policy or other change: blocks are found, tied weights stay tied.
@@ -65,34 +62,20 @@ class DataParallelStrategy(DDPStrategy):
         **options: Any,
     ) -> None:
         check_arguments(shard, offload, compression)
-        # Searching for unused parameters costs a walk over the graph per step; not searching hangs or fails at the
-        # first module that has one.
-        super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, **options)
+        super().__init__(**options)
         self.shard = shard
         self.offload = offload
         self.compression = compression
         self._sharding: Sharding | None = None
-        self._failed = False
         self._unused_reported = False
 
     # Setting up and taking down
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.lightning_module is not None
-        self._failed = False
-        _materialize_distributed_module(self.lightning_module, self.root_device)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._warn_of_batch_norm()
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and self.shard == "parameters":
             self._shard_module()
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        # Loading into the meta device does nothing and says nothing.
-        return self.lightning_module is not None and any(p.is_meta for p in self.lightning_module.parameters())
 
     @override
     def configure_ddp(self) -> None:
@@ -159,63 +142,32 @@ class DataParallelStrategy(DDPStrategy):
             )
 
     @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._failed = True
-
-    @override
-    def teardown(self) -> None:
+    def undo(self, gather: bool) -> None:
         if self._sharding is not None:
-            # Where one rank failed the others may be anywhere: gathering would wait for it for ever.
-            self._sharding.undo(gather=not self._failed)
+            self._sharding.undo(gather)
             self._sharding = None
-        super().teardown()
 
     # Steps
 
+    @property
     @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.train_step_context():
-            return self._run_step("training_step", *args, **kwargs)
+    def evaluates_together(self) -> bool:
+        return self._sharding is not None  # replicas evaluate without each other
 
     @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.val_step_context():
-            return self._run_step("validation_step", *args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.test_step_context():
-            return self._run_step("test_step", *args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.predict_step_context():
-            return self._run_step("predict_step", *args, **kwargs)
-
-    def _run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a step of the module through the wrapper's (or the sharded module's) own call."""
         module, model = self.lightning_module, self.model
         assert module is not None and model is not None
         if self._sharding is None:
             if model is module:
                 return getattr(module, name)(*args, **kwargs)
-            return self._redirect(model, name, *args, **kwargs)
+            return self.call_through(model, name, *args, **kwargs)
         # Parameters gathered in inference mode could not be trained with afterwards.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
             if module not in self._sharding.roots:
                 return getattr(module, name)(*args, **kwargs)
-            return self._redirect(module, name, *args, **kwargs)
-
-    def _redirect(self, called: Module, name: str, *args: Any, **kwargs: Any) -> Any:
-        module = self.lightning_module
-        assert module is not None
-        is_users = "forward" in vars(module)
-        try:
-            return self._forward_redirection(called, module, name, *args, **kwargs)
-        finally:
-            if not is_users:
-                vars(module).pop("forward", None)  # Lightning's redirection leaves the bound method behind
+            return self.call_through(module, name, *args, **kwargs)
 
     @override
     @contextmanager
@@ -233,53 +185,6 @@ class DataParallelStrategy(DDPStrategy):
     def on_validation_end(self) -> None:
         if self._sharding is not None:
             self._sharding.reshard()
-
-    # Data
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        dataset = getattr(dataloader, "dataset", None)
-        if self.world_size > 1 and isinstance(dataloader, DataLoader) and isinstance(dataset, IterableDataset):
-            rank_zero_warn(
-                f"{type(dataset).__name__} is an IterableDataset, which Lightning does not split among ranks: unless "
-                f"it does so itself, each of the {self.world_size} ranks trains on all of it. Split it by "
-                "`torch.distributed.get_rank()` in `__iter__`, with equally many batches on each rank."
-            )
-        return super().process_dataloader(dataloader)
-
-    @override
-    def on_train_start(self) -> None:
-        assert self.lightning_module is not None
-        self._check_batch_counts("training", self.lightning_module.trainer.num_training_batches)
-
-    @override
-    def on_validation_start(self) -> None:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._check_batch_counts("validation", tuple(counts))
-
-    @override
-    def on_test_start(self) -> None:
-        assert self.lightning_module is not None
-        self._check_batch_counts("test", tuple(self.lightning_module.trainer.num_test_batches))
-
-    @override
-    def on_predict_start(self) -> None:
-        assert self.lightning_module is not None
-        self._check_batch_counts("predict", tuple(self.lightning_module.trainer.num_predict_batches))
-
-    def _check_batch_counts(self, kind: str, count: Hashable) -> None:
-        if kind != "training" and self._sharding is None:
-            return  # replicas evaluate without each other
-        counts = gather_values(count)
-        if len(set(counts)) > 1:
-            option = {"training": "train", "validation": "val"}.get(kind, kind)
-            raise MisconfigurationException(
-                f"The ranks have {counts} {kind} batches, in the order of ranks: the one with fewest would stop "
-                "and the others wait for it for ever. Give each rank equally many (`DistributedSampler` does), or "
-                f"set `Trainer(limit_{option}_batches=...)` to the smallest."
-            )
 
     # Checkpoints
 
@@ -312,16 +217,6 @@ class DataParallelStrategy(DDPStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     # What is said
-
-    def _warn_of_batch_norm(self) -> None:
-        assert self.lightning_module is not None
-        names = find_batch_norms(self.lightning_module)
-        if names and self.world_size > 1 and self._layer_sync is None:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            rank_zero_warn(
-                f"`{names[0]}`{more} normalizes over the batch of its own rank, so training differs from one device "
-                "with the same global batch; on GPUs, `Trainer(sync_batchnorm=True)` normalizes over all ranks."
-            )
 
     def _report_unused_parameters(self) -> None:
         module = self.lightning_module
