@@ -21,7 +21,7 @@ from lightning_memopt.callbacks.accumulation_checks import (
     loader_batch_size,
     replicas,
 )
-from lightning_memopt.callbacks.instance_patch import replaced
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.techniques.accumulation import (
     GradientWindow,
     Schedule,

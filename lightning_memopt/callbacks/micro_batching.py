@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.callbacks.instance_patch import replaced
 from lightning_memopt.callbacks.micro_batch_metrics import LogsOfMicroBatches, MetricSnapshot
 from lightning_memopt.models.fake import is_fake
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.techniques.batches import Split, batch_size, micro_batches
 from lightning_memopt.techniques.counting import Count, counter
 from lightning_memopt.techniques.micro_batching import (

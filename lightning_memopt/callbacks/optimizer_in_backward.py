@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_memopt.callbacks.instance_patch import replaced
 from lightning_memopt.models.fake import is_fake
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
 from lightning_memopt.techniques.per_parameter import check_steps_alone
 

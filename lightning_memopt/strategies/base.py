@@ -1,20 +1,38 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.nn import Module
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.parallel.agreement import find_batch_norms, gather_values
+from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
+from lightning_memopt.parallel.gather import (
+    gather_module_state,
+    gather_optimizer_state,
+    shard_module_state,
+    shard_optimizer_state,
+)
+from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
+from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 
 
 class MemoptStrategy(DDPStrategy):
@@ -30,22 +48,27 @@ class MemoptStrategy(DDPStrategy):
         # first module that has one.
         super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, **options)
         self._failed = False
+        self._undo_patches = ExitStack()
 
     # What subclasses say of themselves
 
     @property
-    def data_size(self) -> int:
-        """How many different batches a step has: the number of data parallel replicas."""
-        return self.world_size
+    @abstractmethod
+    def sizes(self) -> MeshSizes:
+        """How many ways each kind of parallelism divides the ranks; known once the number of ranks is."""
 
     @property
-    def data_rank(self) -> int:
-        """Which of those batches is this rank's; ranks that hold parts of one replica have the same."""
-        return self.global_rank
+    @abstractmethod
+    def splits_module(self) -> bool:
+        """Whether ranks hold different parts of one module while it trains."""
 
     @property
     def evaluates_together(self) -> bool:
         """Whether ranks wait for each other within evaluation steps too, and so need equally many batches."""
+        return self.splits_module
+
+    def counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank, of the pipeline stages that hold ``parameter``, is the one that counts it in a norm."""
         return True
 
     @abstractmethod
@@ -61,6 +84,28 @@ class MemoptStrategy(DDPStrategy):
                 others may be anywhere, and communicating would wait for it for ever.
         """
 
+    # What follows from it
+
+    @property
+    def data_size(self) -> int:
+        """How many different batches a step has: the number of data parallel replicas."""
+        return self.sizes.batches
+
+    @property
+    def data_rank(self) -> int:
+        """Which of those batches is this rank's; ranks that hold parts of one replica have the same."""
+        return self.sizes.batch_of(self.global_rank)
+
+    @cached_property
+    def mesh(self) -> ParallelMesh:
+        """The device mesh of ``sizes``; first asked for in ``setup``, by all ranks together."""
+        return ParallelMesh(self.root_device.type, self.sizes)
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that together have each batch once; ``None`` where that is all of them."""
+        return None if self.data_size == self.world_size else self.mesh.batch_group
+
     # Setting up and taking down
 
     @override
@@ -70,6 +115,9 @@ class MemoptStrategy(DDPStrategy):
         _materialize_distributed_module(self.lightning_module, self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             self._warn_of_batch_norm()
+        if self.splits_module:
+            self._patch_precision_plugin()
+        self._patch_metrics(self.lightning_module)
         super().setup(trainer)
 
     @property
@@ -85,8 +133,33 @@ class MemoptStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        self._undo_patches.close()
         self.undo(gather=not self._failed)
         super().teardown()
+
+    def _patch_precision_plugin(self) -> None:
+        """Let gradients be clipped and unscaled as those of one model, whatever the precision plugin is."""
+        plugin = self.precision_plugin
+
+        def by_norm(optimizer: Optimizer, clip_val: float) -> None:
+            stages = self.mesh.pipeline.get_group() if self.sizes.pipeline > 1 else None
+            clip_by_norm(list(plugin.main_params(optimizer)), clip_val, stages=stages, counts=self.counts)
+
+        def by_value(optimizer: Optimizer, clip_val: float) -> None:
+            clip_by_value(plugin.main_params(optimizer), clip_val)
+
+        self._undo_patches.enter_context(replaced(plugin, clip_grad_by_norm=by_norm, clip_grad_by_value=by_value))
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None:
+            self._undo_patches.enter_context(replaced(scaler, _unscale_grads_=unscale_on_all_ranks))
+
+    def _patch_metrics(self, module: nn.Module) -> None:
+        """Let metrics of the user's add up over the ranks that have different batches, and no batch twice."""
+        if self.data_group is None:
+            return
+        for metric in module.modules():
+            if isinstance(metric, Metric) and metric.process_group is None:
+                self._undo_patches.enter_context(replaced(metric, process_group=self.data_group))
 
     # Steps
 
@@ -110,7 +183,7 @@ class MemoptStrategy(DDPStrategy):
         with self.precision_plugin.predict_step_context():
             return self.run_step("predict_step", *args, **kwargs)
 
-    def call_through(self, called: Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    def call_through(self, called: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run the module's method ``name`` inside a call of ``called``, so that the hooks of its forward run."""
         module = self.lightning_module
         assert module is not None
@@ -120,6 +193,55 @@ class MemoptStrategy(DDPStrategy):
         finally:
             if not is_users:
                 vars(module).pop("forward", None)  # Lightning's redirection leaves the bound method behind
+
+    # Checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if not self.splits_module:
+            return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        return gather_module_state(self.lightning_module, keep=self.is_global_zero)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self.splits_module:
+            assert self.lightning_module is not None
+            state = shard_module_state(checkpoint["state_dict"], self.lightning_module)
+            checkpoint = {**checkpoint, "state_dict": state}
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self.splits_module:
+            return super().optimizer_state(optimizer)
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return gather_optimizer_state(optimizer, keep=self.is_global_zero)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+        _optimizers_to_device(self.optimizers, self.root_device)
+
+    # What ranks tell each other
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As Lightning's, over the ranks with different batches where no group is given: each batch counts once."""
+        return super().reduce(tensor, self.data_group if group is None else group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        """As Lightning's, over the ranks with different batches where no group is given."""
+        return super().all_gather(tensor, self.data_group if group is None else group, sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
 
     # Data
 

@@ -8,21 +8,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.parallel.agreement import broadcast_module_states
-from lightning_memopt.parallel.gather import (
-    gather_module_state,
-    gather_optimizer_state,
-    shard_module_state,
-    shard_optimizer_state,
-)
+from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
 from lightning_memopt.strategies.base import MemoptStrategy
@@ -69,6 +62,16 @@ class DataParallelStrategy(MemoptStrategy):
         self._sharding: Sharding | None = None
         self._unused_reported = False
 
+    @property
+    @override
+    def sizes(self) -> MeshSizes:
+        return MeshSizes(data=self.world_size) if self.shard == "none" else MeshSizes(shard=self.world_size)
+
+    @property
+    @override
+    def splits_module(self) -> bool:
+        return self.shard != "none"
+
     # Setting up and taking down
 
     @override
@@ -111,10 +114,7 @@ class DataParallelStrategy(MemoptStrategy):
         if self._sharding is not None:
             for optimizer in self.optimizers:
                 with self._refusals():
-                    check_steps_shards(optimizer, self._mesh())
-
-    def _mesh(self) -> DeviceMesh:
-        return init_device_mesh(self.root_device.type, (self.world_size,))
+                    check_steps_shards(optimizer, self.mesh.shards)
 
     @contextmanager
     def _refusals(self) -> Generator[None, None, None]:
@@ -134,7 +134,7 @@ class DataParallelStrategy(MemoptStrategy):
         with self._refusals():
             self._sharding = shard_module(
                 module,
-                self._mesh(),
+                self.mesh.shards,
                 stage,
                 several_backwards=not module.automatic_optimization,
                 policy=mixed_precision_policy(self.precision_plugin),
@@ -152,7 +152,7 @@ class DataParallelStrategy(MemoptStrategy):
     @property
     @override
     def evaluates_together(self) -> bool:
-        return self._sharding is not None  # replicas evaluate without each other
+        return self._sharding is not None  # replicas evaluate without each other, and so do stages 1 and 2
 
     @override
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -189,32 +189,10 @@ class DataParallelStrategy(MemoptStrategy):
     # Checkpoints
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self._sharding is None:
-            return super().lightning_module_state_dict()
-        return gather_module_state(self._sharding.module, keep=self.is_global_zero)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._sharding is not None:
-            state = shard_module_state(checkpoint["state_dict"], self._sharding.module)
-            checkpoint = {**checkpoint, "state_dict": state}
-        super().load_model_state_dict(checkpoint, strict=strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self.shard == "none":
-            return super().optimizer_state(optimizer)
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        return gather_optimizer_state(optimizer, keep=self.is_global_zero)
-
-    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
-        if not self.offload:
-            _optimizers_to_device(self.optimizers, self.root_device)
+        super().load_optimizer_state_dict(checkpoint)
+        if self.offload:
+            _optimizers_to_device(self.optimizers, torch.device("cpu"))
 
     # What is said
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tests.distributed import run_on_ranks
-from tests.strategies.data_parity import STRATEGIES, fit_zoo
+from tests.strategies.parity import STRATEGIES, fit_zoo
 from tests.zoo import ZOO
 
 NAME = "gpt2"

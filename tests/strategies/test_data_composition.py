@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_memopt as memopt
 from tests.distributed import run_on_ranks
-from tests.strategies.data_parity import fit_zoo
+from tests.strategies.parity import fit_zoo
 from tests.zoo import ZOO
 
 TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_memopt import DataParallelStrategy
 from tests.distributed import run_on_ranks
 from tests.parity import train
-from tests.strategies.data_parity import STRATEGIES, fit_zoo
+from tests.strategies.parity import STRATEGIES, fit_zoo
 from tests.zoo import ZOO
 
 SHARDED = [name for name in STRATEGIES if name != "memopt_ddp"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.strategies.data_parity import STRATEGIES, assert_same_outcome, on_one_device, on_two_ranks
+from tests.strategies.parity import STRATEGIES, assert_same_outcome, on_one_device, on_two_ranks
 from tests.zoo import ZOO
 
 QUICK = ("mlp", "gan", "gpt2")

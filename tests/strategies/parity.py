@@ -1,4 +1,4 @@
-"""Train one module of the zoo on one device and data parallel, on the same global batches, and compare."""
+"""Train one module of the zoo on one device and on several ranks, on the same global batches, and compare."""
 
 import os
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 import lightning_memopt  # noqa: F401  registers the strategies
+from lightning_memopt.parallel.mesh import MeshSizes
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO, Entry
@@ -50,13 +51,23 @@ class _RecordGradients(Callback):
         self.largest: dict[str, torch.Tensor] = {}
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm(gradients.values())
-        self.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        # Square sums by name, since ranks may hold shards, or other parameters than their neighbours, or the same.
+        squares = torch.stack([_square_sum(parameter.grad) for parameter in module.parameters()])
+        if trainer.world_size > 1:
+            dist.all_reduce(squares, dist.ReduceOp.MAX)
+        self.norms.append(float(squares.sum().sqrt()))
         if trainer.world_size == 1:
+            gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             for name, gradient in gradients.items():
                 largest = self.largest.get(name, torch.zeros(()))
                 self.largest[name] = torch.maximum(largest, gradient.abs())
+
+
+def _square_sum(gradient: torch.Tensor | None) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros(())
+    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return whole.float().square().sum().cpu()
 
 
 def fit_zoo(
@@ -64,11 +75,16 @@ def fit_zoo(
     ranks: int,
     steps: int = STEPS,
     *,
+    sizes: MeshSizes | None = None,
     repeat_first_batch: bool = False,
     extra: Sequence[Callback] = (),
     **options: Any,
 ) -> Outcome:
-    """Fit on ``ranks`` (call it on each): the global batch is the same for any number of them."""
+    """Fit on ``ranks`` (call it on each): the global batch is the same for any number of them.
+
+    ``sizes`` says which ranks share a batch; by default each has its own.
+    """
+    sizes = sizes or MeshSizes(data=ranks)
     gradients = _RecordGradients()
     usual: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": ACCUMULATE}
     dataset: Dataset = entry.loader(
@@ -77,8 +93,9 @@ def fit_zoo(
     if repeat_first_batch:
         dataset = ConcatDataset([dataset] * steps)
     # Dealt out in turn, so that batch i of all ranks together is batch i of one device.
-    sampler = DistributedSampler(dataset, ranks, int(os.environ["LOCAL_RANK"]), shuffle=False)
-    own_share = DataLoader(dataset, batch_size=GLOBAL_BATCH // ranks, sampler=sampler)
+    batch_of_rank = sizes.batch_of(int(os.environ["LOCAL_RANK"]))
+    sampler = DistributedSampler(dataset, sizes.batches, batch_of_rank, shuffle=False)
+    own_share = DataLoader(dataset, batch_size=GLOBAL_BATCH // sizes.batches, sampler=sampler)
     run = train(
         entry.build(),
         own_share,
@@ -104,7 +121,10 @@ def on_one_device(name: str) -> Outcome:
 @cache
 def on_two_ranks(name: str, strategy: str) -> tuple[Outcome, Outcome]:
     """The outcome of each rank."""
-    first, second = run_on_ranks(lambda: fit_zoo(ZOO[name], 2, strategy=strategy), 2, deadline_seconds=120)
+    sizes = {"memopt_tp": MeshSizes(tensor=2), "memopt_pp": MeshSizes(pipeline=2)}.get(strategy)
+    first, second = run_on_ranks(
+        lambda: fit_zoo(ZOO[name], 2, sizes=sizes, strategy=strategy), 2, deadline_seconds=120
+    )
     return first, second
 
 
