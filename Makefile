@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 FORKED := tests/strategies tests/parallel tests/test_distributed.py
 OTHERS := -n 2 --dist worksteal --nbmake $(addprefix --ignore=,$(FORKED)) tests notebooks
 
-.PHONY: demo test test-all lint benchmark clean
+.PHONY: demo test test-all lint parity benchmark clean
 
 demo: $(READY)
 	$(VENV)/bin/lightning-memopt demo $(DEMO_ARGS)
@@ -24,6 +24,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Every module of the zoo under every strategy: about half an hour.
+parity: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.strategies.parity_matrix
+	$(VENV)/bin/python benchmarks/tables.py
 
 benchmark: $(READY)
 	$(VENV)/bin/python benchmarks/single_device.py

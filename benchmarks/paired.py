@@ -9,7 +9,7 @@ over the pairs: a burst of other work spoils the pairs it falls into, and no mor
 import time
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import workload
@@ -95,7 +95,15 @@ class PairedTime:
     pairs: int
 
 
-def compare_steps(plain: Stepper, technique: Stepper, pairs: int) -> PairedTime:
+class TakesSteps(Protocol):
+    """Anything that can be told to take a step and says how many seconds it took."""
+
+    def step(self) -> float:
+        """Take a step."""
+        ...
+
+
+def compare_steps(plain: TakesSteps, technique: TakesSteps, pairs: int) -> PairedTime:
     """Let both take ``pairs`` steps by turns."""
     plain_seconds, seconds = [], []
     for pair in range(pairs):

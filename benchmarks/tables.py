@@ -68,10 +68,60 @@ def demo_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", provenance]) + "\n"
 
 
+def parallel_table(results: dict[str, Any]) -> str:
+    """The strategies against loops by hand and against Lightning's own.
+
+    Args:
+        results: What ``parallel.py`` wrote.
+    """
+    lines = ["| comparison | ratio (target) | met |", "|---|---|:-:|"]
+    for row in results["rows"].values():
+        if "error" in row:
+            lines.append(f"| {row['title']} | {row['error'].replace('|', '/')} | **no** |")
+            continue
+        met = "yes" if row["met"] else "**no**"
+        lines.append(f"| {row['title']} | {row['ratio']:.3f} (≤ {row['target']:.2f}) | {met} |")
+    environment = results["environment"]
+    packages, ranks = environment["packages"], environment["ranks"]
+    date = max(row["measured_at"] for row in results["rows"].values())
+    provenance = (
+        f"{ranks} ranks of one thread on {environment['cpu']}, {environment['cores']} cores, gloo, torch "
+        f"{packages['torch']}, lightning {packages['lightning']}, {date}. Time is the median ratio of neighbouring steps."
+    )
+    return "\n".join([*lines, "", provenance]) + "\n"
+
+
+def parity_table(results: dict[str, Any]) -> str:
+    """Module by strategy: the same training, or why not.
+
+    Args:
+        results: What ``tests/strategies/parity_matrix.py`` wrote.
+    """
+    modules: dict[str, dict[str, dict[str, str]]] = results["modules"]
+    strategies = list(next(iter(modules.values())))
+    notes: list[str] = []
+    lines = [f"| module | {' | '.join(f'`{name}`' for name in strategies)} |", "|---|" + ":-:|" * len(strategies)]
+    for module, row in modules.items():
+        cells = []
+        for strategy in strategies:
+            found = row[strategy]
+            if why := found.get("why"):
+                if why not in notes:
+                    notes.append(why)
+                cells.append(f"{found['result']} [{notes.index(why) + 1}]")
+            else:
+                cells.append(found["result"])
+        lines.append(f"| {module} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
+    return "\n".join([*lines, "", f"torch {results['torch']}, gloo, {results['measured_at']}."]) + "\n"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
     "demo": demo_table,
+    "parallel": parallel_table,
+    "parity": parity_table,
 }
 """How each results file is drawn, by its name."""
 

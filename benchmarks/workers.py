@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,8 +42,9 @@ class Worker:
         self._connection.close()
 
     def send(self, message: Any) -> None:
-        """Send the worker a message."""
-        self._connection.send(message)
+        """Send the worker a message; one that has died says so when it is to answer."""
+        with suppress(BrokenPipeError):
+            self._connection.send(message)
 
     def receive(self, timeout_seconds: float = 600) -> Any:
         """Wait for the worker's next message.

@@ -1,7 +1,7 @@
 """Train one module of the zoo on one device and on several ranks, on the same global batches, and compare."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,6 +25,34 @@ STEPS = 20
 ACCUMULATE = 2
 GLOBAL_BATCH = 8
 NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy, and how it divides the ranks that it is tried on.
+
+    Attributes:
+        sizes: The world size, and which ranks share a batch.
+        make: What a user gives as ``Trainer(strategy=...)``.
+    """
+
+    sizes: MeshSizes
+    make: Callable[[], Any]
+
+
+def _by_name(name: str, **sizes: int) -> Case:
+    return Case(MeshSizes(**sizes), lambda: name)
+
+
+CASES: dict[str, Case] = {
+    "memopt_ddp": _by_name("memopt_ddp", data=2),
+    "memopt_zero1": _by_name("memopt_zero1", shard=2),
+    "memopt_zero2": _by_name("memopt_zero2", shard=2),
+    "memopt_zero3": _by_name("memopt_zero3", shard=2),
+    "memopt_tp": _by_name("memopt_tp", tensor=2),
+    "memopt_pp": _by_name("memopt_pp", pipeline=2),
+}
+"""What the matrix of parity is made of."""
 
 
 @dataclass
@@ -119,13 +147,18 @@ def on_one_device(name: str) -> Outcome:
 
 
 @cache
-def on_two_ranks(name: str, strategy: str) -> tuple[Outcome, Outcome]:
-    """The outcome of each rank."""
-    sizes = {"memopt_tp": MeshSizes(tensor=2), "memopt_pp": MeshSizes(pipeline=2)}.get(strategy)
-    first, second = run_on_ranks(
-        lambda: fit_zoo(ZOO[name], 2, sizes=sizes, strategy=strategy), 2, deadline_seconds=120
+def on_ranks(name: str, strategy: str) -> tuple[Outcome, ...]:
+    """The outcome of each rank under one of ``CASES``."""
+    case = CASES[strategy]
+    ranks = case.sizes.world
+    return tuple(
+        run_on_ranks(
+            lambda: fit_zoo(ZOO[name], ranks, sizes=case.sizes, strategy=case.make()), ranks, deadline_seconds=180
+        )
     )
-    return first, second
+
+
+on_two_ranks = on_ranks
 
 
 def assert_same_outcome(plain: Outcome, other: Outcome, rtol: float = 1e-5, atol: float = 1e-6) -> None:

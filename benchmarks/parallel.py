@@ -1,0 +1,166 @@
+"""The strategies against loops by hand with the same torch primitives, and against Lightning's own strategies.
+
+    python benchmarks/parallel.py                          # all rows, about 10 minutes on 2 cores
+    python benchmarks/parallel.py --only memopt_pp_by_hand # one row, merged into the results
+    python benchmarks/parallel.py --quick --out q.json     # toy size: does it run?
+
+Two ranks on this machine's CPU over gloo, one thread each. How times are taken is said in ``paired.py``: here two
+groups of ranks take turns, and a group's step takes as long as its slowest rank's.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import workload
+from environment import environment_record, now
+from paired import compare_steps
+from parallel_bodies import loop_by_hand, train
+from parallel_workload import FULL, QUICK, Size
+from ranks import RankGroup
+from results_file import OtherEnvironmentError, ResultsFile
+from workers import WorkerError
+
+RESULTS = Path(__file__).parent / "results" / "parallel.json"
+RANKS = 2
+WARM_UP = 3
+LIGHTNINGS = {"memopt_ddp": "ddp", "memopt_zero3": "ModelParallelStrategy"}
+"""Which of Lightning's own strategies does the same."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        title: As the table says it.
+        measure: Takes the size and how many pairs; returns at least ``ratio``.
+        target: The highest ratio allowed.
+    """
+
+    title: str
+    measure: Callable[[Size, int], dict[str, Any]]
+    target: float
+
+
+def main() -> int:
+    options = _options()
+    workload.preload()
+    size = QUICK if options.quick else FULL
+    header = {"environment": environment_record() | {"ranks": RANKS}, "workload": asdict(size)}
+    try:
+        results = ResultsFile(options.out, header)
+    except OtherEnvironmentError as error:
+        print(error, file=sys.stderr)
+        return 2
+    failed = False
+    for name in options.only or ROWS:
+        row = ROWS[name]
+        try:
+            found = row.measure(size, options.pairs)
+            found["met"] = found["ratio"] <= row.target
+        except WorkerError as error:
+            found, failed = {"error": str(error)}, True
+        results.add(name, {"title": row.title, "target": row.target, **found, "measured_at": now()}, list(ROWS))
+        print(f"{name}: {found.get('error') or round(found['ratio'], 3)} (target {row.target})", flush=True)
+    return 1 if failed else 0
+
+
+def _against_by_hand(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
+    def measure(size: Size, pairs: int) -> dict[str, Any]:
+        with (
+            RankGroup(loop_by_hand, strategy, size, ranks=RANKS) as by_hand,
+            RankGroup(train, strategy, size, "turns", ranks=RANKS) as ours,
+        ):
+            return _paired(by_hand, ours, pairs)
+
+    return measure
+
+
+def _against_lightning(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
+    def measure(size: Size, pairs: int) -> dict[str, Any]:
+        with (
+            RankGroup(train, LIGHTNINGS[strategy], size, "turns", ranks=RANKS) as theirs,
+            RankGroup(train, strategy, size, "turns", ranks=RANKS) as ours,
+        ):
+            return _paired(theirs, ours, pairs)
+
+    return measure
+
+
+def _paired(other: RankGroup, ours: RankGroup, pairs: int) -> dict[str, Any]:
+    for group in (other, ours):
+        for _ in range(WARM_UP):
+            group.step()
+    found = asdict(compare_steps(other, ours, pairs))
+    return found | {"seconds": found["seconds"], "other_seconds": found.pop("plain_seconds")}
+
+
+def _memory(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
+    def measure(size: Size, pairs: int) -> dict[str, Any]:
+        peaks = [_once(name, size, "memory") for name in (strategy, LIGHTNINGS[strategy])]
+        return {"ratio": peaks[0] / peaks[1], "peak_bytes": peaks[0], "other_peak_bytes": peaks[1]}
+
+    return measure
+
+
+def _start(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
+    """From an interpreter that has imported nothing to the end of the first step, as a user waits for it."""
+
+    def measure(size: Size, pairs: int) -> dict[str, Any]:
+        runs = [
+            [_once(name, size, "start", "spawn") for name in (strategy, "ddp")] for _ in range(max(3, pairs // 4))
+        ]
+        ratio = median(own / other for own, other in runs)
+        return {"ratio": ratio, "seconds": median(own for own, _ in runs), "pairs": len(runs)}
+
+    return measure
+
+
+def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
+    """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory."""
+    shares = []
+    with RankGroup(train, "memopt_pp", size, "waiting", ranks=RANKS) as group:
+        for step in range(WARM_UP + pairs):
+            clocks = group.ask("go")
+            if step >= WARM_UP:
+                shares.append(1 - sum(computed for _, computed in clocks) / sum(wall for wall, _ in clocks))
+    # Narayanan et al. 2021 (https://arxiv.org/abs/2104.04473), section 2.2: of m + p - 1 slots, p - 1 are idle.
+    theory = (RANKS - 1) / (size.micro_batches + RANKS - 1)
+    return {"ratio": median(shares) / theory, "idle_share": median(shares), "theory": theory, "pairs": pairs}
+
+
+def _once(strategy: str, size: Size, kind: str, method: str = "fork") -> float:
+    with RankGroup(train, strategy, size, kind, ranks=RANKS, method=method) as group:
+        return max(group.receive())
+
+
+STRATEGIES = ("memopt_ddp", "memopt_zero3", "memopt_tp", "memopt_pp")
+ROWS: dict[str, Row] = {
+    **{f"{s}_by_hand": Row(f"{s}: step, against a loop by hand", _against_by_hand(s), 1.05) for s in STRATEGIES},
+    **{f"{s}_lightning": Row(f"{s}: step, against {t}", _against_lightning(s), 1.0) for s, t in LIGHTNINGS.items()},
+    **{f"{s}_memory": Row(f"{s}: peak memory, against {t}", _memory(s), 1.0) for s, t in LIGHTNINGS.items()},
+    "memopt_pp_idle": Row("memopt_pp: idle share, against (p-1)/(m+p-1)", _idle_share, 1.1),
+    **{f"{s}_start": Row(f"{s}: first step done, against ddp", _start(s), 1.5) for s in STRATEGIES},
+}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="a row; may be given again")
+    parser.add_argument("--quick", action="store_true", help="toy size; needs --out")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs of steps that a row's time is taken from")
+    parser.add_argument("--out", type=Path, help=f"results file (default: results/{RESULTS.name})")
+    options = parser.parse_args()
+    if options.quick and options.out is None:
+        parser.error("--quick needs --out: its figures must not replace the real ones")
+    options.out = options.out or RESULTS
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
