@@ -86,7 +86,8 @@ def parallel_table(results: dict[str, Any]) -> str:
     date = max(row["measured_at"] for row in results["rows"].values())
     provenance = (
         f"{ranks} ranks of one thread on {environment['cpu']}, {environment['cores']} cores, gloo, torch "
-        f"{packages['torch']}, lightning {packages['lightning']}, {date}. Time is the median ratio of neighbouring steps."
+        f"{packages['torch']}, lightning {packages['lightning']}, {date}. Time is the median ratio of "
+        "neighbouring steps."
     )
     return "\n".join([*lines, "", provenance]) + "\n"
 
