@@ -124,7 +124,8 @@ def _groups_of_shards(gradient: DTensor) -> tuple[dist.ProcessGroup, ...]:
     return tuple(
         mesh.get_group(dimension)
         for dimension, placement in enumerate(gradient.placements)
-        if placement.is_shard() and mesh.size(dimension) > 1
+        # FSDP2 over a column-parallel weight is a strided shard, which does not call itself a shard.
+        if not placement.is_replicate() and mesh.size(dimension) > 1
     )
 
 

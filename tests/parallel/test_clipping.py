@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value, gradient_norm
 from lightning_memopt.parallel.mesh import ParallelMesh, resolve_sizes
@@ -112,4 +114,20 @@ def test_two_dimensions_of_shards_are_one_norm():
         return float(gradient_norm(_parameters(lambda i, g: distribute_tensor(g, mesh, placements[i]))))
 
     expected = float(torch.nn.utils.get_total_norm(_gradients()))
+    assert run_on_ranks(norm, 4) == pytest.approx([expected] * 4, rel=1e-6)
+
+
+def test_shards_of_column_parallel_weights_count_once():
+    def norm() -> float:
+        dist.init_process_group("gloo")
+        mesh = ParallelMesh("cpu", resolve_sizes(4, shard=2, tensor=2))
+        layer = nn.Linear(4, 8, bias=False)
+        parallelize_module(layer, mesh.tensor, ColwiseParallel())
+        fully_shard(layer, mesh=mesh.shards)
+        assert not layer.weight.placements[0].is_shard()
+        whole = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+        layer.weight.grad = distribute_tensor(whole, layer.weight.device_mesh, layer.weight.placements)
+        return float(gradient_norm(list(layer.parameters())))
+
+    expected = float(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).norm())
     assert run_on_ranks(norm, 4) == pytest.approx([expected] * 4, rel=1e-6)
