@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_memopt.parallel.gather import full_on_cpu
@@ -23,7 +23,7 @@ def check_steps_shards(optimizer: Optimizer, mesh: DeviceMesh) -> None:
 
     Args:
         optimizer: The optimizer to try.
-        mesh: The mesh over which its parameters are sharded.
+        mesh: The mesh over which its parameters are sharded: its last dimension, the ones before it replicate.
 
     Raises:
         ValueError: It cannot; says what was seen.
@@ -31,7 +31,8 @@ def check_steps_shards(optimizer: Optimizer, mesh: DeviceMesh) -> None:
     name = type(optimizer).__name__
     remedy = "use an optimizer that treats each element by itself (AdamW, SGD), or `memopt_ddp`"
     for index, group in enumerate(optimizer.param_groups):
-        for like in {parameter.ndim: parameter for parameter in group["params"]}.values():
+        held = [parameter for parameter in group["params"] if not parameter.is_meta]
+        for like in {parameter.ndim: parameter for parameter in held}.values():
             with torch.random.fork_rng(devices=[]):
                 try:
                     whole = _step_stand_in(optimizer, group, like, None)
@@ -57,7 +58,8 @@ def _step_stand_in(
     def draw() -> torch.Tensor:
         values = torch.randn(shape, generator=generator)
         if mesh is not None:  # every rank draws the same values and keeps its part
-            values = distribute_tensor(values, mesh, [Shard(0)], src_data_rank=None)
+            placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+            values = distribute_tensor(values, mesh, placements, src_data_rank=None)
         return values.to(like.device)
 
     stand_in = nn.Parameter(draw())

@@ -13,7 +13,7 @@ stage          parameters                                  gradients while accum
 =============  ==========================================  =============================================
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -99,20 +99,22 @@ def shard_module(
     several_backwards: bool = False,
     policy: MixedPrecisionPolicy | None = None,
     offload: bool = False,
+    held_elsewhere: Collection[nn.Parameter] = (),
 ) -> Sharding:
-    """Shard ``module`` in place over a one-dimensional ``mesh``, block by block.
+    """Shard ``module`` in place over ``mesh``, block by block.
 
     All ranks must hold the same values. Tied parameters stay tied. Build optimizers afterwards: the parameters are
     replaced by ``DTensor`` ones of the same names.
 
     Args:
         module: The module whose ``forward`` (or a method routed through it) runs the whole step.
-        mesh: The ranks that share one copy.
+        mesh: The ranks that share one copy; or two dimensions, of which the first replicates what the second shares.
         stage: Which ZeRO stage.
         several_backwards: The step steps optimizers by hand between backward passes, so each child of ``module`` is
             gathered when it is called rather than all when ``module`` is.
         policy: Precision of gathered parameters and of the reduction.
         offload: Keep shards, gradients and optimizer state in CPU memory, and step there.
+        held_elsewhere: Parameters of other pipeline stages, on the meta device, that are left alone.
 
     Raises:
         ValueError: A parameter cannot be sharded; names it.
@@ -122,7 +124,7 @@ def shard_module(
         >>> sharding = shard_module(model, mesh, "parameters")  # doctest: +SKIP
         >>> optimizer = torch.optim.AdamW(model.parameters())  # doctest: +SKIP
     """
-    check_can_shard(module)
+    check_can_shard(module, held_elsewhere)
     roots: Sequence[nn.Module] = find_independent_children(module) if several_backwards else [module]
     # An optimizer may step between any two calls of such a module: whole parameters kept after one would be stale.
     frees_after_forward = stage == "parameters" or several_backwards
@@ -140,6 +142,15 @@ def shard_module(
             plan += [(odd, frees_after_forward) for odd in find_odd_modules(root, units)]
             # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
             plan.append((root, several_backwards))
+    ignored = set(held_elsewhere)
     for part, frees in plan:
-        fully_shard(part, mesh=mesh, reshard_after_forward=frees, mp_policy=policy, offload_policy=offload_policy)
+        if not ignored.issuperset(part.parameters()) or part in roots:
+            fully_shard(
+                part,
+                mesh=mesh,
+                reshard_after_forward=frees,
+                mp_policy=policy,
+                offload_policy=offload_policy,
+                ignored_params=ignored,
+            )
     return Sharding(module, stage, tuple(root for root in roots if isinstance(root, FSDPModule)))

@@ -75,13 +75,20 @@ def find_odd_modules(unit: nn.Module, inner: Collection[nn.Module] = ()) -> list
     return odd
 
 
-def check_can_shard(module: nn.Module) -> None:
+def check_can_shard(module: nn.Module, held_elsewhere: Collection[nn.Parameter] = ()) -> None:
     """Refuse a module with parameters that cannot be sharded.
+
+    Args:
+        module: The module.
+        held_elsewhere: Parameters that are not to be sharded here.
 
     Raises:
         ValueError: A parameter is on the meta device or is a scalar.
     """
+    elsewhere = set(held_elsewhere)
     for name, parameter in module.named_parameters():
+        if parameter in elsewhere:
+            continue
         if parameter.is_meta:
             raise ValueError(
                 f"Parameter `{name}` is on the meta device, so there are no values to shard; build the module with "
