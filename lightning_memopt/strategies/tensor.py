@@ -94,7 +94,7 @@ class TensorParallelStrategy(MemoptStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        if self.size not in ("auto", self.world_size):
+        if self.size not in ("auto", self.sizes.tensor):
             raise MisconfigurationException(
                 f"TensorParallelStrategy(size={self.size}) on {self.world_size} ranks would leave {self.world_size} / "
                 f"{self.size} groups with different batches, which is more than tensor parallelism; use "
@@ -102,30 +102,29 @@ class TensorParallelStrategy(MemoptStrategy):
             )
         self._seen.clear()
         super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING:
-            self._split_module()
         share_random_state(self.mesh.tensor)
-
-    @override
-    def configure_ddp(self) -> None:
-        assert self.lightning_module is not None
-        broadcast_module_states(self.lightning_module)
-        self._split_module()
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            try:
-                check_steps_shards(optimizer, self.mesh.tensor)
-            except ValueError as error:
-                raise self._refusal(error) from error
+        if self._split is not None:
+            for optimizer in self.optimizers:
+                try:
+                    check_steps_shards(optimizer, self.mesh.tensor)
+                except ValueError as error:
+                    raise self._refusal(error) from error
+
+    @override
+    def parallelize(self) -> None:
+        if self.sizes.tensor > 1:
+            self._split_module()
+        super().parallelize()
 
     def _split_module(self) -> None:
         module = self.lightning_module
         assert module is not None
         try:
-            plan = find_tensor_plan(module, self.world_size, self.plan)
+            plan = find_tensor_plan(module, self.sizes.tensor, self.plan)
         except ValueError as error:
             raise self._refusal(error) from error
         if plan.is_empty:
@@ -139,6 +138,7 @@ class TensorParallelStrategy(MemoptStrategy):
 
     @override
     def undo(self, gather: bool) -> None:
+        super().undo(gather)
         if self._split is not None:
             self._description = self.describe()
             self._split.undo(gather)
@@ -149,7 +149,7 @@ class TensorParallelStrategy(MemoptStrategy):
     @override
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a step of the module; before the first of its kind, make sure that all ranks have one batch."""
-        if name not in self._seen:
+        if self._split is not None and name not in self._seen:
             self._seen.add(name)
             if not have_same_batch((args, kwargs), self.mesh.tensor):
                 raise MisconfigurationException(
@@ -157,9 +157,7 @@ class TensorParallelStrategy(MemoptStrategy):
                     "so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, not by "
                     "the global rank."
                 )
-        # DTensors made in inference mode could not be trained with afterwards.
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            return getattr(self.lightning_module, name)(*args, **kwargs)
+        return super().run_step(name, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
