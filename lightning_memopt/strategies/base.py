@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_memopt.models.instance_patch import replaced
-from lightning_memopt.parallel.agreement import find_batch_norms, gather_values
+from lightning_memopt.parallel.agreement import broadcast_module_states, find_batch_norms, gather_values
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.gather import (
     gather_module_state,
@@ -71,18 +71,23 @@ class MemoptStrategy(DDPStrategy):
         """Whether this rank, of the pipeline stages that hold ``parameter``, is the one that counts it in a norm."""
         return True
 
-    @abstractmethod
-    def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's ``training_step``, ``validation_step``, ``test_step`` or ``predict_step``."""
+    # What strategies do in turn. Each does its part and calls `super()`, so that their product is a class that
+    # inherits from them, from the outside in: pipeline, tensor, data.
 
-    @abstractmethod
+    def parallelize(self) -> None:
+        """Take the module apart: own part first, then what is inside it (``super()``). All ranks together."""
+
     def undo(self, gather: bool) -> None:
-        """Put the module back as the user wrote it.
+        """Put the module back as the user wrote it: what is inside first (``super()``), then the own part.
 
         Args:
             gather: Communicate to make it whole, on all ranks. ``False`` after a failure: where one rank failed the
                 others may be anywhere, and communicating would wait for it for ever.
         """
+
+    def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's ``training_step``, ``validation_step``, ``test_step`` or ``predict_step``."""
+        return getattr(self.lightning_module, name)(*args, **kwargs)
 
     # What follows from it
 
@@ -119,6 +124,17 @@ class MemoptStrategy(DDPStrategy):
             self._patch_precision_plugin()
         self._patch_metrics(self.lightning_module)
         super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING and self.splits_module:
+            self.parallelize()
+
+    @override
+    def configure_ddp(self) -> None:
+        if not self.splits_module:
+            super().configure_ddp()
+            return
+        assert self.lightning_module is not None
+        broadcast_module_states(self.lightning_module)
+        self.parallelize()
 
     @property
     @override
@@ -166,22 +182,29 @@ class MemoptStrategy(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.train_step_context():
-            return self.run_step("training_step", *args, **kwargs)
+            return self._run_step("training_step", *args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
-            return self.run_step("validation_step", *args, **kwargs)
+            return self._run_step("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.test_step_context():
-            return self.run_step("test_step", *args, **kwargs)
+            return self._run_step("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.predict_step_context():
-            return self.run_step("predict_step", *args, **kwargs)
+            return self._run_step("predict_step", *args, **kwargs)
+
+    def _run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if not self.splits_module:
+            return self.run_step(name, *args, **kwargs)
+        # Parameters gathered, or shards made, in inference mode could not be trained with afterwards.
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            return self.run_step(name, *args, **kwargs)
 
     def call_through(self, called: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run the module's method ``name`` inside a call of ``called``, so that the hooks of its forward run."""

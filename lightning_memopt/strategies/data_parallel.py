@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.parallel.agreement import broadcast_module_states
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
@@ -75,17 +74,12 @@ class DataParallelStrategy(MemoptStrategy):
     # Setting up and taking down
 
     @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING and self.shard == "parameters":
+    def parallelize(self) -> None:
+        is_fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        # Stages 1 and 2 shard what only training has, so evaluation by itself runs on whole modules.
+        if self.shard == "parameters" or (is_fitting and self.shard != "none"):
             self._shard_module()
-
-    @override
-    def configure_ddp(self) -> None:
-        if self.shard == "none":
-            super().configure_ddp()
-        else:
-            self._shard_module()
+        super().parallelize()
 
     @override
     def model_to_device(self) -> None:
@@ -129,7 +123,6 @@ class DataParallelStrategy(MemoptStrategy):
     def _shard_module(self) -> None:
         module = self.lightning_module
         assert module is not None
-        broadcast_module_states(module)
         stage: ShardStage = self.shard  # type: ignore[assignment]
         with self._refusals():
             self._sharding = shard_module(
@@ -139,10 +132,12 @@ class DataParallelStrategy(MemoptStrategy):
                 several_backwards=not module.automatic_optimization,
                 policy=mixed_precision_policy(self.precision_plugin),
                 offload=self.offload,
+                held_elsewhere=[parameter for parameter in module.parameters() if parameter.is_meta],
             )
 
     @override
     def undo(self, gather: bool) -> None:
+        super().undo(gather)
         if self._sharding is not None:
             self._sharding.undo(gather)
             self._sharding = None
@@ -159,15 +154,10 @@ class DataParallelStrategy(MemoptStrategy):
         """Run a step of the module through the wrapper's (or the sharded module's) own call."""
         module, model = self.lightning_module, self.model
         assert module is not None and model is not None
-        if self._sharding is None:
-            if model is module:
-                return getattr(module, name)(*args, **kwargs)
-            return self.call_through(model, name, *args, **kwargs)
-        # Parameters gathered in inference mode could not be trained with afterwards.
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            if module not in self._sharding.roots:
-                return getattr(module, name)(*args, **kwargs)
-            return self.call_through(module, name, *args, **kwargs)
+        is_root = self._sharding is not None and module in self._sharding.roots
+        if model is module and not is_root:
+            return super().run_step(name, *args, **kwargs)
+        return self.call_through(model, name, *args, **kwargs)
 
     @override
     @contextmanager
