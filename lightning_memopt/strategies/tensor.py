@@ -1,16 +1,14 @@
 """Tensor parallelism for any LightningModule: ranks share each matrix product, by a plan that is found."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.parallel.agreement import broadcast_module_states
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.tensor.apply import TensorParallel, tensor_parallelize
@@ -102,43 +100,45 @@ class TensorParallelStrategy(MemoptStrategy):
             )
         self._seen.clear()
         super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING:
-            self._split_module()
-        share_random_state(self.mesh.tensor)
 
     @override
-    def configure_ddp(self) -> None:
-        assert self.lightning_module is not None
-        broadcast_module_states(self.lightning_module)
-        self._split_module()
+    def parallelize(self) -> None:
+        self._description = "One rank: nothing is split."
+        if self.sizes.tensor > 1:
+            self._split_module()
+            share_random_state(self.mesh.tensor)
+        super().parallelize()
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            try:
+        for optimizer in self.optimizers if self._split is not None else ():
+            with self._refusals():
                 check_steps_shards(optimizer, self.mesh.tensor)
-            except ValueError as error:
-                raise self._refusal(error) from error
+
+    @contextmanager
+    def _refusals(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except ValueError as error:
+            self.undo(gather=True)  # every rank refuses, so they can gather
+            raise MisconfigurationException(f"TensorParallelStrategy: {error}") from error
 
     def _split_module(self) -> None:
         module = self.lightning_module
         assert module is not None
-        try:
-            plan = find_tensor_plan(module, self.world_size, self.plan)
-        except ValueError as error:
-            raise self._refusal(error) from error
-        if plan.is_empty:
-            raise self._refusal(
-                ValueError(f"{type(module).__name__} has nothing to split:\n{describe_plan(plan)}\nUse `memopt_zero3`.")
-            )
-        self._split = tensor_parallelize(module, self.mesh.tensor, plan)
-
-    def _refusal(self, error: ValueError) -> MisconfigurationException:
-        return MisconfigurationException(f"TensorParallelStrategy: {error}")
+        with self._refusals():
+            plan = find_tensor_plan(module, self.sizes.tensor, self.plan)
+            if plan.is_empty:
+                raise ValueError(
+                    f"{type(module).__name__} has nothing that can be split among {plan.size} ranks; use "
+                    f"`memopt_zero3`. What was found:\n{describe_plan(plan)}"
+                )
+            self._split = tensor_parallelize(module, self.mesh.tensor, plan)
 
     @override
     def undo(self, gather: bool) -> None:
+        super().undo(gather)
         if self._split is not None:
             self._description = self.describe()
             self._split.undo(gather)
@@ -149,7 +149,7 @@ class TensorParallelStrategy(MemoptStrategy):
     @override
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a step of the module; before the first of its kind, make sure that all ranks have one batch."""
-        if name not in self._seen:
+        if self._split is not None and name not in self._seen:
             self._seen.add(name)
             if not have_same_batch((args, kwargs), self.mesh.tensor):
                 raise MisconfigurationException(
@@ -157,9 +157,7 @@ class TensorParallelStrategy(MemoptStrategy):
                     "so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, not by "
                     "the global rank."
                 )
-        # DTensors made in inference mode could not be trained with afterwards.
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            return getattr(self.lightning_module, name)(*args, **kwargs)
+        return super().run_step(name, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:

@@ -117,7 +117,7 @@ def _join_groups(handle: TensorParallel, mesh: DeviceMesh) -> None:
         layers = [handle.module.get_submodule(name) for name in group.names]
         if any(_is_elsewhere(layer) for layer in layers):
             continue
-        region = Region(group, owner, mesh, width=vars(layers[-1])["_tensor_split"].shape.in_features)
+        region = Region(group, owner, mesh, [vars(layer)["_tensor_split"].shape for layer in layers])
         handle.regions.append(region)
         by_owner.setdefault(group.owner, []).append(region)
         for layer in layers:
@@ -147,4 +147,3 @@ def _is_elsewhere(layer: nn.Module) -> bool:
 
 def _look_on(module: nn.Module, args: Any) -> None:
     return None
-

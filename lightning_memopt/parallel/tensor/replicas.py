@@ -33,7 +33,10 @@ def have_same_batch(batch: Any, mesh: DeviceMesh) -> bool:
         shapes: list[Any] = [None] * mesh.size()
         dist.all_gather_object(shapes, None, group=mesh.get_group())
         return all(shape is None for shape in shapes)
-    mine = [(tuple(t.shape), float(t.double().nan_to_num().sum()), float(t.double().abs().nan_to_num().sum())) for t in tensors]
+    mine = [
+        (tuple(t.shape), float(t.double().nan_to_num().sum()), float(t.double().abs().nan_to_num().sum()))
+        for t in tensors
+    ]
     theirs: list[Any] = [None] * mesh.size()
     dist.all_gather_object(theirs, mine, group=mesh.get_group())
     return all(other == mine for other in theirs)
