@@ -94,8 +94,8 @@ class TensorParallelStrategy(MemoptStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         if self.size not in ("auto", self.world_size):
             raise MisconfigurationException(
-                f"TensorParallelStrategy(size={self.size}) on {self.world_size} ranks would leave {self.world_size} / "
-                f"{self.size} groups with different batches, which is more than tensor parallelism; use "
+                f"TensorParallelStrategy(size={self.size}) on {self.world_size} ranks would make several "
+                "groups with different batches, which is more than tensor parallelism; use "
                 f"HybridStrategy(tensor={self.size}, data=-1), or as many ranks as `size`."
             )
         self._seen.clear()
@@ -153,9 +153,9 @@ class TensorParallelStrategy(MemoptStrategy):
             self._seen.add(name)
             if not have_same_batch((args, kwargs), self.mesh.tensor):
                 raise MisconfigurationException(
-                    f"The ranks of a tensor group were given different batches for `{name}`; they share each product, "
-                    "so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, not by "
-                    "the global rank."
+                    f"The ranks of a tensor group were given different batches for `{name}`, and they share each "
+                    "product, so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, "
+                    "not by the global rank."
                 )
         return super().run_step(name, *args, **kwargs)
 

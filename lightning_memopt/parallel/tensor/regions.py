@@ -135,7 +135,7 @@ class RegionOwner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own ``forward`` does."""
-        call, regions = super().forward, self._tensor_regions  # type: ignore[misc]
+        call, regions = super().forward, self._tensor_regions
         if all(region.trial is None for region in regions):
             for region in regions:
                 region.prepare(call, args, kwargs)

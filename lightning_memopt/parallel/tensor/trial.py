@@ -141,8 +141,8 @@ def _difference(whole: Trial, part: Trial) -> str:
     for ours, theirs in zip(part.row_inputs, whole.row_inputs, strict=True):
         if not _same(ours, part.part(theirs)):
             return "between its layers features are mixed, so that parts give other values"
-    ours, theirs = _tensors(part.output), _tensors(whole.output)
-    if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
+    returned, expected = _tensors(part.output), _tensors(whole.output)
+    if len(returned) != len(expected) or not all(map(_same, returned, expected)):
         return "it returns something else that was computed between its layers (attention weights, for example)"
     return ""
 
@@ -152,9 +152,9 @@ def _find_entering(whole: Trial, part: Trial) -> tuple[tuple[tuple[nn.Module, st
     region = whole.region
     places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in region.owner.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                places.setdefault(parameter, []).append((module, name))
+        for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
+            if own.requires_grad and not isinstance(own, DTensor):
+                places.setdefault(own, []).append((module, name))
     parameters = list(places)
     totals = _gradients(whole, whole.row_inputs, [*parameters, *whole.inputs])
     mine = _gradients(part, part.row_inputs, [*parameters, *part.inputs])
@@ -197,7 +197,7 @@ def _gradients(trial: Trial, outputs: Iterable[Tensor], inputs: Sequence[Tensor]
 
 
 def _draw(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
-    """Random values that differ in scale from feature to feature, so that no mean over some looks like that of all."""
+    """Random values, of another scale in each feature, so that no mean over some looks like that of all."""
     generator = torch.Generator().manual_seed(seed % 2**31)
     scale = torch.randn(shape[-1], generator=generator).mul_(0.5).exp_()
     values = torch.randn(shape, generator=generator) * scale
@@ -233,7 +233,7 @@ def _devices(owner: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def _undisturbed(owner: nn.Module) -> Iterator[None]:
-    """Let nothing that surrounds the call (checkpointing, offloading, counting) see the trials, nor buffers change."""
+    """Let nothing around the call (checkpointing, offloading, counting) see the trials, nor buffers change."""
     buffers = [(buffer, buffer.clone()) for buffer in owner.buffers()]
     shield = saved_tensors_hooks(lambda x: x, lambda x: x) if torch.is_grad_enabled() else nullcontext()
     try:
