@@ -1,11 +1,13 @@
 """Tensor parallelism for any LightningModule: ranks share each matrix product, by a plan that is found."""
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.tensor.parallel import loss_parallel as loss_parallel_operators
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -13,6 +15,7 @@ from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.tensor.apply import TensorParallel, tensor_parallelize
 from lightning_memopt.parallel.tensor.describe import describe_plan
+from lightning_memopt.parallel.tensor.loss import losses_of_shards, split_losses
 from lightning_memopt.parallel.tensor.optimizers import stepping_mixed
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from lightning_memopt.parallel.tensor.replicas import check_replicas, have_same_batch, share_random_state
@@ -30,6 +33,8 @@ class TensorParallelStrategy(MemoptStrategy):
         size: How many ranks share each product; ``"auto"`` is all of them, and anything less is hybrid.
         plan: ``"auto"``, or patterns of module names with ``"colwise"``, ``"rowwise"`` or ``"whole"`` for those that
             are not to be left to it, as ``{"*.mlp.fc1": "colwise", "head": "whole"}``.
+        loss_parallel: Compute cross-entropies from logits that stay split by class, so that no rank holds those of
+            the whole vocabulary; in training, for steps that do nothing else with them.
         **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
 
@@ -45,6 +50,8 @@ class TensorParallelStrategy(MemoptStrategy):
         self,
         size: int | Literal["auto"] = "auto",
         plan: Mapping[str, str] | Literal["auto"] = "auto",
+        *,
+        loss_parallel: bool = False,
         **options: Any,
     ) -> None:
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -59,6 +66,8 @@ class TensorParallelStrategy(MemoptStrategy):
         super().__init__(**options)
         self.size = size
         self.plan: dict[str, str] = {} if plan == "auto" else dict(plan)
+        self.loss_parallel = loss_parallel
+        self._heads: list[str] = []
         self._split: TensorParallel | None = None
         self._description = ""
         self._seen: set[str] = set()
@@ -117,11 +126,12 @@ class TensorParallelStrategy(MemoptStrategy):
                 check_steps_shards(optimizer, self.mesh.tensor)
 
     @contextmanager
-    def _refusals(self) -> Generator[None, None, None]:
+    def _refusals(self, undo: bool = True) -> Generator[None, None, None]:
         try:
             yield
         except ValueError as error:
-            self.undo(gather=True)  # every rank refuses, so they can gather
+            if undo:
+                self.undo(gather=True)  # every rank refuses, so they can gather
             raise MisconfigurationException(f"TensorParallelStrategy: {error}") from error
 
     def _split_module(self) -> None:
@@ -135,6 +145,8 @@ class TensorParallelStrategy(MemoptStrategy):
                     f"`memopt_zero3`. What was found:\n{describe_plan(plan)}"
                 )
             self._split = tensor_parallelize(module, self.mesh.tensor, plan)
+            if self.loss_parallel:
+                self._heads = split_losses(self._split)
 
     @override
     def undo(self, gather: bool) -> None:
@@ -157,7 +169,15 @@ class TensorParallelStrategy(MemoptStrategy):
                     "product, so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, "
                     "not by the global rank."
                 )
-        return super().run_step(name, *args, **kwargs)
+        if self._split is None or not self.loss_parallel or name != "training_step":
+            return super().run_step(name, *args, **kwargs)
+        with self._refusals(undo=False), losses_of_shards(self._heads):
+            return super().run_step(name, *args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        with loss_parallel_operators() if self.loss_parallel else nullcontext():
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
