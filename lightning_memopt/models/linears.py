@@ -41,6 +41,6 @@ def read_linear(module: nn.Module) -> LinearShape | None:
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
         return LinearShape(module.in_features, module.out_features, transposed=False)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
-        in_features, out_features = module.weight.shape  # type: ignore[operator]
-        return LinearShape(int(in_features), int(out_features), transposed=True)
+        in_features, out_features = module._parameters["weight"].shape  # type: ignore[union-attr]
+        return LinearShape(in_features, out_features, transposed=True)
     return None

@@ -9,6 +9,7 @@ import ast
 import inspect
 import textwrap
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +32,9 @@ def find_weight_reads(module: nn.Module) -> dict[str, str]:
         {}
     """
     reads: dict[str, str] = {}
+    reads_of: Any = _reads_of_class  # classes are hashable, which mypy does not see
     for prefix, submodule in module.named_modules():
-        for path in _reads_of_class(type(submodule)):
+        for path in reads_of(type(submodule)):
             name = f"{prefix}.{path}" if prefix else path
             try:
                 module.get_submodule(name)

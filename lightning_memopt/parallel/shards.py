@@ -9,6 +9,7 @@ were made, the last first. ``_StridedShard`` is private to torch; tried with tor
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -25,11 +26,12 @@ def whole_of_shards(value: DTensor) -> Tensor:
     if not _is_shard_of_part(placements):
         return value.full_tensor()
     outer, inner = _split_mesh(mesh)
-    part_shape = list(value.shape)
-    part_shape[placements[-1].dim] //= inner.size()  # tensor parallelism deals out evenly
+    dimension: int = placements[-1].dim  # type: ignore[attr-defined]
+    # Tensor parallelism deals out evenly.
+    shape = torch.Size(n // inner.size() if d == dimension else n for d, n in enumerate(value.shape))
     shard = DTensor.from_local(
-        value.to_local(), outer, _of_part(placements[:-1]), run_check=False, shape=tuple(part_shape), stride=_strides(part_shape)
-    )  # fmt: skip
+        value.to_local(), outer, _of_part(placements[:-1]), run_check=False, shape=shape, stride=_strides(shape)
+    )
     part = DTensor.from_local(
         shard.full_tensor(), inner, placements[-1:], run_check=False, shape=value.shape, stride=value.stride()
     )

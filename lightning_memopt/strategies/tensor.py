@@ -1,20 +1,21 @@
 """Tensor parallelism for any LightningModule: ranks share each matrix product, by a plan that is found."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.tensor.parallel import loss_parallel as loss_parallel_operators
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.parallel.agreement import broadcast_module_states
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.tensor.apply import TensorParallel, tensor_parallelize
 from lightning_memopt.parallel.tensor.describe import describe_plan
+from lightning_memopt.parallel.tensor.loss import losses_of_shards, split_losses
 from lightning_memopt.parallel.tensor.optimizers import stepping_mixed
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from lightning_memopt.parallel.tensor.replicas import check_replicas, have_same_batch, share_random_state
@@ -32,6 +33,8 @@ class TensorParallelStrategy(MemoptStrategy):
         size: How many ranks share each product; ``"auto"`` is all of them, and anything less is hybrid.
         plan: ``"auto"``, or patterns of module names with ``"colwise"``, ``"rowwise"`` or ``"whole"`` for those that
             are not to be left to it, as ``{"*.mlp.fc1": "colwise", "head": "whole"}``.
+        loss_parallel: Compute cross-entropies from logits that stay split by class, so that no rank holds those of
+            the whole vocabulary; in training, for steps that do nothing else with them.
         **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
 
@@ -47,6 +50,8 @@ class TensorParallelStrategy(MemoptStrategy):
         self,
         size: int | Literal["auto"] = "auto",
         plan: Mapping[str, str] | Literal["auto"] = "auto",
+        *,
+        loss_parallel: bool = False,
         **options: Any,
     ) -> None:
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -61,6 +66,8 @@ class TensorParallelStrategy(MemoptStrategy):
         super().__init__(**options)
         self.size = size
         self.plan: dict[str, str] = {} if plan == "auto" else dict(plan)
+        self.loss_parallel = loss_parallel
+        self._heads: list[str] = []
         self._split: TensorParallel | None = None
         self._description = ""
         self._seen: set[str] = set()
@@ -94,47 +101,43 @@ class TensorParallelStrategy(MemoptStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        if self.size not in ("auto", self.sizes.tensor):
+        if self.size not in ("auto", self.world_size):
             raise MisconfigurationException(
-                f"TensorParallelStrategy(size={self.size}) on {self.world_size} ranks would leave {self.world_size} / "
-                f"{self.size} groups with different batches, which is more than tensor parallelism; use "
+                f"TensorParallelStrategy(size={self.size}) on {self.world_size} ranks would make several "
+                "groups with different batches, which is more than tensor parallelism; use "
                 f"HybridStrategy(tensor={self.size}, data=-1), or as many ranks as `size`."
             )
         self._seen.clear()
         super().setup(trainer)
-        share_random_state(self.mesh.tensor)
+
+    @override
+    def parallelize(self) -> None:
+        self._description = "One rank: nothing is split."
+        if self.sizes.tensor > 1:
+            self._split_module()
+            share_random_state(self.mesh.tensor)
+        super().parallelize()
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        if self._split is not None:
-            for optimizer in self.optimizers:
-                try:
-                    check_steps_shards(optimizer, self.mesh.tensor)
-                except ValueError as error:
-                    raise self._refusal(error) from error
-
-    @override
-    def parallelize(self) -> None:
-        if self.sizes.tensor > 1:
-            self._split_module()
-        super().parallelize()
+        for optimizer in self.optimizers if self._split is not None else ():
+            with self.refusals():
+                check_steps_shards(optimizer, self.mesh.tensor)
 
     def _split_module(self) -> None:
         module = self.lightning_module
         assert module is not None
-        try:
+        with self.refusals():
             plan = find_tensor_plan(module, self.sizes.tensor, self.plan)
-        except ValueError as error:
-            raise self._refusal(error) from error
-        if plan.is_empty:
-            raise self._refusal(
-                ValueError(f"{type(module).__name__} has nothing to split:\n{describe_plan(plan)}\nUse `memopt_zero3`.")
-            )
-        self._split = tensor_parallelize(module, self.mesh.tensor, plan)
-
-    def _refusal(self, error: ValueError) -> MisconfigurationException:
-        return MisconfigurationException(f"TensorParallelStrategy: {error}")
+            if plan.is_empty:
+                raise ValueError(
+                    f"{type(module).__name__} has nothing that can be split among {plan.size} ranks; use "
+                    f"`memopt_zero3`. What was found:\n{describe_plan(plan)}"
+                )
+            self._split = tensor_parallelize(module, self.mesh.tensor, plan)
+            if self.loss_parallel:
+                self._heads = split_losses(self._split)
 
     @override
     def undo(self, gather: bool) -> None:
@@ -153,11 +156,19 @@ class TensorParallelStrategy(MemoptStrategy):
             self._seen.add(name)
             if not have_same_batch((args, kwargs), self.mesh.tensor):
                 raise MisconfigurationException(
-                    f"The ranks of a tensor group were given different batches for `{name}`; they share each product, "
-                    "so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, not by "
-                    "the global rank."
+                    f"The ranks of a tensor group were given different batches for `{name}`, and they share each "
+                    "product, so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, "
+                    "not by the global rank."
                 )
-        return super().run_step(name, *args, **kwargs)
+        if self._split is None or not self.loss_parallel or name != "training_step":
+            return super().run_step(name, *args, **kwargs)
+        with self.refusals(undo=False), losses_of_shards(self._heads):
+            return super().run_step(name, *args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        with loss_parallel_operators() if self.loss_parallel else nullcontext():
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:

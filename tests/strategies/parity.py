@@ -110,6 +110,7 @@ def fit_zoo(
     *,
     sizes: MeshSizes | None = None,
     repeat_first_batch: bool = False,
+    dropout: float = 0.0,
     extra: Sequence[Callback] = (),
     **options: Any,
 ) -> Outcome:
@@ -130,7 +131,7 @@ def fit_zoo(
     sampler = DistributedSampler(dataset, sizes.batches, batch_of_rank, shuffle=False)
     own_share = DataLoader(dataset, batch_size=GLOBAL_BATCH // sizes.batches, sampler=sampler)
     run = train(
-        entry.build(),
+        entry.build(dropout),
         own_share,
         steps=steps * (1 if entry.automatic else 2),  # Lightning counts a step of each of the GAN's two optimizers
         devices=ranks,
@@ -149,6 +150,11 @@ def fit_zoo(
 @cache
 def on_one_device(name: str) -> Outcome:
     return run_on_ranks(lambda: fit_zoo(ZOO[name], 1), 1)[0]
+
+
+@cache
+def in_double_precision(name: str) -> Outcome:
+    return run_on_ranks(lambda: fit_zoo(ZOO[name], 1, precision="64-true"), 1)[0]
 
 
 @cache

@@ -1,24 +1,43 @@
 """Make a module's code, written for whole values, run on a part of the features."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map
 
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.linear_groups import LinearGroup
-from lightning_memopt.parallel.tensor.collectives import enter
-
-Numbers = Sequence[tuple[nn.Module, dict[str, int]]]
-"""Modules, and what some of their integer attributes are to be."""
+from lightning_memopt.parallel.tensor.collectives import enter, gather, take_part
 
 
-def possible_numbers(group: LinearGroup, owner: nn.Module, width: int, size: int) -> list[Numbers]:
-    """What the attributes of ``owner`` and its parts may have to be on one of ``size`` ranks, to be tried in order.
+@dataclass(frozen=True)
+class Adjustment:
+    """What code needs to run on a part of the features.
 
-    ``width`` is the number of features between the layers of ``group``. First nothing is changed: code that views heads with ``-1`` needs nothing. Then numbers of heads
-    (``num_heads``), then widths as well (``split_size``, ``embed_dim``), then widths alone.
+    Attributes:
+        numbers: Modules, and what some of their integer attributes have to be.
+        narrows: Whether its inputs have to look narrower than they are: code that takes its width from an input
+            (``batch, length, width = x.shape``) then takes a rank's. The split layers know the whole input.
+        deals_heads: What it takes and gives for each head (``(..., heads, length, length)``: biases, attention
+            weights) is dealt out to the ranks, and put together again.
+    """
+
+    numbers: Sequence[tuple[nn.Module, dict[str, int]]] = ()
+    narrows: bool = False
+    deals_heads: bool = False
+
+
+def possible_adjustments(group: LinearGroup, owner: nn.Module, width: int, size: int) -> list[Adjustment]:
+    """What ``owner`` may need on one of ``size`` ranks, to be tried in order.
+
+    ``width`` is the number of features between the layers of ``group``. First nothing is changed: code that views
+    heads with ``-1`` needs nothing. Then numbers of heads (``num_heads``), then widths as well (``split_size``,
+    ``embed_dim``), then widths alone; and all that with narrower inputs, or with tensors of heads dealt out.
     """
     heads = {group.heads.queries, group.heads.keys} if group.heads is not None else set()
     widths = {width} | ({group.heads.keys * group.heads.size} if group.heads is not None else set())
@@ -31,11 +50,12 @@ def possible_numbers(group: LinearGroup, owner: nn.Module, width: int, size: int
         wide = {k: v // size for k, v in integers.items() if v in widths and k not in mine}
         counts += [(module, mine)] if mine else []
         sizes += [(module, wide)] if wide else []
-    candidates: list[Numbers] = [[]]
+    numbers: list[list[tuple[nn.Module, dict[str, int]]]] = [[]]
     for candidate in (counts, [*counts, *sizes], sizes):
-        if candidate and candidate not in candidates:
-            candidates.append(candidate)
-    return candidates
+        if candidate not in numbers:
+            numbers.append(candidate)
+    ways = [(False, False), *([(False, True)] if heads else []), (True, False)]
+    return [Adjustment(candidate, *way) for way in ways for candidate in numbers]
 
 
 def _counts_heads(name: str) -> bool:
@@ -43,12 +63,41 @@ def _counts_heads(name: str) -> bool:
 
 
 @contextmanager
-def adjusted(numbers: Numbers) -> Iterator[None]:
+def adjusted(adjustment: Adjustment) -> Iterator[None]:
     """Within the block, modules have these numbers as attributes."""
     with ExitStack() as stack:
-        for module, values in numbers:
+        for module, values in adjustment.numbers:
             stack.enter_context(replaced(module, **values))
         yield
+
+
+@contextmanager
+def dealing_embeddings(owner: nn.Module, heads: int, mesh: DeviceMesh) -> Iterator[None]:
+    """Within the block, embeddings in ``owner`` that give a number for each head (relative positions) give a part."""
+    with ExitStack() as stack:
+        for module in owner.modules():
+            if isinstance(module, nn.Embedding) and module.embedding_dim == heads:
+                give = partial(_part_of_output, module.forward, mesh)
+                stack.enter_context(replaced(module, forward=give))
+        yield
+
+
+def _part_of_output(call: Callable[..., Tensor], mesh: DeviceMesh, ids: Tensor) -> Tensor:
+    return take_part(call(ids), mesh)
+
+
+def deal_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
+    """``tree`` with this rank's heads of its floating-point tensors ``(batch, heads, length, length)``."""
+    return tree_map(lambda x: take_part(x, mesh, 1) if _has_heads(x, heads) else x, tree)
+
+
+def gather_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
+    """``tree`` with all ranks' heads of such tensors put together."""
+    return tree_map(lambda x: gather(x, mesh, 1) if _has_heads(x, heads // mesh.size()) else x, tree)
+
+
+def _has_heads(x: Any, heads: int) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4 and x.shape[1] == heads
 
 
 @contextmanager

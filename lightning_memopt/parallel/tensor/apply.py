@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def tensor_parallelize(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) ->
         if entry.style != "whole" and not _is_elsewhere(layer):
             shape = read_linear(layer)
             vars(layer)["_tensor_split"] = SplitState(mesh, shape, entry.pieces)
-            handle._undo.append(lambda layer=layer: vars(layer).pop("_tensor_split"))  # type: ignore[misc]
+            handle._undo.append(partial(delattr, layer, "_tensor_split"))
             _stand_in(handle, layer, _STAND_INS[entry.style])
             if entry.style == "attention":
                 # torch's fused path of evaluation reads the weights, and is not taken where there are hooks.
@@ -86,7 +86,7 @@ def tensor_parallelize(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) ->
     for submodule in module.modules():
         if isinstance(submodule, nn.TransformerEncoder) and submodule.use_nested_tensor:
             submodule.use_nested_tensor = False
-            handle._undo.append(lambda encoder=submodule: setattr(encoder, "use_nested_tensor", True))  # type: ignore[misc]
+            handle._undo.append(partial(setattr, submodule, "use_nested_tensor", True))
     _join_groups(handle, mesh)
     return handle
 
@@ -117,7 +117,7 @@ def _join_groups(handle: TensorParallel, mesh: DeviceMesh) -> None:
         layers = [handle.module.get_submodule(name) for name in group.names]
         if any(_is_elsewhere(layer) for layer in layers):
             continue
-        region = Region(group, owner, mesh, width=vars(layers[-1])["_tensor_split"].shape.in_features)
+        region = Region(group, owner, mesh, [vars(layer)["_tensor_split"].shape for layer in layers])
         handle.regions.append(region)
         by_owner.setdefault(group.owner, []).append(region)
         for layer in layers:
@@ -125,14 +125,15 @@ def _join_groups(handle: TensorParallel, mesh: DeviceMesh) -> None:
     for name, regions in by_owner.items():
         owner = handle.module.get_submodule(name)
         vars(owner)["_tensor_regions"] = regions
-        handle._undo.append(lambda owner=owner: vars(owner).pop("_tensor_regions"))  # type: ignore[misc]
+        handle._undo.append(partial(delattr, owner, "_tensor_regions"))
         _stand_in(handle, owner, RegionOwner)
 
 
 def _stand_in(handle: TensorParallel, module: nn.Module, kind: type[nn.Module]) -> None:
     cls = type(module)
-    module.__class__ = _joined_class(kind, cls)
-    handle._undo.append(lambda: setattr(module, "__class__", cls))
+    joined: Any = _joined_class
+    module.__class__ = joined(kind, cls)
+    handle._undo.append(partial(setattr, module, "__class__", cls))
 
 
 @cache
@@ -147,4 +148,3 @@ def _is_elsewhere(layer: nn.Module) -> bool:
 
 def _look_on(module: nn.Module, args: Any) -> None:
     return None
-

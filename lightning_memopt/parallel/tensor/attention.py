@@ -44,7 +44,7 @@ class HeadParallelAttention(nn.Module):
             weights = weights.mean(dim=1) if average_attn_weights else weights
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        output = F.linear(heads.transpose(1, 2).flatten(2), local(self.out_proj.weight))
+        output = F.linear(heads.transpose(1, 2).flatten(2), local(self.out_proj.weight))  # type: ignore[arg-type]
         output = add_up(output, self._tensor_split.mesh)
         if self.out_proj.bias is not None:
             output = output + self.out_proj.bias.to(output.dtype)

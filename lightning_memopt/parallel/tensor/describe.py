@@ -21,10 +21,13 @@ def describe_plan(plan: TensorPlan, regions: Iterable[Region] = ()) -> str:
         for e in plan.entries.values()
     ]
     whole, rank = (sum(getattr(e, k) for e in plan.entries.values()) for k in ("whole_bytes", "rank_bytes"))
-    rows.append(("sum of parameters", "", f"{whole:,}", f"{rank:,}", f"{rank / max(whole, 1):.1%} on each of {plan.size}"))
+    rows.append(
+        ("sum of parameters", "", f"{whole:,}", f"{rank:,}", f"{rank / max(whole, 1):.1%} on each of {plan.size}")
+    )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
-        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
+        for a, b, c, d, e in rows
     )
 
 

@@ -8,9 +8,10 @@ verified, what flows from its columns to its row stays split.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from lightning_memopt.models.linears import LinearShape
@@ -29,12 +30,14 @@ class SplitState:
         shape: Of a linear layer: its sizes on one device.
         pieces: Equal parts of its outputs, each of which is split.
         region: The group of layers that it belongs to, if any.
+        gives_shards: A head whose outputs go to the loss as a ``DTensor``, split by class, while training.
     """
 
     mesh: DeviceMesh
     shape: LinearShape | None = None
     pieces: int = 1
     region: "Region | None" = None
+    gives_shards: bool = False
 
 
 class ColumnParallel(nn.Module):
@@ -49,6 +52,8 @@ class ColumnParallel(nn.Module):
             return region.trial.column(split, x)
         x = region.enter(x) if region is not None else enter(x, split.mesh)
         y = _linear(x, self, split)
+        if split.gives_shards and torch.is_grad_enabled():
+            return DTensor.from_local(y, split.mesh, [Shard(y.ndim - 1)], run_check=False)
         return y if region is not None and region.is_inside else gather(y, split.mesh, -1, split.pieces)
 
 

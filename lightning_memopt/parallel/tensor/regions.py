@@ -8,16 +8,26 @@ the way (``num_heads``, ``split_size``); these are tried too. The parameters are
 nothing but communication depends on the outcome.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map
 
 from lightning_memopt.models.linear_groups import LinearGroup
-from lightning_memopt.parallel.tensor.adjust import adjusted, entering
+from lightning_memopt.models.linears import LinearShape
+from lightning_memopt.parallel.tensor.adjust import (
+    Adjustment,
+    adjusted,
+    deal_heads,
+    dealing_embeddings,
+    entering,
+    gather_heads,
+)
 from lightning_memopt.parallel.tensor.collectives import enter
 from lightning_memopt.parallel.tensor.trial import Trial, Verdict, verify
 
@@ -31,23 +41,26 @@ class Region:
         group: Which layers.
         owner: The module that holds them.
         mesh: The tensor group.
+        inputs: Features of what its columns take.
         width: Features between its columns and its row.
         is_local: Whether it was verified that ranks can work on parts.
         reason: Why they cannot (yet).
         trial: Under way while it is being verified.
     """
 
-    def __init__(self, group: LinearGroup, owner: nn.Module, mesh: DeviceMesh, width: int) -> None:
+    def __init__(self, group: LinearGroup, owner: nn.Module, mesh: DeviceMesh, shapes: Sequence[LinearShape]) -> None:
         self.group = group
         self.owner = owner
         self.mesh = mesh
-        self.width = width
+        self.inputs = shapes[0].in_features
+        self.width = shapes[-1].in_features
         self.is_local = group.is_proven
         self.reason = "" if group.is_proven else GATHERED
         self.trial: Trial | None = None
         self._verdict: Verdict | None = Verdict(with_gradients=True) if group.is_proven else None
         self._depth = 0
         self._entered: dict[int, tuple[Tensor, Tensor]] = {}
+        self._narrowed: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def is_inside(self) -> bool:
@@ -56,11 +69,43 @@ class Region:
 
     def enter(self, x: Tensor) -> Tensor:
         """``x`` for a column; columns that share it share the sum of its gradient too."""
+        x = self.whole_of(x)
         if self._depth == 0:
             return enter(x, self.mesh)
         if id(x) not in self._entered:
             self._entered[id(x)] = (x, enter(x, self.mesh))
         return self._entered[id(x)][1]
+
+    def whole_of(self, x: Tensor) -> Tensor:
+        """What ``x`` stands for, if it is an input that was narrowed."""
+        return self._narrowed[id(x)][1] if id(x) in self._narrowed else x
+
+    def call_adjusted(self, adjustment: Adjustment, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The owner's call, its code adjusted to a part of the features."""
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(adjusted(adjustment))
+                if adjustment.narrows:
+                    args, kwargs = tree_map(self._narrow, (args, kwargs))
+                if not adjustment.deals_heads:
+                    return call(*args, **kwargs)
+                assert self.group.heads is not None
+                heads = self.group.heads.queries
+                stack.enter_context(dealing_embeddings(self.owner, heads, self.mesh))
+                args, kwargs = deal_heads((args, kwargs), heads, self.mesh)
+                return gather_heads(call(*args, **kwargs), heads, self.mesh)
+        finally:
+            self._entered.clear()
+            self._narrowed.clear()
+
+    def _narrow(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+            return value
+        if value.shape[-1] != self.inputs:
+            return value
+        shown = value.narrow(-1, 0, self.inputs // self.mesh.size())
+        self._narrowed[id(shown)] = (shown, value)
+        return shown
 
     def prepare(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Verify it at the owner's first call, on that call's inputs; all ranks of the group do."""
@@ -70,20 +115,17 @@ class Region:
         self._verdict = verify(self, call, args, kwargs)
         self.is_local, self.reason = not self._verdict.reason, self._verdict.reason
 
-    @contextmanager
-    def within(self) -> Iterator[None]:
-        """While the owner runs."""
+    def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The owner's call, its layers handing over parts if that was verified."""
         if not self.is_local or self._depth:
-            yield
-            return
+            return call(*args, **kwargs)
         assert self._verdict is not None
         self._depth += 1
         try:
-            with adjusted(self._verdict.numbers), entering(self._verdict.entering, self.mesh):
-                yield
+            with entering(self._verdict.entering, self.mesh):
+                return self.call_adjusted(self._verdict.adjustment, call, args, kwargs)
         finally:
             self._depth -= 1
-            self._entered.clear()
 
 
 class RegionOwner(nn.Module):
@@ -93,18 +135,14 @@ class RegionOwner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own ``forward`` does."""
-        regions = self._tensor_regions
-        if any(region.trial is not None for region in regions):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        for region in regions:
-            region.prepare(super().forward, args, kwargs)  # type: ignore[misc]
-        return _run_within(regions, super().forward, args, kwargs)  # type: ignore[misc]
-
-
-def _run_within(
-    regions: list[Region], call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if not regions:
+        call, regions = super().forward, self._tensor_regions
+        if all(region.trial is None for region in regions):
+            for region in regions:
+                region.prepare(call, args, kwargs)
+            for region in regions:
+                call = partial(_run, region, call)
         return call(*args, **kwargs)
-    with regions[0].within():
-        return _run_within(regions[1:], call, args, kwargs)
+
+
+def _run(region: Region, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return region.run(call, args, kwargs)

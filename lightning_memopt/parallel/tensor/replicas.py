@@ -15,12 +15,13 @@ DRIFT = 1e-3
 
 def share_random_state(mesh: DeviceMesh) -> None:
     """Give all ranks of a tensor group the random state of its first, so that they drop out the same activations."""
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    on_cuda = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device(mesh.device_type)
     group, first = mesh.get_group(), int(mesh.mesh.flatten()[0])
     state = torch.get_rng_state().to(device)
     dist.broadcast(state, src=first, group=group)
     torch.set_rng_state(state.cpu())
-    if device.type == "cuda":
+    if on_cuda:
         state = torch.cuda.get_rng_state(device).to(device)
         dist.broadcast(state, src=first, group=group)
         torch.cuda.set_rng_state(state.cpu(), device)
@@ -33,7 +34,10 @@ def have_same_batch(batch: Any, mesh: DeviceMesh) -> bool:
         shapes: list[Any] = [None] * mesh.size()
         dist.all_gather_object(shapes, None, group=mesh.get_group())
         return all(shape is None for shape in shapes)
-    mine = [(tuple(t.shape), float(t.double().nan_to_num().sum()), float(t.double().abs().nan_to_num().sum())) for t in tensors]
+    mine = [
+        (tuple(t.shape), float(t.double().nan_to_num().sum()), float(t.double().abs().nan_to_num().sum()))
+        for t in tensors
+    ]
     theirs: list[Any] = [None] * mesh.size()
     dist.all_gather_object(theirs, mine, group=mesh.get_group())
     return all(other == mine for other in theirs)
@@ -63,7 +67,7 @@ def check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
     dist.all_reduce(most, dist.ReduceOp.MAX, mesh.get_group())
     gaps = (most - least)[:, 1] / most[:, 1].clamp_min(1e-30)
     for (name, parameter), same, gap in zip(replicated.items(), (most == least).all(1), gaps, strict=True):
-        if bool(gap > DRIFT) or not bool(torch.isfinite(gap)) and bool(torch.isfinite(most).all()):
+        if bool(gap > DRIFT) or (not bool(torch.isfinite(gap)) and bool(torch.isfinite(most).all())):
             raise RuntimeError(
                 f"Parameter `{name}`, of which every rank of a tensor group holds a replica, differs among them by "
                 f"{float(gap):.1e} (relative, of its square sum): its gradients were not the same. Something in the "

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memopt.parallel.tensor.adjust import Numbers, adjusted, possible_numbers
+from lightning_memopt.parallel.tensor.adjust import Adjustment, possible_adjustments
 from lightning_memopt.parallel.tensor.collectives import part_of
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class Verdict:
 
     Attributes:
         reason: Why ranks cannot work on parts; empty if they can.
-        numbers: What attributes have to be then.
+        adjustment: What the owner's code needs then.
         entering: Whole parameters used on the way, whose gradients are sums over the ranks.
         with_gradients: Whether gradients were looked at, too.
     """
 
     reason: str = ""
-    numbers: Numbers = ()
+    adjustment: Adjustment = Adjustment()
     entering: tuple[tuple[nn.Module, str], ...] = ()
     with_gradients: bool = False
 
@@ -65,6 +65,7 @@ class Trial:
     def column(self, split: "SplitState", x: Tensor) -> Tensor:
         """In place of a column's outputs: the same random values in any trial, or this rank's part of them."""
         assert split.shape is not None
+        x = self.region.whole_of(x)
         self.column_inputs.append(x.detach())
         whole = _draw((*x.shape[:-1], split.shape.out_features), x, seed=len(self.column_inputs))
         return self.part(whole, split.pieces) if self.is_local else whole
@@ -81,9 +82,7 @@ class Trial:
         return part_of(whole, mesh.get_local_rank(), mesh.size(), -1, pieces)
 
 
-def verify(
-    region: "Region", call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Verdict:
+def verify(region: "Region", call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verdict:
     """Try whether the layers of ``region`` can hand over parts; all ranks of its mesh come to one verdict.
 
     Args:
@@ -94,18 +93,18 @@ def verify(
     """
     with_gradients = torch.is_grad_enabled()
     with _undisturbed(region.owner):
-        whole, error = _run(region, False, call, args, kwargs, [])
+        whole, error = _run(region, False, call, args, kwargs, Adjustment())
         if not _agree(region, whole is not None and len(whole.row_inputs) > 0):
             return Verdict(error or "its layers are not all called", with_gradients=with_gradients)
         first_reason = ""
-        for numbers in possible_numbers(region.group, region.owner, region.width, region.mesh.size()):
-            part, error = _run(region, True, call, args, kwargs, numbers)
+        for adjustment in possible_adjustments(region.group, region.owner, region.width, region.mesh.size()):
+            part, error = _run(region, True, call, args, kwargs, adjustment)
             reason = error if whole is None or part is None else _difference(whole, part)
             if _agree(region, not reason):
                 assert whole is not None and part is not None
                 entering, reason = _find_entering(whole, part) if with_gradients else ((), "")
                 if not reason:
-                    return Verdict("", numbers, entering, with_gradients)
+                    return Verdict("", adjustment, entering, with_gradients)
             first_reason = first_reason or reason or "another rank of the group found a difference"
     return Verdict(first_reason, with_gradients=with_gradients)
 
@@ -116,15 +115,15 @@ def _run(
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    numbers: Numbers,
+    adjustment: Adjustment,
 ) -> tuple[Trial | None, str]:
     trial = Trial(region, is_local)
     region.trial = trial
     try:
         args, kwargs = _copied((args, kwargs))
         trial.inputs = [leaf for leaf in _tensors((args, kwargs)) if leaf.requires_grad]
-        with adjusted(numbers), _NoDropout(), torch.random.fork_rng(devices=_devices(region.owner)):
-            trial.output = call(*args, **kwargs)
+        with _NoDropout(), torch.random.fork_rng(devices=_devices(region.owner)):
+            trial.output = region.call_adjusted(adjustment, call, args, kwargs)
     except Exception as error:  # code of the user's, on values it was not written for
         return None, f"trying failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
@@ -142,8 +141,8 @@ def _difference(whole: Trial, part: Trial) -> str:
     for ours, theirs in zip(part.row_inputs, whole.row_inputs, strict=True):
         if not _same(ours, part.part(theirs)):
             return "between its layers features are mixed, so that parts give other values"
-    ours, theirs = _tensors(part.output), _tensors(whole.output)
-    if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
+    returned, expected = _tensors(part.output), _tensors(whole.output)
+    if len(returned) != len(expected) or not all(map(_same, returned, expected)):
         return "it returns something else that was computed between its layers (attention weights, for example)"
     return ""
 
@@ -151,27 +150,29 @@ def _difference(whole: Trial, part: Trial) -> str:
 def _find_entering(whole: Trial, part: Trial) -> tuple[tuple[tuple[nn.Module, str], ...], str]:
     """Whole parameters used between the layers, whose gradients the ranks have to add up; or why that will not do."""
     region = whole.region
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in region.owner.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                places.setdefault(parameter, []).append((module, name))
+        for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
+            if own.requires_grad and not isinstance(own, DTensor):
+                places.setdefault(own, []).append((module, name))
     parameters = list(places)
+    totals = _gradients(whole, whole.row_inputs, [*parameters, *whole.inputs])
+    mine = _gradients(part, part.row_inputs, [*parameters, *part.inputs])
+    elsewhere = _gradients(whole, _tensors(whole.output), [*parameters, *whole.inputs])
     found, reason = [], ""
-    if any(gradient is not None for gradient in _gradients(whole, whole.row_inputs, whole.inputs)):
-        reason = "one of its inputs, which takes a gradient, enters between its layers"
-    used = _gradients(whole, whole.row_inputs, parameters)
-    mine = _gradients(part, part.row_inputs, parameters)
-    after = _gradients(whole, _tensors(whole.output), parameters)
-    for parameter, total, ours, later in zip(parameters, used, mine, after, strict=True):
-        if total is None:
+    for index, (total, ours, other) in enumerate(zip(totals, mine, elsewhere, strict=True)):
+        if total is None or _agree(region, ours is not None and _same(ours, total)):
             continue
+        if index >= len(parameters):
+            reason = "one of its inputs, which takes a gradient, enters between its layers"
+            continue
+        parameter = parameters[index]
         summed = torch.zeros_like(total) if ours is None else ours.clone()
         dist.all_reduce(summed, group=region.mesh.get_group())
         found += places[parameter]
         if not _same(summed, total):
             reason = f"the ranks' gradients of its {tuple(parameter.shape)} parameter do not add up"
-        elif later is not None or len(places[parameter]) > 1:
+        elif other is not None or len(places[parameter]) > 1:
             reason = f"its {tuple(parameter.shape)} parameter is used between its layers and elsewhere"
     if not _agree(region, not reason):
         return (), reason or "another rank of the group found a difference"
@@ -196,7 +197,7 @@ def _gradients(trial: Trial, outputs: Iterable[Tensor], inputs: Sequence[Tensor]
 
 
 def _draw(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
-    """Random values that differ in scale from feature to feature, so that no mean over some looks like that of all."""
+    """Random values, of another scale in each feature, so that no mean over some looks like that of all."""
     generator = torch.Generator().manual_seed(seed % 2**31)
     scale = torch.randn(shape[-1], generator=generator).mul_(0.5).exp_()
     values = torch.randn(shape, generator=generator) * scale
@@ -232,7 +233,7 @@ def _devices(owner: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def _undisturbed(owner: nn.Module) -> Iterator[None]:
-    """Let nothing that surrounds the call (checkpointing, offloading, counting) see the trials, nor buffers change."""
+    """Let nothing around the call (checkpointing, offloading, counting) see the trials, nor buffers change."""
     buffers = [(buffer, buffer.clone()) for buffer in owner.buffers()]
     shield = saved_tensors_hooks(lambda x: x, lambda x: x) if torch.is_grad_enabled() else nullcontext()
     try:
