@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from lightning_memopt.callbacks.monitor import MemoryMonitor
 from lightning_memopt.memory.report import CATEGORIES, format_bytes
+from tests.distributed import run_on_ranks
 from tests.memory.synthetic import report_of_a_step
 from tests.parity import assert_parity, train
-from tests.ranks import run_ranks
 from tests.zoo import ZOO
 
 REPORT_FILES = {"memory_report.html", "memory_report.json", "memory_timeline.png"}
@@ -391,7 +391,7 @@ def test_nothing_is_sampled_when_the_loop_runs_on_fake_tensors(tmp_path):
     assert _get_current_dispatch_mode_stack() == []
 
 
-def fit_on_two_ranks():
+def fit_on_a_rank(folder):
     """Rank 1 trains on larger samples than rank 0; what the monitor and the folder hold on each."""
 
     class Share(pl.LightningDataModule):
@@ -399,7 +399,6 @@ def fit_on_two_ranks():
             rank = torch.distributed.get_rank()
             return DataLoader(torch.randn(12, 64 * (1 + 3 * rank), 64), batch_size=4)
 
-    folder = Path(sys.argv[3], "report")  # the folder that run_ranks was given
     monitor = MemoryMonitor(dirpath=folder)
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
@@ -410,8 +409,9 @@ def fit_on_two_ranks():
     return [max(s.peak_bytes for s in monitor.history), (folder / "memory_report.html").read_text()]
 
 
+@pytest.mark.distributed
 def test_the_report_says_the_highest_peak_of_all_ranks(tmp_path):
-    (first_peak, page), (second_peak, _) = run_ranks("tests.callbacks.test_monitor:fit_on_two_ranks", tmp_path)
+    (first_peak, page), (second_peak, _) = run_on_ranks(fit_on_a_rank, 2, tmp_path / "report")
     assert second_peak > first_peak
     expected = f"Highest peak of all ranks: {format_bytes(second_peak)} (rank 0: {format_bytes(first_peak)}, rank 1:"
     assert expected in page
