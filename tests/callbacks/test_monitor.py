@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -187,6 +188,21 @@ def test_the_progress_bar_shows_the_current_peak_in_readable_units(tmp_path):
     )
     assert shown["peak_MiB"] == pytest.approx(monitor.history[-1].peak_bytes / 2**20, rel=1e-3)
     assert "peak_MiB" not in run.trainer.logged_metrics
+
+
+def test_the_progress_bar_is_as_it_was_after_fit_and_after_an_error(tmp_path):
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, *arguments):
+            raise RuntimeError("no such luck")
+
+    for others in ([], [Fails()]):
+        bar = TQDMProgressBar()
+        with pytest.raises(RuntimeError, match="no such luck") if others else nullcontext():
+            train(
+                ZOO["mlp"].build(), ZOO["mlp"].loader(), steps=3, enable_progress_bar=True,
+                callbacks=[MemoryMonitor(dirpath=tmp_path), bar, *others],
+            )  # fmt: skip
+        assert "get_metrics" not in vars(bar)
 
 
 def test_the_report_has_the_highest_sample_the_history_and_the_prediction(tmp_path):
