@@ -1,7 +1,7 @@
 """Tensor parallelism for any LightningModule: ranks share each matrix product, by a plan that is found."""
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,6 +20,7 @@ from lightning_memopt.parallel.tensor.optimizers import stepping_mixed
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from lightning_memopt.parallel.tensor.replicas import check_replicas, have_same_batch, share_random_state
 from lightning_memopt.parallel.tensor.sequence import parallelize_sequence
+from lightning_memopt.parallel.tensor.trial import StepRefused
 from lightning_memopt.strategies.base import MemoptStrategy
 
 
@@ -127,22 +128,13 @@ class TensorParallelStrategy(MemoptStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers if self._split is not None else ():
-            with self._refusals():
+            with self.refusals():
                 check_steps_shards(optimizer, self.mesh.tensor)
-
-    @contextmanager
-    def _refusals(self, undo: bool = True) -> Generator[None, None, None]:
-        try:
-            yield
-        except ValueError as error:
-            if undo:
-                self.undo(gather=True)  # every rank refuses, so they can gather
-            raise MisconfigurationException(f"TensorParallelStrategy: {error}") from error
 
     def _split_module(self) -> None:
         module = self.lightning_module
         assert module is not None
-        with self._refusals():
+        with self.refusals():
             plan = find_tensor_plan(module, self.sizes.tensor, self.plan)
             if plan.is_empty:
                 raise ValueError(
@@ -178,8 +170,11 @@ class TensorParallelStrategy(MemoptStrategy):
                     "not by the global rank."
                 )
         losses = losses_of_shards(self._heads) if self._heads and name == "training_step" else nullcontext()
-        with self._refusals(undo=False) if self.sequence_parallel or self._heads else nullcontext(), losses:
-            return super().run_step(name, *args, **kwargs)
+        try:
+            with losses:
+                return super().run_step(name, *args, **kwargs)
+        except StepRefused as error:  # by all ranks alike
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,7 +18,8 @@ def stepping_mixed(optimizer: Optimizer) -> Iterator[None]:
     """
     before = []
     for group in optimizer.param_groups:
-        if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
+        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"] if p.grad is not None}
+        if len(meshes) > 1:
             asked = {key: group[key] for key in _TOGETHER if group.get(key)}
             before.append((group, asked))
             group.update(dict.fromkeys(asked, False))

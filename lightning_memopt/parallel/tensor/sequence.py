@@ -22,7 +22,7 @@ from lightning_memopt.parallel.tensor.adjust import entering
 from lightning_memopt.parallel.tensor.apply import TensorParallel, stand_in
 from lightning_memopt.parallel.tensor.collectives import gather, take_part
 from lightning_memopt.parallel.tensor.regions import Region
-from lightning_memopt.parallel.tensor.trial import same_on_all_ranks, trying
+from lightning_memopt.parallel.tensor.trial import StepRefused, same_on_all_ranks, trying
 
 TOKENS = 1
 """The dimension of tokens in ``(batch, tokens, features)``."""
@@ -125,8 +125,8 @@ class BlockOfSequence:
         if not same_on_all_ranks(part, whole, self.mesh):
             raise self._refusal(error or "it mixes tokens outside its split layers, so that parts give other values")
 
-    def _refusal(self, reason: str) -> ValueError:
-        return ValueError(
+    def _refusal(self, reason: str) -> StepRefused:
+        return StepRefused(
             f"sequence_parallel=True, and block `{self.name}` cannot work on a part of the tokens: {reason}; leave "
             "sequence_parallel out."
         )

@@ -18,12 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memopt.parallel.tensor.adjust import Adjustment, possible_adjustments
+from lightning_memopt.parallel.tensor.adjust import NO_ADJUSTMENT, Adjustment, possible_adjustments
 from lightning_memopt.parallel.tensor.collectives import part_of
 
 if TYPE_CHECKING:
     from lightning_memopt.parallel.tensor.layers import SplitState
     from lightning_memopt.parallel.tensor.regions import Region
+
+
+class StepRefused(ValueError):
+    """Seen in the first step only: it does something that cannot be split as was asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Verdict:
     """
 
     reason: str = ""
-    adjustment: Adjustment = Adjustment()
+    adjustment: Adjustment = NO_ADJUSTMENT
     entering: tuple[tuple[nn.Module, str], ...] = ()
     with_gradients: bool = False
     input_index: int | None = None
@@ -98,7 +102,7 @@ def verify(region: "Region", call: Callable[..., Any], args: tuple[Any, ...], kw
     """
     with_gradients = torch.is_grad_enabled()
     with _undisturbed(region.owner):
-        whole, error = _run(region, False, call, args, kwargs, Adjustment())
+        whole, error = _run(region, False, call, args, kwargs, NO_ADJUSTMENT)
         if not _agree(region.mesh, whole is not None and len(whole.row_inputs) > 0):
             return Verdict(error or "its layers are not all called", with_gradients=with_gradients)
         first_reason = ""
