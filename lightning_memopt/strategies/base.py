@@ -217,7 +217,8 @@ class MemoptStrategy(DDPStrategy):
         if not self.splits_module:
             return self.run_step(name, *args, **kwargs)
         # Parameters gathered, or shards made, in inference mode could not be trained with afterwards.
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        needs_gradients = torch.is_grad_enabled()  # asked before leaving inference mode, which turns it on
+        with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
             return self.run_step(name, *args, **kwargs)
 
     def call_through(self, called: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,8 @@ from lightning_memopt.parallel.tensor.loss import losses_of_shards, split_losses
 from lightning_memopt.parallel.tensor.optimizers import stepping_mixed
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from lightning_memopt.parallel.tensor.replicas import check_replicas, have_same_batch, share_random_state
+from lightning_memopt.parallel.tensor.sequence import parallelize_sequence
+from lightning_memopt.parallel.tensor.trial import StepRefused
 from lightning_memopt.strategies.base import MemoptStrategy
 
 
@@ -33,6 +35,8 @@ class TensorParallelStrategy(MemoptStrategy):
         size: How many ranks share each product; ``"auto"`` is all of them, and anything less is hybrid.
         plan: ``"auto"``, or patterns of module names with ``"colwise"``, ``"rowwise"`` or ``"whole"`` for those that
             are not to be left to it, as ``{"*.mlp.fc1": "colwise", "head": "whole"}``.
+        sequence_parallel: Split norms, residual sums and dropout of transformer blocks by tokens, in training; for
+            blocks that hold their split layers in submodules (Llama, GPT-2), refused by name for others.
         loss_parallel: Compute cross-entropies from logits that stay split by class, so that no rank holds those of
             the whole vocabulary; in training, for steps that do nothing else with them.
         **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
@@ -51,6 +55,7 @@ class TensorParallelStrategy(MemoptStrategy):
         size: int | Literal["auto"] = "auto",
         plan: Mapping[str, str] | Literal["auto"] = "auto",
         *,
+        sequence_parallel: bool = False,
         loss_parallel: bool = False,
         **options: Any,
     ) -> None:
@@ -66,6 +71,7 @@ class TensorParallelStrategy(MemoptStrategy):
         super().__init__(**options)
         self.size = size
         self.plan: dict[str, str] = {} if plan == "auto" else dict(plan)
+        self.sequence_parallel = sequence_parallel
         self.loss_parallel = loss_parallel
         self._heads: list[str] = []
         self._split: TensorParallel | None = None
@@ -136,6 +142,8 @@ class TensorParallelStrategy(MemoptStrategy):
                     f"`memopt_zero3`. What was found:\n{describe_plan(plan)}"
                 )
             self._split = tensor_parallelize(module, self.mesh.tensor, plan)
+            if self.sequence_parallel:
+                parallelize_sequence(self._split, self.mesh.tensor)
             if self.loss_parallel:
                 self._heads = split_losses(self._split)
 
@@ -146,6 +154,7 @@ class TensorParallelStrategy(MemoptStrategy):
             self._description = self.describe()
             self._split.undo(gather)
             self._split = None
+            self._heads = []
 
     # Steps
 
@@ -160,14 +169,16 @@ class TensorParallelStrategy(MemoptStrategy):
                     "product, so they need the same. Deal out data by `trainer.strategy.distributed_sampler_kwargs`, "
                     "not by the global rank."
                 )
-        if self._split is None or not self.loss_parallel or name != "training_step":
-            return super().run_step(name, *args, **kwargs)
-        with self.refusals(undo=False), losses_of_shards(self._heads):
-            return super().run_step(name, *args, **kwargs)
+        losses = losses_of_shards(self._heads) if self._heads and name == "training_step" else nullcontext()
+        try:
+            with losses:
+                return super().run_step(name, *args, **kwargs)
+        except StepRefused as error:  # by all ranks alike
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        with loss_parallel_operators() if self.loss_parallel else nullcontext():
+        with loss_parallel_operators() if self._heads else nullcontext():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     @override

@@ -62,7 +62,7 @@ def lazy_logits(head: nn.Module, name: str = "head") -> Iterator[None]:
             return original(hidden)
         return LazyLogits(hidden, _whole(head.weight), _whole(head.bias), name)
 
-    head.forward = forward  # type: ignore[method-assign, assignment]
+    head.forward = forward
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ from tests.strategies.parity import assert_same_outcome, fit_zoo, in_double_prec
 from tests.zoo import ZOO
 
 QUICK = ("mlp", "gan", "encoder", "llama", "gpt2")
-ROUNDED = ("gpt2", "bert_qa")  # one or two elements that float32 does not compute to the tolerance on one device
 
 
 def _each(quick: tuple[str, ...]) -> list[object]:

@@ -32,6 +32,10 @@ class Adjustment:
     deals_heads: bool = False
 
 
+NO_ADJUSTMENT = Adjustment()
+"""For code that runs on a part as it is."""
+
+
 def possible_adjustments(group: LinearGroup, owner: nn.Module, width: int, size: int) -> list[Adjustment]:
     """What ``owner`` may need on one of ``size`` ranks, to be tried in order.
 

@@ -39,7 +39,11 @@ class TensorParallel:
     module: nn.Module
     plan: TensorPlan
     regions: list[Region] = field(default_factory=list)
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    def undo_later(self, step: Callable[[], Any]) -> None:
+        """Have ``undo`` take this step too, before those that were given earlier."""
+        self._undo.append(step)
 
     def undo(self, gather: bool = True) -> None:
         """Put classes, hooks and attributes back, and whole plain parameters in place of parts.
@@ -78,15 +82,15 @@ def tensor_parallelize(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) ->
         if entry.style != "whole" and not _is_elsewhere(layer):
             shape = read_linear(layer)
             vars(layer)["_tensor_split"] = SplitState(mesh, shape, entry.pieces)
-            handle._undo.append(partial(delattr, layer, "_tensor_split"))
-            _stand_in(handle, layer, _STAND_INS[entry.style])
+            handle.undo_later(partial(delattr, layer, "_tensor_split"))
+            stand_in(handle, layer, _STAND_INS[entry.style])
             if entry.style == "attention":
                 # torch's fused path of evaluation reads the weights, and is not taken where there are hooks.
-                handle._undo.append(layer.register_forward_pre_hook(_look_on).remove)
+                handle.undo_later(layer.register_forward_pre_hook(_look_on).remove)
     for submodule in module.modules():
         if isinstance(submodule, nn.TransformerEncoder) and submodule.use_nested_tensor:
             submodule.use_nested_tensor = False
-            handle._undo.append(partial(setattr, submodule, "use_nested_tensor", True))
+            handle.undo_later(partial(setattr, submodule, "use_nested_tensor", True))
     _join_groups(handle, mesh)
     return handle
 
@@ -125,15 +129,16 @@ def _join_groups(handle: TensorParallel, mesh: DeviceMesh) -> None:
     for name, regions in by_owner.items():
         owner = handle.module.get_submodule(name)
         vars(owner)["_tensor_regions"] = regions
-        handle._undo.append(partial(delattr, owner, "_tensor_regions"))
-        _stand_in(handle, owner, RegionOwner)
+        handle.undo_later(partial(delattr, owner, "_tensor_regions"))
+        stand_in(handle, owner, RegionOwner)
 
 
-def _stand_in(handle: TensorParallel, module: nn.Module, kind: type[nn.Module]) -> None:
+def stand_in(handle: TensorParallel, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Put ``kind`` in front of the class of ``module`` until ``handle`` is undone."""
     cls = type(module)
     joined: Any = _joined_class
     module.__class__ = joined(kind, cls)
-    handle._undo.append(partial(setattr, module, "__class__", cls))
+    handle.undo_later(partial(setattr, module, "__class__", cls))
 
 
 @cache

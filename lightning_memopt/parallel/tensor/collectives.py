@@ -45,6 +45,18 @@ def take_part(x: Tensor, mesh: DeviceMesh, dimension: int = -1) -> Tensor:
     return whole.redistribute(placements=[Shard(dimension % x.ndim)]).to_local()
 
 
+def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """All tokens ``(batch, tokens, features)``, for work on a part of the features; of their gradients, summed over
+    the ranks, each rank gets those of its own tokens."""
+    parts = DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+    return parts.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def add_up_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Of the sum of all ranks' ``x`` ``(batch, tokens, features)`` this rank's tokens; their gradient is gathered."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
+
+
 def part_of(x: Tensor, rank: int, size: int, dimension: int = -1, pieces: int = 1) -> Tensor:
     """The view that :func:`gather` on all ranks would put together to ``x``, without a backward of its own."""
     dimension = dimension % x.ndim

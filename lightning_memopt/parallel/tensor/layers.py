@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from lightning_memopt.models.linears import LinearShape
-from lightning_memopt.parallel.tensor.collectives import add_up, enter, gather, take_part
+from lightning_memopt.parallel.tensor.collectives import add_up, add_up_tokens, enter, gather, take_part
 
 if TYPE_CHECKING:
     from lightning_memopt.parallel.tensor.regions import Region
@@ -70,7 +70,9 @@ class RowParallel(nn.Module):
         if region is None or not region.is_inside:
             x = take_part(x, split.mesh)
         bias = self._parameters.get("bias")
-        y = add_up(_linear(x, self, split, with_bias=False), split.mesh)
+        is_token_wise = region is not None and region.splits_tokens
+        y = _linear(x, self, split, with_bias=False)
+        y = add_up_tokens(y, split.mesh) if is_token_wise else add_up(y, split.mesh)
         return y if bias is None else y + bias.to(y.dtype)
 
 

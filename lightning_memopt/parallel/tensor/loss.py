@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_memopt.parallel.tensor.apply import TensorParallel
+from lightning_memopt.parallel.tensor.trial import StepRefused
 
 
 def split_losses(split: TensorParallel) -> list[str]:
@@ -49,7 +50,7 @@ def losses_of_shards(heads: list[str]) -> Iterator[None]:
     """Around the forward of a step: cross-entropies of split logits are computed so, and are plain tensors.
 
     Raises:
-        ValueError: Something else than a cross-entropy was done with the logits.
+        StepRefused: Something else than a cross-entropy was done with the logits.
     """
     try:
         with loss_parallel(), _PlainLosses():
@@ -57,7 +58,7 @@ def losses_of_shards(heads: list[str]) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if "DTensor" not in str(error) and "sharding strategy" not in str(error):
             raise
-        raise ValueError(
+        raise StepRefused(
             f"loss_parallel=True, and the step does something with the logits of `{heads[0]}` that is no "
             f"cross-entropy of them, for which it needs them whole ({str(error).splitlines()[0]}); leave "
             "loss_parallel out."

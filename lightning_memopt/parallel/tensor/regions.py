@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_memopt.models.linear_groups import LinearGroup
 from lightning_memopt.models.linears import LinearShape
@@ -28,7 +28,7 @@ from lightning_memopt.parallel.tensor.adjust import (
     entering,
     gather_heads,
 )
-from lightning_memopt.parallel.tensor.collectives import enter
+from lightning_memopt.parallel.tensor.collectives import enter, gather_tokens
 from lightning_memopt.parallel.tensor.trial import Trial, Verdict, verify
 
 GATHERED = "not called yet, so what lies between its layers is gathered"
@@ -45,6 +45,7 @@ class Region:
         width: Features between its columns and its row.
         is_local: Whether it was verified that ranks can work on parts.
         reason: Why they cannot (yet).
+        splits_tokens: Whether what surrounds its owner has a part of the tokens.
         trial: Under way while it is being verified.
     """
 
@@ -56,6 +57,7 @@ class Region:
         self.width = shapes[-1].in_features
         self.is_local = group.is_proven
         self.reason = "" if group.is_proven else GATHERED
+        self.splits_tokens = False
         self.trial: Trial | None = None
         self._verdict: Verdict | None = Verdict(with_gradients=True) if group.is_proven else None
         self._depth = 0
@@ -67,9 +69,21 @@ class Region:
         """Whether the layers called now hand over parts."""
         return self.is_local and self._depth > 0
 
+    @property
+    def entering(self) -> tuple[tuple[nn.Module, str], ...]:
+        """Whole parameters used between its layers, as modules and names."""
+        return self._verdict.entering if self._verdict is not None else ()
+
+    @property
+    def input_index(self) -> int | None:
+        """Which of the owner's tensor arguments is its columns' input and nothing else."""
+        return self._verdict.input_index if self._verdict is not None else None
+
     def enter(self, x: Tensor) -> Tensor:
         """``x`` for a column; columns that share it share the sum of its gradient too."""
         x = self.whole_of(x)
+        if self.splits_tokens:
+            return x  # its gradients are added up where its tokens were gathered
         if self._depth == 0:
             return enter(x, self.mesh)
         if id(x) not in self._entered:
@@ -123,9 +137,19 @@ class Region:
         self._depth += 1
         try:
             with entering(self._verdict.entering, self.mesh):
+                if self.splits_tokens:
+                    args, kwargs = self._with_all_tokens(args, kwargs)
                 return self.call_adjusted(self._verdict.adjustment, call, args, kwargs)
         finally:
             self._depth -= 1
+
+    def _with_all_tokens(self, args: Any, kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        assert self.input_index is not None
+        place = places[self.input_index]
+        leaves[place] = gather_tokens(leaves[place], self.mesh)
+        return tree_unflatten(leaves, structure)
 
 
 class RegionOwner(nn.Module):

@@ -55,7 +55,7 @@ def check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: The tensor group.
 
     Raises:
-        RuntimeError: Replicas differ by more than rounding explains; names the parameter.
+        RuntimeError: Replicas differ by more than rounding explains; names the parameter that differs most.
     """
     replicated = {n: p for n, p in module.named_parameters() if not isinstance(p, DTensor) and not p.is_meta}
     if not replicated:
@@ -65,14 +65,16 @@ def check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
     least, most = sums.clone(), sums.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
     dist.all_reduce(most, dist.ReduceOp.MAX, mesh.get_group())
-    gaps = (most - least)[:, 1] / most[:, 1].clamp_min(1e-30)
-    for (name, parameter), same, gap in zip(replicated.items(), (most == least).all(1), gaps, strict=True):
-        if bool(gap > DRIFT) or (not bool(torch.isfinite(gap)) and bool(torch.isfinite(most).all())):
-            raise RuntimeError(
-                f"Parameter `{name}`, of which every rank of a tensor group holds a replica, differs among them by "
-                f"{float(gap):.1e} (relative, of its square sum): its gradients were not the same. Something in the "
-                "step depends on the rank (other batches, other random numbers); find it, or split less "
-                f"(plan={{'{name.rpartition('.')[0]}': 'whole'}})."
-            )
+    gaps = ((most - least)[:, 1] / most[:, 1].clamp_min(1e-30)).nan_to_num(0.0)  # not finite anywhere: no drift
+    worst = int(gaps.argmax())
+    if gaps[worst] > DRIFT:
+        name = list(replicated)[worst]
+        raise RuntimeError(
+            f"Parameter `{name}`, of which every rank of a tensor group holds a replica, differs among them by "
+            f"{float(gaps[worst]):.1e} (relative, of its square sum): its gradients were not the same. Something in "
+            "the step depends on the rank (other batches, other random numbers); find it, or split less "
+            f"(plan={{{name.rpartition('.')[0]!r}: 'whole'}})."
+        )
+    for parameter, same in zip(replicated.values(), (most == least).all(1), strict=True):
         if not bool(same):
             dist.broadcast(parameter.detach(), src=int(mesh.mesh.flatten()[0]), group=mesh.get_group())

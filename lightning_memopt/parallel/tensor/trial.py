@@ -11,18 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memopt.parallel.tensor.adjust import Adjustment, possible_adjustments
+from lightning_memopt.parallel.tensor.adjust import NO_ADJUSTMENT, Adjustment, possible_adjustments
 from lightning_memopt.parallel.tensor.collectives import part_of
 
 if TYPE_CHECKING:
     from lightning_memopt.parallel.tensor.layers import SplitState
     from lightning_memopt.parallel.tensor.regions import Region
+
+
+class StepRefused(ValueError):
+    """Seen in the first step only: it does something that cannot be split as was asked for."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class Verdict:
         adjustment: What the owner's code needs then.
         entering: Whole parameters used on the way, whose gradients are sums over the ranks.
         with_gradients: Whether gradients were looked at, too.
+        input_index: Which of the owner's tensor arguments is its columns' input and nothing else; ``None`` if none.
     """
 
     reason: str = ""
-    adjustment: Adjustment = Adjustment()
+    adjustment: Adjustment = NO_ADJUSTMENT
     entering: tuple[tuple[nn.Module, str], ...] = ()
     with_gradients: bool = False
+    input_index: int | None = None
 
 
 @dataclass
@@ -51,7 +58,8 @@ class Trial:
         is_local: On parts, or on whole values.
         column_inputs: What the columns were called with.
         row_inputs: What reached the row.
-        inputs: Those of the owner's inputs that take a gradient, cut off from what made them.
+        arguments: The owner's tensor arguments, cut off from what made them.
+        inputs: Those of them that take a gradient.
         output: What the owner returned.
     """
 
@@ -59,6 +67,7 @@ class Trial:
     is_local: bool
     column_inputs: list[Tensor] = field(default_factory=list)
     row_inputs: list[Tensor] = field(default_factory=list)
+    arguments: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     output: Any = None
 
@@ -66,7 +75,7 @@ class Trial:
         """In place of a column's outputs: the same random values in any trial, or this rank's part of them."""
         assert split.shape is not None
         x = self.region.whole_of(x)
-        self.column_inputs.append(x.detach())
+        self.column_inputs.append(x)
         whole = _draw((*x.shape[:-1], split.shape.out_features), x, seed=len(self.column_inputs))
         return self.part(whole, split.pieces) if self.is_local else whole
 
@@ -93,18 +102,18 @@ def verify(region: "Region", call: Callable[..., Any], args: tuple[Any, ...], kw
     """
     with_gradients = torch.is_grad_enabled()
     with _undisturbed(region.owner):
-        whole, error = _run(region, False, call, args, kwargs, Adjustment())
-        if not _agree(region, whole is not None and len(whole.row_inputs) > 0):
+        whole, error = _run(region, False, call, args, kwargs, NO_ADJUSTMENT)
+        if not _agree(region.mesh, whole is not None and len(whole.row_inputs) > 0):
             return Verdict(error or "its layers are not all called", with_gradients=with_gradients)
         first_reason = ""
         for adjustment in possible_adjustments(region.group, region.owner, region.width, region.mesh.size()):
             part, error = _run(region, True, call, args, kwargs, adjustment)
             reason = error if whole is None or part is None else _difference(whole, part)
-            if _agree(region, not reason):
+            if _agree(region.mesh, not reason):
                 assert whole is not None and part is not None
                 entering, reason = _find_entering(whole, part) if with_gradients else ((), "")
                 if not reason:
-                    return Verdict("", adjustment, entering, with_gradients)
+                    return Verdict("", adjustment, entering, with_gradients, _find_input(whole))
             first_reason = first_reason or reason or "another rank of the group found a difference"
     return Verdict(first_reason, with_gradients=with_gradients)
 
@@ -121,7 +130,8 @@ def _run(
     region.trial = trial
     try:
         args, kwargs = _copied((args, kwargs))
-        trial.inputs = [leaf for leaf in _tensors((args, kwargs)) if leaf.requires_grad]
+        trial.arguments = _tensors((args, kwargs))
+        trial.inputs = [leaf for leaf in trial.arguments if leaf.requires_grad]
         with _NoDropout(), torch.random.fork_rng(devices=_devices(region.owner)):
             trial.output = region.call_adjusted(adjustment, call, args, kwargs)
     except Exception as error:  # code of the user's, on values it was not written for
@@ -161,7 +171,7 @@ def _find_entering(whole: Trial, part: Trial) -> tuple[tuple[tuple[nn.Module, st
     elsewhere = _gradients(whole, _tensors(whole.output), [*parameters, *whole.inputs])
     found, reason = [], ""
     for index, (total, ours, other) in enumerate(zip(totals, mine, elsewhere, strict=True)):
-        if total is None or _agree(region, ours is not None and _same(ours, total)):
+        if total is None or _agree(region.mesh, ours is not None and _same(ours, total)):
             continue
         if index >= len(parameters):
             reason = "one of its inputs, which takes a gradient, enters between its layers"
@@ -174,9 +184,21 @@ def _find_entering(whole: Trial, part: Trial) -> tuple[tuple[tuple[nn.Module, st
             reason = f"the ranks' gradients of its {tuple(parameter.shape)} parameter do not add up"
         elif other is not None or len(places[parameter]) > 1:
             reason = f"its {tuple(parameter.shape)} parameter is used between its layers and elsewhere"
-    if not _agree(region, not reason):
+    if not _agree(region.mesh, not reason):
         return (), reason or "another rank of the group found a difference"
     return tuple(found), ""
+
+
+def _find_input(whole: Trial) -> int | None:
+    first = whole.column_inputs[0] if whole.column_inputs else None
+    if not all(x is first for x in whole.column_inputs):
+        return None
+    index = next((i for i, argument in enumerate(whole.arguments) if argument is first), None)
+    if index is None or not whole.arguments[index].requires_grad:
+        return index
+    roots = [*whole.row_inputs, *_tensors(whole.output)]
+    is_used = _gradients(whole, roots, [whole.arguments[index]])[0] is not None
+    return None if is_used else index
 
 
 def _gradients(trial: Trial, outputs: Iterable[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -220,15 +242,28 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _agree(region: "Region", opinion: bool) -> bool:
+def _agree(mesh: DeviceMesh, opinion: bool) -> bool:
     """Whether all ranks of the group hold it true."""
-    votes = torch.tensor(float(opinion), device=region.mesh.device_type)
-    dist.all_reduce(votes, dist.ReduceOp.MIN, region.mesh.get_group())
+    votes = torch.tensor(float(opinion), device=mesh.device_type)
+    dist.all_reduce(votes, dist.ReduceOp.MIN, mesh.get_group())
     return bool(votes)
 
 
 def _devices(owner: nn.Module) -> list[torch.device]:
     return [device for device in {p.device for p in owner.parameters()} if device.type == "cuda"]
+
+
+@contextmanager
+def trying(owner: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """For runs of ``owner`` that leave no trace, with copies of its arguments and without dropout."""
+    with _undisturbed(owner), _NoDropout(), torch.random.fork_rng(devices=_devices(owner)):
+        yield _copied((args, kwargs))
+
+
+def same_on_all_ranks(ours: Any, theirs: Any, mesh: DeviceMesh) -> bool:
+    """Whether on all ranks of a tensor group both have the same tensors."""
+    mine, others = _tensors(ours), _tensors(theirs)
+    return _agree(mesh, len(mine) == len(others) and all(map(_same, mine, others)))
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def test_overrides_that_cannot_be_are_refused_by_name(overrides, said):
 
 
 def test_an_override_that_does_not_divide_or_is_no_linear_is_refused_by_name():
-    with pytest.raises(ValueError, match="`net.5` is to be 'colwise' and cannot be split: 4 outputs do not divide"):
+    with pytest.raises(ValueError, match=r"`net.5` is to be 'colwise' and cannot be split: 4 outputs do not divide"):
         find_tensor_plan(ZOO["mlp"].build(), 3, {"net.5": "colwise"})
     with pytest.raises(ValueError, match="`lstm` is to be 'rowwise' and cannot be split: LSTM"):
         find_tensor_plan(ZOO["lstm"].build(), 2, {"lstm": "rowwise"})
