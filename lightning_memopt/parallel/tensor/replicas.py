@@ -82,4 +82,4 @@ def _held_alike(parameter: nn.Parameter, mesh: DeviceMesh) -> Tensor | None:
         return parameter.detach()
     assert mesh.mesh_dim_names is not None
     is_split = mesh.mesh_dim_names[0] in (parameter.device_mesh.mesh_dim_names or ())
-    return None if is_split else parameter.detach().to_local()
+    return None if is_split else parameter.to_local().detach()
