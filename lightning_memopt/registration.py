@@ -20,6 +20,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"memopt_{name}": (_DATA, {"shard": shard}) for name, shard in _ZERO.items()},
     "memopt_pp": ("pipeline:PipelineParallelStrategy", {}),
     **{f"memopt_{name}_offload": (_DATA, {"shard": shard, "offload": True}) for name, shard in _ZERO.items()},
+    "memopt_tp": ("tensor:TensorParallelStrategy", {}),
 }
 
 

@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -107,24 +106,14 @@ class DataParallelStrategy(MemoptStrategy):
         super().setup_optimizers(trainer)
         if self._sharding is not None:
             for optimizer in self.optimizers:
-                with self._refusals():
+                with self.refusals():
                     check_steps_shards(optimizer, self.mesh.shards)
-
-    @contextmanager
-    def _refusals(self) -> Generator[None, None, None]:
-        try:
-            yield
-        except ValueError as error:
-            if self._sharding is not None:  # every rank refuses, so they can gather
-                self._sharding.undo()
-                self._sharding = None
-            raise MisconfigurationException(f"DataParallelStrategy(shard={self.shard!r}): {error}") from error
 
     def _shard_module(self) -> None:
         module = self.lightning_module
         assert module is not None
         stage: ShardStage = self.shard  # type: ignore[assignment]
-        with self._refusals():
+        with self.refusals():
             self._sharding = shard_module(
                 module,
                 self.mesh.shards,
