@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, number_of_micro_batches
@@ -162,6 +163,14 @@ class PipelineParallelStrategy(MemoptStrategy):
             self.pipeline.undo(gather)
         self.pipeline = self._steps = None
 
+    @override
+    def teardown(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        # After a failure other stages' parameters stay on the meta device, which cannot be moved to the CPU.
+        with replaced(module, cpu=partial(_to_cpu, module)):
+            super().teardown()
+
     # Steps
 
     def call_on(self, name: str, rest: tuple[Any, ...], module: nn.Module, batch: Any) -> Any:
@@ -185,6 +194,10 @@ class PipelineParallelStrategy(MemoptStrategy):
             return
         self.pre_backward(closure_loss)
         self._steps.capture(self.precision_plugin.pre_backward(closure_loss, self.lightning_module))
+
+
+def _to_cpu(module: nn.Module) -> nn.Module:
+    return module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
 
 
 def _silence(shadow: nn.Module) -> None:

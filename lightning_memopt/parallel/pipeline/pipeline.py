@@ -213,9 +213,11 @@ class Pipeline:
             [self._metas(self._of_batch[0], stage + 1)],
         )
 
-    @staticmethod
-    def _metas(shapes: Shapes, stage: int) -> list[Tensor]:
-        return shapes.boundaries[stage].metas if stage in shapes.boundaries else []
+    def _metas(self, shapes: Shapes, stage: int) -> list[Tensor]:
+        """Stubs like what ``stage`` receives; behind the last one is the loss."""
+        if stage == len(self.partition):
+            return [torch.empty((), device="meta")]
+        return shapes.boundaries[stage].metas if stage else []
 
     def _follow_modes(self) -> Hashable:
         """Let the shadow be in training mode, and frozen, where the module is."""
