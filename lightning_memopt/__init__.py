@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
+    from lightning_memopt.strategies.pipeline import PipelineParallelStrategy as PipelineParallelStrategy
     from lightning_memopt.strategies.tensor import TensorParallelStrategy as TensorParallelStrategy
     from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
 
@@ -44,6 +45,7 @@ _HOME = {
     "MicroBatching": "callbacks.micro_batching",
     "MixedPrecision": "precision.mixed",
     "OptimizerInBackward": "callbacks.optimizer_in_backward",
+    "PipelineParallelStrategy": "strategies.pipeline",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
     "measure_memory": "planning.predict",
