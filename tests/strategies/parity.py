@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-import lightning_memopt  # noqa: F401  registers the strategies
+import lightning_memopt
 from lightning_memopt.parallel.gather import full_on_cpu
 from lightning_memopt.parallel.mesh import MeshSizes
 from tests.distributed import run_on_ranks
@@ -45,6 +45,10 @@ def _by_name(name: str, **sizes: int) -> Case:
     return Case(MeshSizes(**sizes), lambda: name)
 
 
+def _hybrid(**sizes: int) -> Case:
+    return Case(MeshSizes(**sizes), lambda: lightning_memopt.HybridStrategy(**sizes))
+
+
 CASES: dict[str, Case] = {
     "memopt_ddp": _by_name("memopt_ddp", data=2),
     "memopt_zero1": _by_name("memopt_zero1", shard=2),
@@ -52,6 +56,9 @@ CASES: dict[str, Case] = {
     "memopt_zero3": _by_name("memopt_zero3", shard=2),
     "memopt_tp": _by_name("memopt_tp", tensor=2),
     "memopt_pp": _by_name("memopt_pp", pipeline=2),
+    "hybrid: shard x tensor": _hybrid(shard=2, tensor=2),
+    "hybrid: pipeline x shard": _hybrid(pipeline=2, shard=2),
+    "hybrid: pipeline x tensor": _hybrid(pipeline=2, tensor=2),
 }
 """What the matrix of parity is made of."""
 
