@@ -76,7 +76,9 @@ def find_dead(beats: Mapping[int, Beat]) -> RankFailure | None:
     """The first rank whose process, on this host, has ended without a word."""
     for _, beat in sorted(beats.items()):
         if not beat.done and _has_ended(beat.process):
-            return beat.failure("its process ended without a word, as one killed by SIGKILL or for want of memory does")
+            return beat.failure(
+                "its process ended without a word, as one killed by SIGKILL or for want of memory does"
+            )
     return None
 
 
@@ -109,7 +111,9 @@ def find_stuck(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit:
         behind = [beat for beat in behind if not beat.waits]
     if len(behind) != 1:
         return None
-    return behind[0].failure(f"the others have waited for it for {stillness[behind[0].rank]:.0f} s; it is stuck at {behind[0].where}")
+    return behind[0].failure(
+        f"the others have waited for it for {stillness[behind[0].rank]:.0f} s; it is stuck at {behind[0].where}"
+    )
 
 
 def is_echo(error: BaseException) -> bool:
