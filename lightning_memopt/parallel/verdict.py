@@ -58,9 +58,9 @@ class Beat:
     where: str = ""
     done: bool = False
 
-    def encode(self) -> bytes:
+    def encode(self) -> str:
         """As it is stored."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(asdict(self))
 
     @classmethod
     def decode(cls, stored: bytes) -> "Beat":

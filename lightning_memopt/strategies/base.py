@@ -35,6 +35,7 @@ from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.parallel.verdict import RankFailure
 from lightning_memopt.parallel.watch import RankWatch
+from lightning_memopt.strategies.termination import stopping_together
 
 
 class MemoptStrategy(DDPStrategy):
@@ -125,6 +126,8 @@ class MemoptStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         self._watch.start()
+        assert self.lightning_module is not None
+        self._undo_patches.enter_context(stopping_together(self.lightning_module.trainer))
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
