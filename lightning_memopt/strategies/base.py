@@ -23,7 +23,12 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_memopt.models.instance_patch import replaced
-from lightning_memopt.parallel.agreement import broadcast_module_states, find_batch_norms, gather_values
+from lightning_memopt.parallel.agreement import (
+    broadcast_module_states,
+    check_same_module,
+    find_batch_norms,
+    gather_values,
+)
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.gather import (
     gather_module_state,
@@ -134,6 +139,10 @@ class MemoptStrategy(DDPStrategy):
         assert self.lightning_module is not None
         self._failed = False
         _materialize_distributed_module(self.lightning_module, self.root_device)
+        try:
+            check_same_module(self.lightning_module)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         if trainer.state.fn == TrainerFn.FITTING:
             self._warn_of_batch_norm()
         if self.splits_module:

@@ -35,11 +35,15 @@ def stopping_together(trainer: pl.Trainer) -> Iterator[None]:
         is_noted = True
 
     def compare_notes() -> None:
-        notes = torch.tensor(int(is_noted), device=trainer.strategy.root_device)
+        notes = torch.tensor((dist.get_rank() + 1) * is_noted, device=trainer.strategy.root_device)
         dist.all_reduce(notes, dist.ReduceOp.MAX)
         if notes:
             connector.received_sigterm = True
-            raise SIGTERMException
+            # With a sentence, a SystemExit is no success: what restarts or reports on the job has to see that.
+            raise SIGTERMException(
+                f"Rank {int(notes) - 1} received SIGTERM: all ranks stop before batch {loop.batch_idx + 1}. Resume "
+                "from the newest checkpoint with `ckpt_path='last'`."
+            )
 
     with replaced(connector, _sigterm_notifier_fn=note), replaced(loop, _broadcast_sigterm_tensor=compare_notes):
         yield
