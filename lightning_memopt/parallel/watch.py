@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -27,6 +28,7 @@ from lightning_memopt.parallel.verdict import (
 _VERDICT = "verdict"
 _STORE_ANSWERS_SECONDS = 5
 _BETWEEN_SIGNS_SECONDS = 0.05  # at least: a thread that gives signs takes time from the one that trains
+_BETWEEN_READINGS_SECONDS = 0.2
 _LONG_SILENCE_SECONDS = 5
 
 
@@ -133,14 +135,16 @@ class RankWatch:
     # What the watching thread does
 
     def _run(self) -> None:
-        looked = time.monotonic()
+        looked = -self.interval
         while not self._stopped.wait(_BETWEEN_SIGNS_SECONDS):
-            if self._entered.wait(looked + self.interval - time.monotonic()) and not self._stopped.is_set():
-                # So that a rank that is killed in this phase is known to have been in it.
+            # A sign at once of a phase entered, so that a rank that is killed in it is known to have been in it.
+            if self._entered.wait(min(self.interval, _BETWEEN_READINGS_SECONDS)) and not self._stopped.is_set():
                 self._entered.clear()
+            complete = len(self._beats) == self.world_size
+            if complete and time.monotonic() < looked + self.interval and not self._judged.is_set():
                 with suppress(RuntimeError):
                     self._beat()
-            if time.monotonic() < looked + self.interval and not self._judged.is_set():
+                    self._read([0])  # with which the store goes, and all that could be asked then
                 continue
             looked = time.monotonic()
             failure = self._look()
@@ -156,7 +160,7 @@ class RankWatch:
         """Give a sign of life, read the others', and judge them."""
         try:
             self._beat()
-            self._read()
+            self._read(range(self.world_size))
             told = self._store.multi_get([_VERDICT])[0] if self._store.check([_VERDICT]) else b""
         except RuntimeError as error:  # torch raises several kinds, all of them derived from it
             return self._store_is_gone(error)
@@ -172,7 +176,7 @@ class RankWatch:
         host = self._beats.get(0)
         if host is not None and host.done:
             return None
-        first = host or replace(self._own, rank=0, host="unknown", phase="setup")
+        first = host or Beat(0, host="unknown", process="")
         return find_dead({0: first}) or first.failure(
             f"the store that the ranks meet at, on rank 0 or in its launcher, does not answer ({error})"
         )
@@ -220,8 +224,8 @@ class RankWatch:
         self._own = replace(self._current(), count=self._own.count + 1)
         self._store.set(str(self.rank), self._own.encode())
 
-    def _read(self) -> None:
-        known = [rank for rank in range(self.world_size) if rank in self._beats or self._store.check([str(rank)])]
+    def _read(self, ranks: Iterable[int]) -> None:
+        known = [rank for rank in ranks if rank in self._beats or self._store.check([str(rank)])]
         now = time.monotonic()
         for rank, stored in zip(known, self._store.multi_get([str(rank) for rank in known]), strict=True):
             beat, before = Beat.decode(stored), self._beats.get(rank)
@@ -241,7 +245,7 @@ class RankWatch:
         while self.rank == 0 and time.monotonic() < end:
             with suppress(RuntimeError):
                 self._beat()
-                self._read()
+                self._read(range(self.world_size))
             others = {rank: beat for rank, beat in self._beats.items() if rank != 0}
             silence = self._since(self._changed)
             if all(

@@ -1,5 +1,6 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
@@ -129,6 +130,15 @@ class MemoptStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0"
+        ):
+            # https://github.com/pytorch/pytorch/issues/135712: the addresses of the processes before are still there.
+            rank_zero_warn(
+                "torchrun shares its store with the ranks, and restarted ones find each other's old addresses in it: "
+                "the restart fails to connect. Run torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set."
+            )
         super().setup_environment()
         self._watch.start()
         assert self.lightning_module is not None

@@ -38,7 +38,7 @@ class Fault:
     def strike(self, place: str, batch: int, rank: int) -> None:
         ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
         if place == self.place and batch == BATCH and rank in ranks:
-            time.sleep(0.2)  # for the others to hear that it got here
+            time.sleep(0.5)  # for the others to hear that it got here
             self.act()
 
 
