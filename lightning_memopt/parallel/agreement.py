@@ -1,5 +1,6 @@
 """What all ranks must agree on before the first step, checked on all of them at once."""
 
+import hashlib
 from collections.abc import Hashable
 from itertools import chain
 from typing import Any
@@ -16,6 +17,33 @@ def gather_values(value: Hashable) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_same_module(module: nn.Module) -> None:
+    """All ranks together: refuse a module that is another one on some rank.
+
+    Raises:
+        ValueError: Parameters or buffers differ in name, shape or type; names the first that does and its rank.
+    """
+    tensors = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    own = {name: f"{tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors}
+    if len(set(gather_values(hashlib.sha256(repr(own).encode()).hexdigest()))) == 1:
+        return
+    first, *others = gather_values(tuple(own.items()))  # only now, since it is long
+    for rank, other in enumerate(others, start=1):
+        for name in dict(first) | dict(other):
+            has = [dict(of).get(name) for of in (first, other)]
+            if has[0] != has[1]:
+                shown = [f"`{name}` is {shape}" if shape else f"there is no `{name}`" for shape in has]
+                raise ValueError(
+                    f"The ranks have different modules: on rank 0 {shown[0]}, on rank {rank} {shown[1]}. Build the "
+                    "same module on all ranks, from the same arguments and not by rank."
+                )
+        if first != other:
+            raise ValueError(
+                f"The ranks have different modules: rank {rank} has the parameters of rank 0 in another order. Build "
+                "the same module on all ranks."
+            )
 
 
 @torch.no_grad()

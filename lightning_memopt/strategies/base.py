@@ -1,7 +1,8 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
+import os
 from abc import abstractmethod
-from collections.abc import Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,12 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_memopt.models.instance_patch import replaced
-from lightning_memopt.parallel.agreement import broadcast_module_states, find_batch_norms, gather_values
+from lightning_memopt.parallel.agreement import (
+    broadcast_module_states,
+    check_same_module,
+    find_batch_norms,
+    gather_values,
+)
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.gather import (
     gather_module_state,
@@ -33,22 +39,31 @@ from lightning_memopt.parallel.gather import (
 )
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
+from lightning_memopt.parallel.verdict import RankFailure
+from lightning_memopt.parallel.watch import RankWatch
+from lightning_memopt.strategies.termination import stopping_together
 
 
 class MemoptStrategy(DDPStrategy):
     """Processes, process groups and devices as Lightning's ``DDPStrategy`` has them; the rest is the subclass's.
 
     Args:
+        silent_seconds: A rank whose process gives no sign of life for so long has failed, and all ranks end with an
+            error that names it; see :class:`~lightning_memopt.parallel.watch.RankWatch`.
+        stuck_seconds: Likewise for a rank that lives and that all others have waited for for so long; ``None``: only
+            when ``timeout`` ends a collective, since a long validation on one rank looks the same.
         **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, silent_seconds: float = 30, stuck_seconds: float | None = None, **options: Any) -> None:
         # Searching for unused parameters costs a walk over the graph per step; not searching hangs or fails at the
         # first module that has one.
         super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, **options)
         self._failed = False
+        self._batch: int | None = None
         self._undo_patches = ExitStack()
+        self._watch = RankWatch(silent_seconds, stuck_seconds)
 
     # What subclasses say of themselves
 
@@ -128,10 +143,30 @@ class MemoptStrategy(DDPStrategy):
     # Setting up and taking down
 
     @override
+    def setup_environment(self) -> None:
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0"
+        ):
+            # https://github.com/pytorch/pytorch/issues/135712: the addresses of the processes before are still there.
+            rank_zero_warn(
+                "torchrun shares its store with the ranks, and restarted ones find each other's old addresses in it: "
+                "the restart fails to connect. Run torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set."
+            )
+        super().setup_environment()
+        self._watch.start()
+        assert self.lightning_module is not None
+        self._undo_patches.enter_context(stopping_together(self.lightning_module.trainer))
+
+    @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         self._failed = False
         _materialize_distributed_module(self.lightning_module, self.root_device)
+        try:
+            check_same_module(self.lightning_module)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         if trainer.state.fn == TrainerFn.FITTING:
             self._warn_of_batch_norm()
         if self.splits_module:
@@ -160,12 +195,26 @@ class MemoptStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         self._failed = True
+        failure = self._watch.explain(exception)
+        if failure is not None:
+            self._raise(failure, exception)
 
     @override
     def teardown(self) -> None:
         self._undo_patches.close()
         self.undo(gather=not self._failed)
         super().teardown()
+        self._watch.stop()
+
+    def _raise(self, failure: RankFailure, echo: BaseException) -> None:
+        """Raise ``failure`` in place of ``echo``, having done what Lightning does after this hook."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        trainer._teardown()
+        trainer.state.stage = None
+        raise failure from echo
 
     def _patch_precision_plugin(self) -> None:
         """Let gradients be clipped and unscaled as those of one model, whatever the precision plugin is."""
@@ -195,23 +244,47 @@ class MemoptStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("forward", kwargs.get("batch_idx", args[1] if len(args) > 1 else None))
         with self.precision_plugin.train_step_context():
             return self._run_step("training_step", *args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("validation", kwargs.get("batch_idx", args[1] if len(args) > 1 else None))
         with self.precision_plugin.val_step_context():
             return self._run_step("validation_step", *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("test", kwargs.get("batch_idx", args[1] if len(args) > 1 else None))
         with self.precision_plugin.test_step_context():
             return self._run_step("test_step", *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter("prediction", kwargs.get("batch_idx", args[1] if len(args) > 1 else None))
         with self.precision_plugin.predict_step_context():
             return self._run_step("predict_step", *args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._enter("backward", self._batch)
+        return super().backward(closure_loss, *args, **kwargs)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        def then_step() -> Any:
+            result = closure()
+            self._enter("optimizer step", self._batch)
+            return result
+
+        result = super().optimizer_step(optimizer, then_step, *args, **kwargs)
+        self._enter("what follows the optimizer step", self._batch)
+        return result
+
+    def _enter(self, phase: str, batch: int | None) -> None:
+        self._batch = batch
+        self._watch.enter(phase if batch is None else f"{phase} of batch {batch}")
 
     def _run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if not self.splits_module:
@@ -233,6 +306,12 @@ class MemoptStrategy(DDPStrategy):
                 vars(module).pop("forward", None)  # Lightning's redirection leaves the bound method behind
 
     # Checkpoints
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        self._watch.enter(f"saving of {filepath}")
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._watch.enter("what follows saving a checkpoint")
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

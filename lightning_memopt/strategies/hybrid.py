@@ -46,7 +46,7 @@ class HybridStrategy(PipelineParallelStrategy, TensorParallelStrategy, DataParal
         if options.get("loss_parallel") and pipeline != 1:
             raise MisconfigurationException(
                 f"HybridStrategy(loss_parallel=True, pipeline={pipeline}) cannot be: a pipeline's schedule runs the "
-                "backward itself, outside of what a loss over split logits needs around it; leave out `loss_parallel`."
+                "backward itself, outside of what a loss over split logits needs around it; leave it out."
             )
         super().__init__(shard="parameters", **options)
         self._given = {"data": data, "shard": shard, "tensor": tensor, "pipeline": pipeline}

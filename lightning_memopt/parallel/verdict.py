@@ -1,0 +1,174 @@
+"""Which rank failed, where and of what: from the signs of life that ranks give, and from errors that only echo it."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+
+class RankFailure(RuntimeError):
+    """A rank failed, and with it the training of all ranks; the same sentence on each of them.
+
+    Attributes:
+        rank: The rank that failed first.
+        host: The host that it ran on.
+        phase: What it last said it was doing, such as ``"backward of batch 17"``.
+        cause: What is known of why.
+    """
+
+    def __init__(self, rank: int, host: str, phase: str, cause: str) -> None:
+        super().__init__(rank, host, phase, cause)  # all of them, so that the error can be pickled
+        self.rank, self.host, self.phase, self.cause = rank, host, phase, cause
+
+    def __str__(self) -> str:
+        return (
+            f"Rank {self.rank} (host {self.host}) failed in {self.phase}: {self.cause}. The other ranks cannot go on "
+            "without it and end too. Resume from the newest checkpoint with `ckpt_path='last'`."
+        )
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One sign of life of a rank.
+
+    Attributes:
+        rank: Who gives it.
+        host: Where it runs.
+        process: Its process, told apart from all others; see :func:`own_process`.
+        count: How many signs it has given before.
+        phase: What its training thread is doing.
+        progress: How many phases it has entered.
+        waits: Whether its training thread is inside ``torch.distributed``: for others, as far as one can see.
+        where: The line of code that the training thread is at.
+        done: It has finished, or knows of the failure and is ending.
+    """
+
+    rank: int
+    host: str
+    process: str
+    count: int = 0
+    phase: str = "setup"
+    progress: int = 0
+    waits: bool = False
+    where: str = ""
+    done: bool = False
+
+    def encode(self) -> str:
+        """As it is stored."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, stored: bytes) -> "Beat":
+        """The inverse of :meth:`encode`."""
+        return cls(**json.loads(stored))
+
+    def failure(self, cause: str) -> RankFailure:
+        """The error that says that this rank failed."""
+        return RankFailure(self.rank, self.host, self.phase, cause)
+
+
+def find_dead(beats: Mapping[int, Beat]) -> RankFailure | None:
+    """The first rank whose process, on this host, has ended without a word."""
+    for _, beat in sorted(beats.items()):
+        if not beat.done and _has_ended(beat.process):
+            return beat.failure(
+                "its process ended without a word, as one killed by SIGKILL or for want of memory does"
+            )
+    return None
+
+
+def find_silent(beats: Mapping[int, Beat], silence: Mapping[int, float], limit: float) -> RankFailure | None:
+    """The rank that has been silent for the longest, if that is longer than ``limit`` seconds."""
+    running = [rank for rank, beat in beats.items() if not beat.done]
+    if not running:
+        return None
+    rank = max(running, key=lambda rank: silence[rank])
+    if silence[rank] <= limit:
+        return None
+    return beats[rank].failure(
+        f"it has given no sign of life for {silence[rank]:.0f} s; its process was killed or stopped, or its host or "
+        "the network to it is gone"
+    )
+
+
+def find_stuck(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: float) -> RankFailure | None:
+    """The rank that all wait for, if no rank has entered a new phase for ``limit`` seconds.
+
+    It is the one that is behind the others, or the only one that waits for nobody. Where that does not single one
+    out, which rank the others wait for cannot be told and nothing is said.
+    """
+    running = [beat for beat in beats.values() if not beat.done]
+    if not running or min(stillness[beat.rank] for beat in running) <= limit:
+        return None
+    last = min(beat.progress for beat in running)
+    behind = [beat for beat in running if beat.progress == last]
+    if len(behind) > 1:
+        behind = [beat for beat in behind if not beat.waits]
+    if len(behind) != 1:
+        return None
+    return behind[0].failure(
+        f"the others have waited for it for {stillness[behind[0].rank]:.0f} s; it is stuck at {behind[0].where}"
+    )
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether ``error`` says no more than that communication failed, as it does where another rank is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in ("/gloo/", "[gloo]", "NCCL", "Gloo"))
+    )
+
+
+def own_process() -> str:
+    """A name for this process that no other has, or an empty one where the system has no ``/proc``.
+
+    Process numbers mean something in one boot and namespace only, and are used again.
+    """
+    return f"{_scope()} {os.getpid()} {_start_time(os.getpid())}" if _scope() else ""
+
+
+def _has_ended(process: str) -> bool:
+    if not process or process.rsplit(" ", 2)[0] != _scope():
+        return False  # not of this host, so not to be seen from here
+    _, number, started = process.rsplit(" ", 2)
+    return _start_time(int(number)) != started
+
+
+def _scope() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_time(process: int) -> str:
+    """Clock ticks from boot to the start of the process; empty for none, and for one that only waits to be reaped."""
+    try:
+        # The second field is the program's name in parentheses, which may hold anything.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    state, started = fields[0], fields[19]
+    return "" if state in "ZX" else started
+
+
+def position_of(thread: int) -> tuple[bool, str]:
+    """Whether the thread ``thread`` is inside ``torch.distributed``, and the innermost line outside of torch."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return False, "its end"
+    torch_folder = str(Path(dist.__file__).parents[1]) + os.sep
+    waits = _file(frame).startswith(str(Path(dist.__file__).parent) + os.sep)
+    while _file(frame).startswith(torch_folder) and frame.f_back is not None:
+        frame = frame.f_back
+    return waits, f"{_file(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _file(frame: FrameType) -> str:
+    return frame.f_code.co_filename

@@ -1,0 +1,200 @@
+"""A rank is killed, raises, hangs or is told to stop: the others end in time, and say which rank and why."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_memopt.strategies.data_parallel import DataParallelStrategy
+from tests.ending import Ending, end_of_ranks
+
+STRATEGIES: dict[str, Callable[..., Any]] = {
+    "memopt_ddp": lambda **options: DataParallelStrategy("none", **options),
+    "memopt_zero3": lambda **options: DataParallelStrategy("parameters", **options),
+}
+"""As a user gives them; one row each."""
+
+BATCH = 2
+DEADLINE_SECONDS = 40
+
+
+@dataclass
+class Fault:
+    """What happens to which ranks, and where: the name of a hook, or of what the module computes."""
+
+    place: str
+    act: Callable[[], object]
+    rank: int | tuple[int, ...] = 1
+
+    def strike(self, place: str, batch: int, rank: int) -> None:
+        ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
+        if place == self.place and batch == BATCH and rank in ranks:
+            time.sleep(0.5)  # for the others to hear that it got here
+            self.act()
+
+
+class _StrikeInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, strike: Callable[[], None]) -> torch.Tensor:
+        ctx.strike = strike
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.strike()
+        return gradient, None
+
+
+class _Optimizer(torch.optim.AdamW):
+    strike: Callable[[], None]
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.strike()
+        return loss
+
+
+class Module(pl.LightningModule):
+    def __init__(self, fault: Fault | None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)))
+        self.fault = fault
+        self.batch = -1
+
+    def strike(self, place: str) -> None:
+        if self.fault is not None:
+            self.fault.strike(place, self.batch, self.global_rank)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.batch = batch_idx
+        hidden = self.layers[:2](batch[0])
+        self.strike("forward")
+        hidden = _StrikeInBackward.apply(hidden, lambda: self.strike("backward"))
+        return self.layers[2:](hidden).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = _Optimizer(self.parameters(), lr=1e-3)
+        optimizer.strike = lambda: self.strike("optimizer step")
+        return optimizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.strike("checkpoint save")
+
+
+def fit_module(strategy: Any, module: Module, **options: Any) -> None:
+    strategy._watch.grace_seconds = 2  # in place of 10, to test faster
+    loader = DataLoader(TensorDataset(torch.randn(64, 16)), batch_size=4)
+    pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=2,
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    ).fit(module, loader)
+
+
+def fit_with(name: str, fault: Fault, folder: Any, **watching: Any) -> list[Ending]:
+    def fit() -> None:
+        saves = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+        fit_module(STRATEGIES[name](**watching), Module(fault), callbacks=[saves])
+
+    return end_of_ranks(fit, 2, DEADLINE_SECONDS)
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def fail() -> None:
+    raise ValueError("a bad sample")
+
+
+PLACES = {
+    "forward": "forward of batch 2",
+    "backward": "backward of batch 2",
+    "optimizer step": "optimizer step of batch 2",
+    "checkpoint save": "",
+}
+FAST = {("memopt_ddp", "forward"), ("memopt_ddp", "checkpoint save"), ("memopt_zero3", "backward")}
+"""What is tried at each change; the rest before a release."""
+
+KILLED = [
+    pytest.param(name, place, marks=() if (name, place) in FAST else pytest.mark.slow, id=f"{name}-{place}")
+    for name in STRATEGIES
+    for place in PLACES
+]
+ONE_FAST = [pytest.param(name, marks=() if name == "memopt_ddp" else pytest.mark.slow) for name in STRATEGIES]
+
+
+@pytest.mark.parametrize(("name", "place"), KILLED)
+def test_the_others_end_and_name_a_rank_that_was_killed(name: str, place: str, tmp_path: Any) -> None:
+    other, _ = fit_with(name, Fault(place, send(signal.SIGKILL)), tmp_path)
+    assert other.failed_with("Rank 1 ", PLACES[place], "its process ended without a word"), other
+
+
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_the_others_end_and_name_rank_0_which_holds_the_store_when_it_is_killed(name: str, tmp_path: Any) -> None:
+    _, other = fit_with(name, Fault("forward", send(signal.SIGKILL), rank=0), tmp_path)
+    assert other.failed_with("Rank 0 ", "forward of batch 2", "its process ended without a word"), other
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_the_others_end_with_the_cause_of_a_rank_that_raised(name: str, faulty: int, tmp_path: Any) -> None:
+    endings = fit_with(name, Fault("forward", fail, rank=faulty), tmp_path)
+    other, itself = endings[1 - faulty], endings[faulty]
+    assert other.failed_with(f"Rank {faulty} ", "forward of batch 2", "ValueError: a bad sample"), other
+    assert itself.failed_with("ValueError: a bad sample") and not itself.failed_with("RankFailure"), itself
+
+
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_the_others_end_and_name_a_rank_that_was_stopped(name: str, tmp_path: Any) -> None:
+    other, _ = fit_with(name, Fault("forward", send(signal.SIGSTOP)), tmp_path, silent_seconds=2)
+    assert other.failed_with("Rank 1 ", "forward of batch 2", "no sign of life"), other
+
+
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_all_end_and_name_a_rank_that_the_others_wait_for(name: str, tmp_path: Any) -> None:
+    fault = Fault("forward", lambda: time.sleep(1000))
+    for ending in fit_with(name, fault, tmp_path, stuck_seconds=2):
+        assert ending.failed_with("Rank 1 ", "forward of batch 2", "waited for it", "test_faults.py"), ending
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_rank_that_is_slow_is_waited_for(name: str, tmp_path: Any) -> None:
+    for ending in fit_with(name, Fault("forward", lambda: time.sleep(8)), tmp_path, silent_seconds=2):
+        assert ending.code == 0, ending
+
+
+@pytest.mark.parametrize("told", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_all_stop_before_the_same_batch_on_sigterm_to_any(name: str, told: tuple[int, ...], tmp_path: Any) -> None:
+    fault = Fault("forward", send(signal.SIGTERM), rank=told)
+    for ending in fit_with(name, fault, tmp_path):
+        assert ending.failed_with(f"Rank {told[-1]} received SIGTERM: all ranks stop before batch 3"), ending
+
+
+def test_a_module_that_differs_by_rank_is_refused_on_all_ranks_by_name() -> None:
+    class Different(Module):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.head = nn.Linear(16, 2 + int(os.environ["RANK"]))
+
+    endings = end_of_ranks(lambda: fit_module(STRATEGIES["memopt_zero3"](), Different()), 2, DEADLINE_SECONDS)
+    for ending in endings:
+        assert ending.failed_with("MisconfigurationException", "on rank 0 `head.weight` is (2, 16)", "(3, 16)"), (
+            ending
+        )
