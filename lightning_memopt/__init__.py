@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
     from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
+    from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
+    from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
     from lightning_memopt.planning.predict import measure_memory as measure_memory
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.strategies.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
 
 _HOME = {
     "ActivationCheckpointing": "callbacks.checkpointing",
     "ActivationOffload": "callbacks.offload",
+    "AtomicCheckpointIO": "strategies.checkpoint_io",
     "ChunkedLoss": "callbacks.chunked_loss",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
@@ -42,6 +46,8 @@ _HOME = {
     "MixedPrecision": "precision.mixed",
     "OptimizerInBackward": "callbacks.optimizer_in_backward",
     "chunked_cross_entropy": "techniques.chunked_loss",
+    "full_state_dict": "checkpoints.sharded",
+    "latest_checkpoint": "checkpoints.atomic",
     "measure_memory": "planning.predict",
     "predict_memory": "planning.predict",
     "track_memory": "memory.track",
