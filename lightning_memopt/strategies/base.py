@@ -52,11 +52,6 @@ class MemoptStrategy(SavingStrategy):
         """How many ways each kind of parallelism divides the ranks; known once the number of ranks is."""
 
     @property
-    @abstractmethod
-    def splits_module(self) -> bool:
-        """Whether ranks hold different parts of one module while it trains."""
-
-    @property
     def evaluates_together(self) -> bool:
         """Whether ranks wait for each other within evaluation steps too, and so need equally many batches."""
         return self.splits_module

@@ -15,8 +15,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     All strategies of this package use it unless they are given another. A full disk fails with the bytes needed and
     free, removes what was written, and leaves the older checkpoint under the same name whole. The file is written as
-    it is made, where Lightning first makes all of it in memory. Reads files as Lightning does, and sharded directories
-    as well. Addresses of object stores (``s3://...``), which have no half-written objects, are left to Lightning.
+    it is made, where Lightning first makes all of it in memory. Reads files as Lightning does, and sharded
+    directories as well. Addresses of object stores (``s3://...``), which have no half-written objects, are left to
+    Lightning.
 
     Example:
         >>> import lightning.pytorch as pl

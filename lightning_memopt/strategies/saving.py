@@ -1,11 +1,13 @@
-"""How every strategy of this package saves and loads: one file, or a directory that each rank writes its shards to."""
+"""How every strategy saves and loads: one file, or a directory to which each rank writes its shards."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -46,7 +48,10 @@ class SavingStrategy(DDPStrategy):
         **options: What Lightning's ``DDPStrategy`` takes.
     """
 
-    splits_module: bool
+    @property
+    @abstractmethod
+    def splits_module(self) -> bool:
+        """Whether ranks hold different parts of one module while it trains."""
 
     def __init__(self, save: Literal["full", "sharded", "async"] = "full", **options: Any) -> None:
         if save not in _KINDS:
@@ -54,6 +59,8 @@ class SavingStrategy(DDPStrategy):
         super().__init__(**options)
         self.save = save
         self._pending: Future[Any] | None = None
+        self._superseded: list[Path] = []
+        self._runs = False
 
     # What is put into a checkpoint
 
@@ -110,7 +117,7 @@ class SavingStrategy(DDPStrategy):
         path = Path(filepath)
         tensors, rest = split_checkpoint(checkpoint, self.lightning_module, self.optimizers)
         self._finish_pending()
-        if self.save == "sharded":
+        if self.save == "sharded" or not self._runs:  # after `fit` nothing would wait for it
             save_sharded(tensors, rest, path)
         else:
             self._pending = save_sharded_async(tensors, rest, path, self._async_group)
@@ -123,17 +130,25 @@ class SavingStrategy(DDPStrategy):
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        for path in self._superseded:
+            remove(path)
+        self._superseded.clear()
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         if self._pending is None or is_remote(filepath):
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:
-            # The one that takes its place is not there yet.
-            self._pending.add_done_callback(lambda done: done.exception() or remove(Path(filepath)))
+            self._superseded.append(Path(filepath))  # the one that takes its place is not there yet
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        self._runs = True
 
     @override
     def teardown(self) -> None:
+        self._runs = False
         if not getattr(self, "_failed", False):  # where a rank failed, its part may never come
             self._finish_pending()
         super().teardown()
