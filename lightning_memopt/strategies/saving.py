@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.checkpoints.atomic import remove
-from lightning_memopt.checkpoints.sharded import is_sharded
+from lightning_memopt.checkpoints.sharded import ShardedCheckpoint, is_sharded
 from lightning_memopt.checkpoints.write_sharded import (
     on_rank_zero,
     save_sharded,
@@ -158,7 +158,7 @@ class SavingStrategy(DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if not is_remote(checkpoint_path) and is_sharded(checkpoint_path):
-            return AtomicCheckpointIO().load_checkpoint(checkpoint_path)
+            return ShardedCheckpoint(checkpoint_path).checkpoint(lazily=True)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     @override
