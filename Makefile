@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
-# These fork their ranks from the tests' own process, which is safe only before other tests have started threads in it.
-FORKED := tests/strategies tests/parallel tests/test_distributed.py
-OTHERS := -n 2 --dist worksteal --nbmake $(addprefix --ignore=,$(FORKED)) tests notebooks
+# Tests marked `distributed` fork their ranks from the process they run in, which is safe only while no other test has
+# started threads in it.
+OTHERS := -n 2 --dist worksteal --nbmake tests notebooks
 
 .PHONY: demo test test-all lint parity benchmark clean
 
@@ -13,12 +13,12 @@ demo: $(READY)
 	$(VENV)/bin/lightning-memopt demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(FORKED)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(OTHERS)
+	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS) tests
+	$(PYTEST) -m "not distributed and not slow" $(PYTEST_ARGS) $(OTHERS)
 
 test-all: $(READY)
-	$(PYTEST) $(PYTEST_ARGS) $(FORKED)
-	$(PYTEST) $(PYTEST_ARGS) $(OTHERS)
+	$(PYTEST) -m distributed $(PYTEST_ARGS) tests
+	$(PYTEST) -m "not distributed" $(PYTEST_ARGS) $(OTHERS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
     from lightning_memopt.strategies.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
+    from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
+    from lightning_memopt.strategies.pipeline import PipelineParallelStrategy as PipelineParallelStrategy
+    from lightning_memopt.strategies.tensor import TensorParallelStrategy as TensorParallelStrategy
     from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
 
 _HOME = {
@@ -39,12 +42,15 @@ _HOME = {
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
     "HalfPrecision": "precision.half",
+    "HybridStrategy": "strategies.hybrid",
     "LowBitOptimizer": "callbacks.low_bit",
     "MemoryMonitor": "callbacks.monitor",
     "MemoryReport": "memory.report",
     "MicroBatching": "callbacks.micro_batching",
     "MixedPrecision": "precision.mixed",
     "OptimizerInBackward": "callbacks.optimizer_in_backward",
+    "PipelineParallelStrategy": "strategies.pipeline",
+    "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",

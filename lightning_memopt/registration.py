@@ -18,7 +18,10 @@ _DATA = "data_parallel:DataParallelStrategy"
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "memopt_ddp": (_DATA, {"shard": "none"}),
     **{f"memopt_{name}": (_DATA, {"shard": shard}) for name, shard in _ZERO.items()},
+    "memopt_pp": ("pipeline:PipelineParallelStrategy", {}),
     **{f"memopt_{name}_offload": (_DATA, {"shard": shard, "offload": True}) for name, shard in _ZERO.items()},
+    "memopt_tp": ("tensor:TensorParallelStrategy", {}),
+    "memopt_hybrid": ("hybrid:HybridStrategy", {}),
 }
 
 

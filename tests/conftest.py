@@ -1,12 +1,23 @@
 """Fixtures that put back what a test may have changed."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DISTRIBUTED_FOLDERS = [Path(__file__).parent / name for name in ("strategies", "parallel")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of the strategies, and of what they are built on, count as distributed."""
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in DISTRIBUTED_FOLDERS):
+            item.add_marker(pytest.mark.distributed)
 
 
 @pytest.fixture(autouse=True)

@@ -49,8 +49,14 @@ def run_on_ranks(
         deadline_seconds: From the start of the first rank to the last one's return value.
 
     Raises:
+        RuntimeError: This is a worker of pytest-xdist, see the marker ``distributed``.
         RankFailed: A rank raised, died, or was still running at the deadline. No rank is left behind.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        raise RuntimeError(
+            f"{os.environ['PYTEST_CURRENT_TEST']} forks ranks in a worker of pytest-xdist, where other tests may "
+            "have started threads; mark it `@pytest.mark.distributed`, and run what is marked so without `-n`"
+        )
     port = _free_port()
     ranks = [_start(function, args, number, world_size, port, deadline_seconds) for number in range(world_size)]
     try:

@@ -13,6 +13,8 @@ from tests.distributed import RankFailed, run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.distributed
+
 
 def _sum_of_ranks() -> float:
     dist.init_process_group("gloo")

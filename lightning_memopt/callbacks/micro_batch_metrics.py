@@ -1,6 +1,7 @@
 """What micro-batches do to logged values and metrics, and how it comes out as for the whole batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,25 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_memopt.techniques.batches import weigh
+
+
+@dataclass
+class LogRecord:
+    """One value that a step logs for its batch.
+
+    Attributes:
+        fx: The step.
+        name: As logged.
+        value: For the batch.
+        is_metric: Whether a metric was logged, whose value of this step ``value`` is.
+        options: Of Lightning's log method.
+    """
+
+    fx: str
+    name: str
+    value: Any
+    is_metric: bool
+    options: dict[str, Any]
 
 
 class LogsOfMicroBatches:
@@ -54,6 +74,17 @@ class LogsOfMicroBatches:
                 entry.logged._forward_cache = value
                 value = entry.logged
             log(fx, name, value, batch_size=entry.batch_size, reduce_fx=entry.reduce_fx, **entry.options)
+
+    def records(self) -> list[LogRecord]:
+        """What :meth:`flush` would log, as values that other processes can be told."""
+        return [
+            LogRecord(
+                fx, name, entry.reduced(), isinstance(entry.logged, Metric),
+                {"batch_size": entry.batch_size, "reduce_fx": entry.reduce_fx}
+                | {key: value for key, value in entry.options.items() if not key.startswith("sync_dist_")},
+            )
+            for (fx, name), entry in self._entries.items()
+        ]  # fmt: skip
 
 
 class MetricSnapshot:

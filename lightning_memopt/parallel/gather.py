@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from lightning_memopt.parallel.agreement import gather_values
+from lightning_memopt.parallel.shards import shards_of_whole, whole_of_shards
 
 WRITER = 0
 """The rank that gets what is gathered, and writes it."""
@@ -32,7 +33,7 @@ def full_on_cpu(value: Any, keep: bool = True) -> Any:
         return value
     # Offloaded shards lie in CPU memory, which NCCL cannot gather.
     on_mesh: Any = value.to(value.device_mesh.device_type)
-    whole = on_mesh.full_tensor()
+    whole = whole_of_shards(on_mesh)
     return whole.cpu() if keep else None
 
 
@@ -173,6 +174,4 @@ def _cut_like(value: Any, like: Any) -> Any:
         return value
     # State of another shape than its parameter (Adafactor's row and column means) is whole on every rank.
     placements = like.placements if value.shape == like.shape else [Replicate()] * like.device_mesh.ndim
-    value = value.to(like.device_mesh.device_type)
-    cut = distribute_tensor(value, like.device_mesh, placements, src_data_rank=None)
-    return cut.to(like.device)
+    return shards_of_whole(value.to(like.device_mesh.device_type), like.device_mesh, placements).to(like.device)

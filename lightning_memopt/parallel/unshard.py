@@ -37,7 +37,7 @@ def unshard_in_place(module: nn.Module, gather: bool = True) -> None:
         for mark in (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"):
             vars(submodule).pop(mark, None)
     if gather:
-        _replace_parameters(module)
+        make_whole(module)
 
 
 def _remove_hooks(submodule: Any) -> None:
@@ -54,7 +54,8 @@ def _remove_hooks(submodule: Any) -> None:
             handle.remove()
 
 
-def _replace_parameters(module: nn.Module) -> None:
+def make_whole(module: nn.Module) -> None:
+    """Put whole parameters on the CPU in place of shards, one at a time, tied ones once; all ranks together."""
     whole: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):

@@ -1,8 +1,8 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
 from abc import abstractmethod
-from collections.abc import Hashable
-from contextlib import ExitStack
+from collections.abc import Generator, Hashable
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +77,20 @@ class MemoptStrategy(SavingStrategy):
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``training_step``, ``validation_step``, ``test_step`` or ``predict_step``."""
         return getattr(self.lightning_module, name)(*args, **kwargs)
+
+    @contextmanager
+    def refusals(self, undo: bool = True) -> Generator[None, None, None]:
+        """Within the block a ``ValueError``, which every rank raises alike, is a refusal by this strategy's name.
+
+        Args:
+            undo: Put the module back; every rank refuses, so they can gather.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if undo:
+                self.undo(gather=True)
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     # What follows from it
 
@@ -192,7 +206,8 @@ class MemoptStrategy(SavingStrategy):
         if not self.splits_module:
             return self.run_step(name, *args, **kwargs)
         # Parameters gathered, or shards made, in inference mode could not be trained with afterwards.
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        needs_gradients = torch.is_grad_enabled()  # asked before leaving inference mode, which turns it on
+        with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
             return self.run_step(name, *args, **kwargs)
 
     def call_through(self, called: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -75,9 +74,10 @@ class DataParallelStrategy(MemoptStrategy):
 
     @override
     def parallelize(self) -> None:
-        is_fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        assert self.lightning_module is not None
+        is_fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         # Stages 1 and 2 shard what only training has, so evaluation by itself runs on whole modules.
-        if self.shard == "parameters" or (is_fitting and self.shard != "none"):
+        if self.data_size > 1 and (self.shard == "parameters" or (is_fitting and self.shard != "none")):
             self._shard_module()
         super().parallelize()
 
@@ -107,24 +107,14 @@ class DataParallelStrategy(MemoptStrategy):
         super().setup_optimizers(trainer)
         if self._sharding is not None:
             for optimizer in self.optimizers:
-                with self._refusals():
+                with self.refusals():
                     check_steps_shards(optimizer, self.mesh.shards)
-
-    @contextmanager
-    def _refusals(self) -> Generator[None, None, None]:
-        try:
-            yield
-        except ValueError as error:
-            if self._sharding is not None:  # every rank refuses, so they can gather
-                self._sharding.undo()
-                self._sharding = None
-            raise MisconfigurationException(f"DataParallelStrategy(shard={self.shard!r}): {error}") from error
 
     def _shard_module(self) -> None:
         module = self.lightning_module
         assert module is not None
         stage: ShardStage = self.shard  # type: ignore[assignment]
-        with self._refusals():
+        with self.refusals():
             self._sharding = shard_module(
                 module,
                 self.mesh.shards,

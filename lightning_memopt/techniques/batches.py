@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,6 +65,28 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     if total <= size:
         return [batch]
     windows = [slice(start, start + size) for start in range(0, total, size)]
+    return [_cut(batch, window, total, dicts_are_samples) for window in windows]
+
+
+def split_evenly(batch: Any, count: int) -> list[Any]:
+    """Split ``batch`` into ``count`` micro-batches whose sizes differ by one sample at most, larger ones first.
+
+    Args:
+        batch: See :func:`batch_size`.
+        count: How many; at most the number of samples.
+
+    Raises:
+        ValueError: The size of the batch cannot be told.
+
+    Example:
+        >>> [micro["x"].shape[0] for micro in split_evenly({"x": torch.zeros(8, 3)}, 3)]
+        [3, 3, 2]
+    """
+    if count == 1:
+        return [batch]
+    total, dicts_are_samples = _read_size(batch)
+    bounds = [-(-total * index // count) for index in range(count + 1)]
+    windows = [slice(start, end) for start, end in pairwise(bounds)]
     return [_cut(batch, window, total, dicts_are_samples) for window in windows]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy_of_transformed_logits
@@ -43,7 +44,8 @@ def lazy_logits(head: nn.Module, name: str = "head") -> Iterator[None]:
         ...     loss = F.cross_entropy(head(hidden).flatten(0, 1), torch.zeros(10, dtype=torch.long))
         >>> loss.backward()
     """
-    if type(head) is not nn.Linear:
+    is_split = isinstance(head, nn.Linear) and isinstance(head.weight, DTensor)  # tensor parallel: another class
+    if type(head) is not nn.Linear and not is_split:
         raise ValueError(
             f"{name} is a {type(head).__name__}, whose product with the hidden states chunking cannot repeat; it "
             "must be a plain nn.Linear. Call memopt.chunked_cross_entropy(hidden, weight, target) yourself instead."
@@ -56,13 +58,20 @@ def lazy_logits(head: nn.Module, name: str = "head") -> Iterator[None]:
     original = head.forward
 
     def forward(hidden: torch.Tensor) -> Any:
-        return LazyLogits(hidden, head.weight, head.bias, name) if torch.is_grad_enabled() else original(hidden)
+        if not torch.is_grad_enabled():
+            return original(hidden)
+        return LazyLogits(hidden, _whole(head.weight), _whole(head.bias), name)
 
-    head.forward = forward  # type: ignore[method-assign, assignment]
+    head.forward = forward
     try:
         yield
     finally:
         del head.forward
+
+
+def _whole(parameter: Any) -> Any:
+    """The whole of a split parameter for the length of a step; of the gradient each rank keeps its part."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class LazyLogits:

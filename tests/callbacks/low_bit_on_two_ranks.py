@@ -1,4 +1,4 @@
-"""What the tests of LowBitOptimizer run on two ranks (``tests.ranks``)."""
+"""What the tests of LowBitOptimizer run on each of two ranks."""
 
 import lightning.pytorch as pl
 import torch

@@ -1,4 +1,4 @@
-"""What the tests of accumulation and micro-batching run on two ranks (``tests.ranks``)."""
+"""What the tests of accumulation and micro-batching run on each of two ranks."""
 
 from typing import Any
 
@@ -99,6 +99,6 @@ def fixed_size() -> list[float]:
 
 
 def everything() -> dict[str, Any]:
-    """All of it in one go, since starting interpreters takes longer than the training; the crash comes last."""
+    """All of it in one go, since starting a fit takes longer than its few steps; the crash comes last."""
     scenarios = (token_weights, one_rank_runs_out_of_memory, fixed_size, nothing_fits_on_one_rank)
     return {scenario.__name__: scenario() for scenario in scenarios}

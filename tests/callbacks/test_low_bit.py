@@ -8,8 +8,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_memopt import LowBitOptimizer, OptimizerInBackward
 from lightning_memopt.techniques.blockwise import as_packed
 from lightning_memopt.techniques.low_bit import SMALLEST
+from tests.callbacks.low_bit_on_two_ranks import final_weights
+from tests.distributed import run_on_ranks
 from tests.parity import assert_same_training, train
-from tests.ranks import run_ranks
 from tests.zoo import ZOO
 
 LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}
@@ -141,8 +142,9 @@ def test_a_checkpoint_without_the_callback_is_converted_and_one_with_it_names_wh
         _trainer(8).fit(entry.build(), entry.loader(), ckpt_path=tmp_path / "packed.ckpt")
 
 
-def test_replicas_under_ddp_stay_equal_and_follow_one_device_with_both_batches(tmp_path):
-    first, second = run_ranks("tests.callbacks.low_bit_on_two_ranks:final_weights", tmp_path, ranks=2, deadline=180)
+@pytest.mark.distributed
+def test_replicas_under_ddp_stay_equal_and_follow_one_device_with_both_batches():
+    first, second = run_on_ranks(final_weights, 2, deadline_seconds=180)
     assert first == second
     batches = list(ZOO["mlp"].loader(batches=20))
     merged = [tuple(map(torch.cat, zip(*batches[i : i + 2], strict=True))) for i in range(0, 20, 2)]

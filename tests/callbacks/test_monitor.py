@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from lightning_memopt.callbacks.monitor import MemoryMonitor
 from lightning_memopt.memory.report import CATEGORIES, format_bytes
+from tests.distributed import run_on_ranks
 from tests.memory.synthetic import report_of_a_step
 from tests.parity import assert_parity, train
-from tests.ranks import run_ranks
 from tests.zoo import ZOO
 
 REPORT_FILES = {"memory_report.html", "memory_report.json", "memory_timeline.png"}
@@ -187,6 +188,21 @@ def test_the_progress_bar_shows_the_current_peak_in_readable_units(tmp_path):
     )
     assert shown["peak_MiB"] == pytest.approx(monitor.history[-1].peak_bytes / 2**20, rel=1e-3)
     assert "peak_MiB" not in run.trainer.logged_metrics
+
+
+def test_the_progress_bar_is_as_it_was_after_fit_and_after_an_error(tmp_path):
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, *arguments):
+            raise RuntimeError("no such luck")
+
+    for others in ([], [Fails()]):
+        bar = TQDMProgressBar()
+        with pytest.raises(RuntimeError, match="no such luck") if others else nullcontext():
+            train(
+                ZOO["mlp"].build(), ZOO["mlp"].loader(), steps=3, enable_progress_bar=True,
+                callbacks=[MemoryMonitor(dirpath=tmp_path), bar, *others],
+            )  # fmt: skip
+        assert "get_metrics" not in vars(bar)
 
 
 def test_the_report_has_the_highest_sample_the_history_and_the_prediction(tmp_path):
@@ -391,7 +407,7 @@ def test_nothing_is_sampled_when_the_loop_runs_on_fake_tensors(tmp_path):
     assert _get_current_dispatch_mode_stack() == []
 
 
-def fit_on_two_ranks():
+def fit_on_a_rank(folder):
     """Rank 1 trains on larger samples than rank 0; what the monitor and the folder hold on each."""
 
     class Share(pl.LightningDataModule):
@@ -399,7 +415,6 @@ def fit_on_two_ranks():
             rank = torch.distributed.get_rank()
             return DataLoader(torch.randn(12, 64 * (1 + 3 * rank), 64), batch_size=4)
 
-    folder = Path(sys.argv[3], "report")  # the folder that run_ranks was given
     monitor = MemoryMonitor(dirpath=folder)
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
@@ -410,8 +425,9 @@ def fit_on_two_ranks():
     return [max(s.peak_bytes for s in monitor.history), (folder / "memory_report.html").read_text()]
 
 
+@pytest.mark.distributed
 def test_the_report_says_the_highest_peak_of_all_ranks(tmp_path):
-    (first_peak, page), (second_peak, _) = run_ranks("tests.callbacks.test_monitor:fit_on_two_ranks", tmp_path)
+    (first_peak, page), (second_peak, _) = run_on_ranks(fit_on_a_rank, 2, tmp_path / "report")
     assert second_peak > first_peak
     expected = f"Highest peak of all ranks: {format_bytes(second_peak)} (rank 0: {format_bytes(first_peak)}, rank 1:"
     assert expected in page

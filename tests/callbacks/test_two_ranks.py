@@ -3,19 +3,20 @@
 import pytest
 import torch
 
-from tests.callbacks.on_two_ranks import LENGTHS
+from tests.callbacks.on_two_ranks import LENGTHS, everything
 from tests.callbacks.test_accumulation import by_hand, token_batches
+from tests.distributed import run_on_ranks
 from tests.parity import train
-from tests.ranks import run_ranks
 from tests.zoo import ZOO
+
+pytestmark = pytest.mark.distributed
 
 WINDOWS = [[4, 4, 2]]  # two ranks with windows of 2, 2 and 1
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    return run_ranks("tests.callbacks.on_two_ranks:everything", directory, ranks=2, deadline=120)
+def ranks():
+    return run_on_ranks(everything, 2, deadline_seconds=120)
 
 
 def assert_gradients_of_the_large_batches(gradients, clip=None):

@@ -98,6 +98,10 @@ def _assert_predicted(name: str, technique: str) -> None:
         with pytest.raises(MisconfigurationException, match=re.escape(str(refusal))):
             predict()
         return
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" not in str(error):
+            raise
+        pytest.skip(f"{name} does not train with {technique} on this CPU: {error}")
     assert (name, technique) not in REFUSED
     assert predict().peak_bytes == pytest.approx(raw, rel=PREDICTED_WITHIN)
 

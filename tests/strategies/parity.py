@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 import lightning_memopt  # noqa: F401  registers the strategies
+from lightning_memopt.parallel.gather import full_on_cpu
 from lightning_memopt.parallel.mesh import MeshSizes
 from tests.distributed import run_on_ranks
 from tests.parity import train
@@ -24,7 +24,8 @@ STRATEGIES = ("memopt_ddp", "memopt_zero1", "memopt_zero2", "memopt_zero3")
 STEPS = 20
 ACCUMULATE = 2
 GLOBAL_BATCH = 8
-NOISE = 1e-6
+ROUNDING = 1e-9
+"""What two orders of summation make of a gradient, at most, in modules of this size."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,21 @@ class Outcome:
         losses: Of each batch, the mean over ranks.
         grad_norms: Of each optimizer step, before clipping.
         weights: The final ``state_dict``.
-        largest_gradients: Of each element of each parameter, the largest magnitude that its gradient had; on one
+        amplified: By how much AdamW amplifies a rounding error of each element's gradient over all steps; on one
             device only.
     """
 
     losses: np.ndarray = field(default_factory=lambda: np.empty(0))
     grad_norms: np.ndarray = field(default_factory=lambda: np.empty(0))
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    largest_gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    amplified: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class _RecordGradients(Callback):
     def __init__(self) -> None:
         self.norms: list[float] = []
-        self.largest: dict[str, torch.Tensor] = {}
+        self.amplified: dict[str, torch.Tensor] = {}
+        self._largest: dict[str, torch.Tensor] = {}
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         # Square sums by name, since ranks may hold shards, or other parameters than their neighbours, or the same.
@@ -87,14 +89,18 @@ class _RecordGradients(Callback):
         if trainer.world_size == 1:
             gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             for name, gradient in gradients.items():
-                largest = self.largest.get(name, torch.zeros(()))
-                self.largest[name] = torch.maximum(largest, gradient.abs())
+                largest = self._largest[name] = torch.maximum(
+                    self._largest.get(name, torch.zeros(())), gradient.abs()
+                )
+                step = optimizer.param_groups[0]["lr"] / (largest + optimizer.defaults.get("eps", 1e-8))
+                step = step * (gradient != 0)  # nothing is rounded where nothing is added
+                self.amplified[name] = self.amplified.get(name, torch.zeros(())) + step
 
 
 def _square_sum(gradient: torch.Tensor | None) -> torch.Tensor:
     if gradient is None:
         return torch.zeros(())
-    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    whole = full_on_cpu(gradient)
     return whole.float().square().sum().cpu()
 
 
@@ -105,6 +111,7 @@ def fit_zoo(
     *,
     sizes: MeshSizes | None = None,
     repeat_first_batch: bool = False,
+    dropout: float = 0.0,
     extra: Sequence[Callback] = (),
     **options: Any,
 ) -> Outcome:
@@ -125,7 +132,7 @@ def fit_zoo(
     sampler = DistributedSampler(dataset, sizes.batches, batch_of_rank, shuffle=False)
     own_share = DataLoader(dataset, batch_size=GLOBAL_BATCH // sizes.batches, sampler=sampler)
     run = train(
-        entry.build(),
+        entry.build(dropout),
         own_share,
         steps=steps * (1 if entry.automatic else 2),  # Lightning counts a step of each of the GAN's two optimizers
         devices=ranks,
@@ -137,13 +144,18 @@ def fit_zoo(
     if ranks > 1:
         dist.all_reduce(losses)
     weights = {name: weight.float().numpy() for name, weight in run.weights.items()}
-    largest = {name: value.float().numpy() for name, value in gradients.largest.items()}
-    return Outcome(losses.numpy() / ranks, np.array(gradients.norms), weights, largest)
+    amplified = {name: value.float().numpy() for name, value in gradients.amplified.items()}
+    return Outcome(losses.numpy() / ranks, np.array(gradients.norms), weights, amplified)
 
 
 @cache
 def on_one_device(name: str) -> Outcome:
     return run_on_ranks(lambda: fit_zoo(ZOO[name], 1), 1)[0]
+
+
+@cache
+def in_double_precision(name: str) -> Outcome:
+    return run_on_ranks(lambda: fit_zoo(ZOO[name], 1, precision="64-true"), 1)[0]
 
 
 @cache
@@ -162,18 +174,20 @@ on_two_ranks = on_ranks
 
 
 def assert_same_outcome(plain: Outcome, other: Outcome, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    """Same losses, gradient norms and weights, but for weights whose gradient is zero in exact arithmetic.
+    """Same losses, gradient norms and weights, within what AdamW makes of rounding errors.
 
-    The bias of an attention's keys is one: softmax does not see it. Its computed gradient is rounding noise, and
-    Adam divides noise by its own size; such elements (a few in a hundred) differ between any two orders of summation.
+    AdamW divides a gradient by its own size, and so its rounding error: where a gradient is small in the first steps,
+    or zero in exact arithmetic (the bias of an attention's keys: softmax does not see it), weights differ between
+    any two orders of summation. Such elements are few, or the comparison says nothing and fails.
     """
     assert list(other.weights) == list(plain.weights), "state_dict keys changed"
     np.testing.assert_allclose(other.losses, plain.losses, rtol=rtol, atol=atol, err_msg="losses")
     np.testing.assert_allclose(other.grad_norms, plain.grad_norms, rtol=rtol, atol=atol, err_msg="gradient norms")
-    noise = 0
+    loose = 0
     for name, weight in plain.weights.items():
-        is_noise = plain.largest_gradients.get(name, np.ones(())) < NOISE
-        noise += int(is_noise.sum())
-        ours, theirs = (np.where(is_noise, 0, values) for values in (other.weights[name], weight))
-        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=name)
-    assert noise <= 0.05 * sum(weight.size for weight in plain.weights.values())
+        allowed = ROUNDING * plain.amplified.get(name, np.zeros(()))
+        allowed = np.where(allowed > 100 * atol, np.inf, allowed)  # nothing but noise is left of these
+        loose += int(np.isinf(allowed).sum())
+        excess = np.maximum(np.abs(other.weights[name] - weight) - allowed, 0)
+        np.testing.assert_allclose(weight + excess, weight, rtol=rtol, atol=atol, err_msg=name)
+    assert loose <= 0.05 * sum(weight.size for weight in plain.weights.values())

@@ -1,0 +1,273 @@
+"""A module cut into stages, and batches run through them."""
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_memopt.parallel.gather import complete_in_place
+from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, StageRun, read_shapes
+from lightning_memopt.parallel.pipeline.chain import Chain
+from lightning_memopt.parallel.pipeline.ownership import SharedParameters, free_in_place
+from lightning_memopt.parallel.pipeline.probe import find_links, run_silently, survey
+from lightning_memopt.parallel.pipeline.schedules import (
+    STAGES_EACH,
+    Schedule,
+    make_schedule,
+    rank_of_stage,
+    run_forward,
+)
+from lightning_memopt.parallel.pipeline.splitting import Split, holders, number_of_stages, partition
+from lightning_memopt.parallel.pipeline.stage import Stage, StageModule
+from lightning_memopt.parallel.pipeline.stubs import StubMode, find_places, in_place_of, is_stub, shadow_of
+
+Call = Callable[[nn.Module, Any], Any]
+"""(module or its shadow, micro-batch): runs a step of the user's on it."""
+
+StepOfBatch = Callable[[int, bool], Any]
+"""(number of the micro-batch, whether this is the last stage): runs the step; on the last stage returns the loss."""
+
+
+class Pipeline:
+    """Cuts ``module`` into stages and frees what this rank does not hold.
+
+    All ranks of the pipeline make it together, with the same module and samples.
+
+    Args:
+        module: The model, whole on every rank.
+        call: Runs a step of the user's on it, or on its shadow.
+        sample: A micro-batch.
+        group: The ranks of the pipeline.
+        device: Where this rank computes.
+        schedule: See :mod:`~lightning_memopt.parallel.pipeline.schedules`.
+        split: See :data:`~lightning_memopt.parallel.pipeline.splitting.Split`.
+        prepare: Called with the shadow before anything is run on it.
+        around: Makes the context of each backward, from whether it is the stage's last of the batch.
+
+    Attributes:
+        partition: How it was cut.
+
+    Raises:
+        ValueError: It cannot be cut so; says why.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Call,
+        sample: Any,
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        schedule: Schedule = "1f1b",
+        split: Split = "auto",
+        prepare: Callable[[nn.Module], None] = lambda shadow: None,
+        around: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext(),
+    ) -> None:
+        self.module = module
+        self.group = group
+        self.device = device
+        self.schedule: Schedule = schedule
+        self._around = around
+        self._mode = StubMode()
+        self._ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
+        count = number_of_stages(split, self._ranks, STAGES_EACH[schedule])
+        self._stubs: dict[Tensor, Tensor] = {
+            tensor: self._mode.stub(tensor, device) for tensor in (*module.parameters(), *module.buffers())
+        }
+        self._make_shadow(prepare)
+
+        def run() -> Any:
+            return call(self._shadow, sample)
+
+        links = find_links(self._shadow, run_silently(self._shadow, run))
+        found = survey(self._shadow, links, self._mode, run_silently(self._shadow, run))
+        self.partition = partition(found, split, count)
+        held = holders(module, found, self.partition, self._stubs)
+        self._stages = [stage for stage in range(count) if rank_of_stage(schedule, stage, self._ranks) == self._rank]
+        self._share(held)
+        self._free(held)
+        self._chain = Chain(module.get_submodule(name) for name in links)
+        self._shapes: dict[Hashable, Shapes] = {}
+        self._schedules: dict[Hashable, tuple[list[Stage], Any]] = {}
+        self._step: StepOfBatch | None = None
+        self._of_batch: list[Shapes] = []
+
+    @property
+    def last_rank(self) -> int:
+        """The global rank that runs the last stage."""
+        return dist.get_global_rank(self.group, rank_of_stage(self.schedule, len(self.partition) - 1, self._ranks))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a stage is being run."""
+        return self._chain.observer is not None
+
+    def counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank counts ``parameter``, of those that hold it."""
+        return self._shared.counts(parameter)
+
+    def sum_shared_gradients(self) -> None:
+        """Add up the gradients of tied weights over the stages; once, before the optimizer steps."""
+        self._shared.sum_gradients()
+
+    def train(self, call: Call, key: Hashable, micro_batches: Sequence[Any], step: StepOfBatch) -> None:
+        """Forward and backward of a batch.
+
+        Args:
+            call: Runs the step that ``step`` runs, on the shadow.
+            key: What else than the micro-batch its shapes depend on.
+            micro_batches: In order; their shapes may differ.
+            step: Runs one of them.
+        """
+        stages, schedule = self._prepare(call, key, micro_batches, step, trains=True)
+        indices = torch.arange(len(micro_batches))
+        self._run(lambda: schedule.step(index=indices, target=indices, return_outputs=False))
+        for stage in stages:
+            stage.clear_runtime_states()
+
+    def evaluate(self, call: Call, key: Hashable, micro_batches: Sequence[Any], step: StepOfBatch) -> None:
+        """Forward of a batch; see :meth:`train`."""
+        stages, _ = self._prepare(call, key, micro_batches, step, trains=False)
+        indices = torch.arange(len(micro_batches)).split(1)
+        with torch.no_grad():
+            self._run(lambda: run_forward(stages, len(micro_batches), indices))
+
+    def undo(self, gather: bool) -> None:
+        """Put the module back; with ``gather`` with all values, for which all ranks must call it together."""
+        self._chain.remove()
+        if gather:
+            complete_in_place(self.module)
+
+    def _make_shadow(self, prepare: Callable[[nn.Module], None]) -> None:
+        stands_for: dict[Tensor, Tensor] = {}
+        for owner in self.module.modules():
+            holds = next(owner.parameters(recurse=False), None) is not None
+            for tensor in (*owner.parameters(recurse=False), *(owner.buffers(recurse=False) if holds else ())):
+                stands_for[tensor] = self._stubs[tensor]
+        for buffer in self.module.buffers():
+            if buffer not in stands_for:
+                stands_for[buffer] = buffer.detach().to(self.device, copy=True)
+        self._shadow, self._copies = shadow_of(self.module, stands_for)
+        prepare(self._shadow)
+
+    def _share(self, held: dict[Tensor, set[int]]) -> None:
+        shared = {}
+        for name, parameter in self.module.named_parameters():
+            ranks = {rank_of_stage(self.schedule, stage, self._ranks) for stage in held[parameter]}
+            if len(ranks) > 1:
+                shared[name] = tuple(sorted(ranks))
+        self._shared = SharedParameters(shared, self.module, self.group)
+
+    def _free(self, held: dict[Tensor, set[int]]) -> None:
+        mine = set(self._stages)
+        others = {tensor for tensor, stages in held.items() if not stages & mine}
+        names = [name for name, parameter in self.module.named_parameters() if parameter not in others]
+        of_stage = {
+            stage: [name for name in names if stage in held[self.module.get_parameter(name)]]
+            for stage in self._stages
+        }
+        self._parameters_of_stage = of_stage
+        freed = free_in_place(self.module, others)
+        self._flags = [(p, self._stubs[p]) for p in self.module.parameters() if p in self._stubs]
+        self._flags += [(meta, self._stubs[p]) for p, meta in freed.items() if isinstance(p, nn.Parameter)]
+        stubs = {meta: self._stubs[tensor] for tensor, meta in freed.items()}
+        self._freed = [(owner, name, meta, stubs[meta]) for owner, name, meta in find_places(self.module, stubs)]
+        self._stubs = {}
+
+    def _prepare(
+        self, call: Call, key: Hashable, micro_batches: Sequence[Any], step: StepOfBatch, trains: bool
+    ) -> tuple[list[Stage], Any]:
+        self._step = step
+        modes = self._follow_modes()
+        self._of_batch = [self._shapes_of(call, (key, modes), micro) for micro in micro_batches]
+        counts = tuple(len(boundary.metas) for boundary in self._of_batch[0].boundaries.values())
+        kind = (trains, len(micro_batches), counts)
+        if kind not in self._schedules:
+            stages = [self._make_stage(stage) for stage in self._stages]
+            made = make_schedule(self.schedule, stages, len(micro_batches)) if trains else None
+            self._schedules[kind] = (stages, made)
+        stages, schedule = self._schedules[kind]
+        for stage in stages:
+            stage.inputs = [self._metas(shapes, stage.stage_index) for shapes in self._of_batch]
+            stage.outputs = [self._metas(shapes, stage.stage_index + 1) for shapes in self._of_batch]
+        return stages, schedule
+
+    def _make_stage(self, stage: int) -> Stage:
+        parameters = [self.module.get_parameter(name) for name in self._parameters_of_stage[stage]]
+        return Stage(
+            StageModule(stage, self._forward, parameters),
+            stage,
+            len(self.partition),
+            self.device,
+            self.group,
+            self._around,
+            [self._metas(self._of_batch[0], stage)],
+            [self._metas(self._of_batch[0], stage + 1)],
+        )
+
+    def _metas(self, shapes: Shapes, stage: int) -> list[Tensor]:
+        """Stubs like what ``stage`` receives; behind the last one is the loss."""
+        if stage == len(self.partition):
+            return [torch.empty((), device="meta")]
+        return shapes.boundaries[stage].metas if stage else []
+
+    def _follow_modes(self) -> Hashable:
+        """Let the shadow be in training mode, and frozen, where the module is."""
+        for original, twin in self._copies.items():
+            twin.training = original.training
+        flags = []
+        for parameter, stub in self._flags:
+            if stub.requires_grad != parameter.requires_grad:
+                stub.requires_grad_(parameter.requires_grad)
+            flags.append(parameter.requires_grad)
+        return (tuple(twin.training for twin in self._copies.values()), tuple(flags))
+
+    def _shapes_of(self, call: Call, key: Hashable, micro_batch: Any) -> Shapes:
+        full_key = (key, tuple(_kind(leaf) for leaf in tree_leaves(micro_batch)))
+        if full_key not in self._shapes:
+            run = run_silently(self._shadow, lambda: call(self._shadow, micro_batch))
+            self._shapes[full_key] = read_shapes(self._shadow, self.partition.names, self.partition.starts, run)
+        return self._shapes[full_key]
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            with in_place_of(self._freed):
+                function()
+        except RuntimeError as error:
+            if error.__cause__ is not None and str(error.__cause__):
+                raise error.__cause__ from None  # torch wraps what the step raised in its own words
+            raise
+        finally:
+            self._step, self._of_batch = None, []
+
+    def _forward(self, stage: int, index: int, received: tuple[Tensor, ...]) -> Any:
+        assert self._step is not None
+        links = self.partition.links_of(stage)
+        is_last = stage == len(self.partition) - 1
+        run = StageRun(links, self.partition.names, self._of_batch[index], stage, received)
+        self._chain.observer = run
+        try:
+            output = self._step(index, is_last)
+        except StageDone as done:
+            return done.tensors
+        finally:
+            self._chain.observer = None
+        run.check_finished()
+        if is_stub(output):
+            raise ValueError(
+                "the loss is computed from a value of an earlier stage that did not come through the blocks' "
+                "arguments, so it cannot be sent to the last stage."
+            )
+        return output
+
+
+def _kind(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return leaf if isinstance(leaf, int | float | str | bool | type(None)) else type(leaf)

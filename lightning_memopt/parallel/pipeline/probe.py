@@ -1,0 +1,177 @@
+"""Run a step once on stubs, to learn what calls what, what it costs, and where it can be cut."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lightning_memopt.models.blocks import find_block_stacks
+from lightning_memopt.parallel.pipeline.chain import Chain
+from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
+
+Step = Callable[[], Any]
+
+ELEMENT_COST = 16
+"""Multiply-adds that take as long as writing one element, so that steps without matrix products have a cost."""
+
+
+@dataclass
+class Survey:
+    """What one run of a step showed.
+
+    Positions: 0 before the first link of the chain is called, ``i + 1`` from the call of link ``i`` on.
+
+    Attributes:
+        names: The links of the chain, in the order of their calls.
+        costs: Of each position, in multiply-adds.
+        uses: Of each parameter that the step used, the positions.
+        uncut: Links before which the step cannot be cut, and why.
+        is_whole: Whether the step ran to its end; it may stop behind the last link, where it looks at values.
+    """
+
+    names: list[str]
+    costs: list[float] = field(default_factory=list)
+    uses: dict[Tensor, set[int]] = field(default_factory=dict)
+    uncut: dict[int, str] = field(default_factory=dict)
+    is_whole: bool = True
+
+
+def find_links(module: nn.Module, run: Step) -> list[str]:
+    """Names of the modules to cut before: the blocks, or without blocks every layer; called once each, in order.
+
+    Args:
+        module: A shadow of the model; ``run`` runs a step on it.
+
+    Raises:
+        ValueError: Fewer than two of them.
+    """
+    names = {submodule: name for name, submodule in module.named_modules()}
+    blocks = [block for stack in find_block_stacks(module) for block in stack.blocks]
+    layers = [m for m in names if m is not module and next(m.parameters(recurse=False), None) is not None]
+    order = _order_of_calls({*blocks, *layers}, run)
+    for candidates in (blocks, layers):
+        known = set(candidates)
+        once = [names[m] for m in order if m in known and order.count(m) == 1]
+        if len(once) > 1:
+            return once
+    raise ValueError(
+        f"{type(module).__name__} has nothing to cut before: of its modules with parameters, the step calls "
+        f"{', '.join(f'`{names[m]}`' for m in dict.fromkeys(order)) or 'none'}, and a pipeline needs at least two "
+        "that are called once each; use `memopt_zero3` to split the parameters."
+    )
+
+
+def _order_of_calls(modules: Iterable[nn.Module], run: Step) -> list[nn.Module]:
+    order: list[nn.Module] = []
+    hooks = [m.register_forward_pre_hook(lambda called, _: order.append(called)) for m in modules]
+    try:
+        run()
+    except Exception as error:
+        if not order:
+            raise ValueError(_why_not(error)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order
+
+
+def survey(module: nn.Module, links: list[str], mode: StubMode, run: Step) -> Survey:
+    """Run a step on a shadow of which every parameter is a stub.
+
+    Raises:
+        ValueError: The step fails on stubs before its last link; says where.
+    """
+    observer = _Surveyor(module, links)
+    chain = Chain(module.get_submodule(name) for name in links)
+    chain.observer, mode.listener = observer, observer.heard
+    try:
+        run()
+    except Exception as error:
+        if observer.position < len(links):
+            raise ValueError(_why_not(error)) from error
+        observer.found.is_whole = False
+    finally:
+        chain.observer, mode.listener = None, None
+        chain.remove()
+    return observer.found
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    return (
+        f"the step cannot be run without values, to learn its shapes ({type(error).__name__}: "
+        f"{str(error).splitlines()[0] if str(error) else error!r}): a stage holds no values of what other stages "
+        "compute, so the step must not read them (`.item()`, `if tensor:`, `.numpy()`) before its last block."
+    )
+
+
+class _Surveyor:
+    def __init__(self, module: nn.Module, links: list[str]) -> None:
+        self.found = Survey(links, costs=[0.0] * (len(links) + 1))
+        self.position = 0
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._running: int | None = None
+        self._born: dict[int, int] = {}
+        self._passes: dict[int, set[int]] = {}
+        self._alive: list[Tensor] = []  # so that no two of them have one id
+
+    def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index != self.position:
+            raise ValueError(f"`{self.found.names[index]}` is called out of turn.")
+        for value in tree_iter((args, kwargs)):
+            if is_stub(value) and value not in self._names:
+                passes = self._passes.setdefault(id(value), set())
+                self._mark(range(self._born.get(id(value), index), index), passes, "is handed to it again")
+                passes.add(index)
+        self.position = index + 1
+        self._running = index
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._running = None
+
+    def heard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        for value in tree_iter((args, kwargs)):
+            if not is_stub(value):
+                continue
+            if value in self._names:
+                self.found.uses.setdefault(value, set()).add(self.position)
+            else:
+                passes = self._passes.get(id(value), set())
+                allowed = passes if self._running in passes else set()
+                born = self._born.get(id(value), self.position)
+                self._mark(range(born, self.position), allowed, f"is used by {func}")
+        elements = 0
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                elements += value.numel()
+                self._born[id(value)] = self.position
+                self._passes.pop(id(value), None)
+                self._alive.append(value)
+        cost = flop_registry.get(func._overloadpacket)
+        flops = cost(*args, **kwargs, out_val=result) if cost is not None else 0
+        self.found.costs[self.position] += flops + ELEMENT_COST * elements
+
+    def _mark(self, cuts: Iterable[int], allowed: set[int], how: str) -> None:
+        for cut in cuts:
+            if cut not in allowed and cut not in self.found.uncut:
+                where = self.found.names[self.position - 1] if self._running is not None else None
+                self.found.uncut[cut] = (
+                    f"what is computed before `{self.found.names[cut]}` without being an argument of it {how} "
+                    + (f"in `{where}`" if where else "between or behind the blocks")
+                )
+
+
+def run_silently(module: nn.Module, run: Step) -> Step:
+    """``run`` with gradients recorded and random state restored, since it is no step of the training."""
+
+    def silent() -> Any:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            return run()
+
+    return silent

@@ -1,0 +1,141 @@
+"""Tensors without data, that stand for what a rank does not hold, and for all that follows from it.
+
+They are torch's fake tensors, which know shape, dtype and device. What is computed from a stub is a stub; what is not
+(position ids, masks, rotary tables) is computed for real, beside them. Adapter for ``torch._subclasses``, private;
+tried with torch 2.13.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+Listener = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
+"""Told of each operator on stubs: the operator, its arguments and what it returned."""
+
+
+class StubMode(FakeTensorMode):
+    """Runs operators of which an argument is a stub; real tensors may stand beside them.
+
+    Attributes:
+        listener: Told of each operator, if there is one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.listener: Listener | None = None
+        self._depth = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _refuse_writing_to_real(func, args)
+        self._depth += 1
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._depth -= 1
+        if self.listener is not None and self._depth == 0:
+            self.listener(func, args, kwargs, result)
+        return result
+
+    def stub(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A stub like ``tensor``, which is taken for one on ``device``; a parameter for a parameter."""
+        make: Any = torch.empty_strided
+        with self:
+            fake = make(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            return fake
+
+
+def is_stub(value: object) -> bool:
+    """Whether ``value`` is a tensor without data."""
+    return isinstance(value, FakeTensor)
+
+
+def _refuse_writing_to_real(func: Any, args: Sequence[Any]) -> None:
+    """A real tensor that a stub is written into would look real and hold the wrong values."""
+    if not func._schema.is_mutable:
+        return
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        if is_written and isinstance(value, Tensor) and not is_stub(value):
+            raise ValueError(
+                f"the step writes ({func}) what is computed from parameters into a tensor of shape "
+                f"{tuple(value.shape)} that it made without them, so a stage that lacks those parameters cannot tell "
+                "that it lacks the values; make the tensor from the values instead (`torch.cat`, `torch.stack`, "
+                "`torch.where`)."
+            )
+
+
+@contextmanager
+def in_place_of(places: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> Iterator[None]:
+    """Within the block, modules have other parameters and buffers.
+
+    Args:
+        places: The module, the name, what it has, and what it has within the block.
+    """
+    for owner, name, _, other in places:
+        _put(owner, name, other)
+    try:
+        yield
+    finally:
+        for owner, name, own, _ in places:
+            _put(owner, name, own)
+
+
+def find_places(module: nn.Module, tensors: Any) -> list[tuple[nn.Module, str, Tensor]]:
+    """Each registration (owner, name, tensor) of a parameter or buffer that is in ``tensors``."""
+    return [
+        (owner, name, tensor)
+        for owner in module.modules()
+        for registered in (owner._parameters, owner._buffers)
+        for name, tensor in registered.items()
+        if tensor is not None and tensor in tensors
+    ]
+
+
+def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    registered = owner._parameters if name in owner._parameters else owner._buffers
+    registered[name] = tensor  # type: ignore[assignment]
+    if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
+        owner._flat_weights[owner._flat_weights_names.index(name)] = tensor  # recurrent modules keep a list
+
+
+def shadow_of(module: nn.Module, stubs: dict[Tensor, Tensor]) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """A copy of the tree of modules, with stubs for tensors; all else that modules hold is shared.
+
+    Shapes can be learned from it whatever is done to the original: shards, checkpoints, hooks.
+
+    Args:
+        module: The root.
+        stubs: What stands for its parameters and buffers; what is not in it is shared.
+
+    Returns:
+        The copy of the root, and of each module its copy.
+    """
+    copies: dict[nn.Module, nn.Module] = {}
+    for original in module.modules():
+        twin = object.__new__(type(original))
+        twin.__dict__.update(original.__dict__)
+        for name in ("_parameters", "_buffers"):
+            twin.__dict__[name] = {
+                key: stubs.get(value, value) if value is not None else None
+                for key, value in original.__dict__[name].items()
+            }
+        for name, value in original.__dict__.items():
+            # Hooks too: those that the original gets later (FSDP2's) are not for the shadow.
+            if isinstance(value, list | dict | set) and (not name.startswith("_") or "_hooks" in name):
+                twin.__dict__[name] = copy.copy(value)
+        if isinstance(original, nn.RNNBase):
+            twin.__dict__["_flat_weights"] = [stubs.get(w, w) for w in original._flat_weights]  # type: ignore[arg-type]
+        copies[original] = twin
+    for twin in copies.values():
+        twin.__dict__["_modules"] = {
+            key: copies[child] if child is not None else None for key, child in twin.__dict__["_modules"].items()
+        }
+    return copies[module], copies

@@ -1,0 +1,118 @@
+"""Make a module's code, written for whole values, run on a part of the features."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map
+
+from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.linear_groups import LinearGroup
+from lightning_memopt.parallel.tensor.collectives import enter, gather, take_part
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What code needs to run on a part of the features.
+
+    Attributes:
+        numbers: Modules, and what some of their integer attributes have to be.
+        narrows: Whether its inputs have to look narrower than they are: code that takes its width from an input
+            (``batch, length, width = x.shape``) then takes a rank's. The split layers know the whole input.
+        deals_heads: What it takes and gives for each head (``(..., heads, length, length)``: biases, attention
+            weights) is dealt out to the ranks, and put together again.
+    """
+
+    numbers: Sequence[tuple[nn.Module, dict[str, int]]] = ()
+    narrows: bool = False
+    deals_heads: bool = False
+
+
+NO_ADJUSTMENT = Adjustment()
+"""For code that runs on a part as it is."""
+
+
+def possible_adjustments(group: LinearGroup, owner: nn.Module, width: int, size: int) -> list[Adjustment]:
+    """What ``owner`` may need on one of ``size`` ranks, to be tried in order.
+
+    ``width`` is the number of features between the layers of ``group``. First nothing is changed: code that views
+    heads with ``-1`` needs nothing. Then numbers of heads (``num_heads``), then widths as well (``split_size``,
+    ``embed_dim``), then widths alone; and all that with narrower inputs, or with tensors of heads dealt out.
+    """
+    heads = {group.heads.queries, group.heads.keys} if group.heads is not None else set()
+    widths = {width} | ({group.heads.keys * group.heads.size} if group.heads is not None else set())
+    counts, sizes = [], []
+    for module in owner.modules():
+        if "_tensor_split" in vars(module):  # sizes that it does not read
+            continue
+        integers = {k: v for k, v in vars(module).items() if type(v) is int and v % size == 0 and v > 0}
+        mine = {k: v // size for k, v in integers.items() if v in heads and _counts_heads(k)}
+        wide = {k: v // size for k, v in integers.items() if v in widths and k not in mine}
+        counts += [(module, mine)] if mine else []
+        sizes += [(module, wide)] if wide else []
+    numbers: list[list[tuple[nn.Module, dict[str, int]]]] = [[]]
+    for candidate in (counts, [*counts, *sizes], sizes):
+        if candidate not in numbers:
+            numbers.append(candidate)
+    ways = [(False, False), *([(False, True)] if heads else []), (True, False)]
+    return [Adjustment(candidate, *way) for way in ways for candidate in numbers]
+
+
+def _counts_heads(name: str) -> bool:
+    return "head" in name and "dim" not in name and "size" not in name
+
+
+@contextmanager
+def adjusted(adjustment: Adjustment) -> Iterator[None]:
+    """Within the block, modules have these numbers as attributes."""
+    with ExitStack() as stack:
+        for module, values in adjustment.numbers:
+            stack.enter_context(replaced(module, **values))
+        yield
+
+
+@contextmanager
+def dealing_embeddings(owner: nn.Module, heads: int, mesh: DeviceMesh) -> Iterator[None]:
+    """Within the block, embeddings in ``owner`` that give a number for each head (relative positions) give a part."""
+    with ExitStack() as stack:
+        for module in owner.modules():
+            if isinstance(module, nn.Embedding) and module.embedding_dim == heads:
+                give = partial(_part_of_output, module.forward, mesh)
+                stack.enter_context(replaced(module, forward=give))
+        yield
+
+
+def _part_of_output(call: Callable[..., Tensor], mesh: DeviceMesh, ids: Tensor) -> Tensor:
+    return take_part(call(ids), mesh)
+
+
+def deal_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
+    """``tree`` with this rank's heads of its floating-point tensors ``(batch, heads, length, length)``."""
+    return tree_map(lambda x: take_part(x, mesh, 1) if _has_heads(x, heads) else x, tree)
+
+
+def gather_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
+    """``tree`` with all ranks' heads of such tensors put together."""
+    return tree_map(lambda x: gather(x, mesh, 1) if _has_heads(x, heads // mesh.size()) else x, tree)
+
+
+def _has_heads(x: Any, heads: int) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4 and x.shape[1] == heads
+
+
+@contextmanager
+def entering(parameters: Sequence[tuple[nn.Module, str]], mesh: DeviceMesh) -> Iterator[None]:
+    """Within the block these whole parameters are used on parts: the ranks' gradients of them are added up."""
+    whole = [(module, name, module._parameters[name]) for module, name in parameters]
+    try:
+        for module, name, parameter in whole:
+            assert parameter is not None
+            module._parameters[name] = enter(parameter, mesh)  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in whole:
+            module._parameters[name] = parameter

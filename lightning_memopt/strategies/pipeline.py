@@ -1,0 +1,212 @@
+"""Pipeline parallelism for any LightningModule."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.pipeline.pipeline import Pipeline
+from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, number_of_micro_batches
+from lightning_memopt.parallel.pipeline.splitting import Split
+from lightning_memopt.strategies.base import MemoptStrategy
+from lightning_memopt.strategies.pipeline_checks import check_trainer, warn_of_batch_norm
+from lightning_memopt.strategies.pipeline_steps import PipelineSteps
+from lightning_memopt.strategies.sample_batch import sample_batch
+from lightning_memopt.techniques.batches import batch_size, split_evenly
+from lightning_memopt.techniques.counting import Count, counter
+
+
+class PipelineParallelStrategy(MemoptStrategy):
+    """Each rank holds a part of the layers, and batches pass through them in micro-batches.
+
+    The module is not changed and not cut by hand: each rank runs its own ``training_step`` on each micro-batch, on
+    the layers that it holds. All ranks have the same batches, and end each step with the same loss, logged values and
+    outputs.
+
+    Args:
+        schedule: ``"1f1b"`` keeps the activations of as many micro-batches as there are stages; ``"gpipe"`` of all;
+            ``"interleaved_1f1b"`` and ``"zbv"`` put two stages on a rank, which idles less and communicates more.
+        microbatches: How many a batch is split into. ``"auto"``: four for each rank, or as many as there are samples.
+        split: ``"auto"`` balances the stages by their cost, counted in a run without data; or the names of the
+            modules that stages after the first begin with; or a number of stages.
+        normalize: What the loss is a mean over: ``"samples"``, or ``"tokens"`` as for ``GradientAccumulation``.
+        count: With ``normalize="tokens"``: a function that counts a batch's tokens, as a number or a tensor.
+        mask_key: With ``normalize="tokens"``, instead of ``count``: the mask, or the labels (-100 is ignored).
+        **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
+            ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
+
+    Raises:
+        MisconfigurationException: Bad arguments; or, before the first step, a module or trainer that cannot be
+            pipelined.
+
+    Example:
+        >>> strategy = PipelineParallelStrategy(schedule="1f1b", microbatches=8)
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule = "1f1b",
+        microbatches: int | Literal["auto"] = "auto",
+        split: Split = "auto",
+        *,
+        normalize: Literal["samples", "tokens"] = "samples",
+        count: Count | None = None,
+        mask_key: str | int | None = None,
+        **options: Any,
+    ) -> None:
+        name = type(self).__name__
+        if schedule not in SCHEDULES:
+            raise MisconfigurationException(
+                f"{name}(schedule={schedule!r}) is not known; choose one of {', '.join(map(repr, SCHEDULES))}."
+            )
+        if microbatches != "auto" and (
+            not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1
+        ):
+            raise MisconfigurationException(
+                f"{name}(microbatches={microbatches!r}) is no number of micro-batches; give 1 or more, or 'auto'."
+            )
+        is_names = isinstance(split, list | tuple) and split and all(isinstance(part, str) for part in split)
+        is_number = isinstance(split, int) and not isinstance(split, bool) and split > 0
+        if split != "auto" and not is_names and not is_number:
+            raise MisconfigurationException(
+                f"{name}(split={split!r}) is no split; give 'auto', a number of stages, or a list of the names of "
+                "the modules that stages after the first begin with."
+            )
+        if normalize not in ("samples", "tokens"):
+            raise MisconfigurationException(
+                f"{name}(normalize={normalize!r}) is unknown; micro-batches weigh by 'samples' or by 'tokens'."
+            )
+        try:
+            self.count = counter(normalize, count, mask_key)
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from error
+        super().__init__(**options)
+        self.schedule: Schedule = schedule
+        self.microbatches: int | Literal["auto"] = microbatches
+        self.split: Split = split
+        self.pipeline: Pipeline | None = None
+        self._steps: PipelineSteps | None = None
+
+    @property
+    @override
+    def sizes(self) -> MeshSizes:
+        return MeshSizes(pipeline=self.world_size)
+
+    @property
+    @override
+    def splits_module(self) -> bool:
+        return True
+
+    @override
+    def counts(self, parameter: nn.Parameter) -> bool:
+        return self.pipeline is None or self.pipeline.counts(parameter)
+
+    # Setting up and taking down
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self.sizes.pipeline > 1:
+            check_trainer(type(self).__name__, trainer)
+            warn_of_batch_norm(trainer.lightning_module)
+        super().setup(trainer)
+
+    @override
+    def parallelize(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        sample = sample_batch(module.trainer) if self.sizes.pipeline > 1 else None
+        if sample is not None:
+            name, batch = sample
+            with self.refusals():
+                self.pipeline = self._cut(name, batch)
+            self._steps = PipelineSteps(self, self.pipeline)
+            self._undo_patches.enter_context(self._steps.metrics())
+            if module.trainer.state.fn == TrainerFn.FITTING:
+                self._undo_patches.enter_context(self._steps.in_loop())
+        super().parallelize()
+
+    def _cut(self, name: str, batch: Any) -> Pipeline:
+        mesh = self.mesh.pipeline
+        samples = batch_size(batch)
+        count = number_of_micro_batches(self.microbatches, self.schedule, mesh.size(), samples, is_first=True)
+        assert self.lightning_module is not None
+        return Pipeline(
+            self.lightning_module,
+            partial(self.call_on, name, (0,)),
+            split_evenly(batch, count)[0],
+            group=mesh.get_group(),
+            device=self.root_device,
+            schedule=self.schedule,
+            split=self.split,
+            prepare=_silence,
+            around=self._around_backward,
+        )
+
+    def _around_backward(self, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last else self.block_backward_sync()
+
+    @override
+    def undo(self, gather: bool) -> None:
+        super().undo(gather)
+        if self.pipeline is not None:
+            self.pipeline.undo(gather)
+        self.pipeline = self._steps = None
+
+    @override
+    def teardown(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        # After a failure other stages' parameters stay on the meta device, which cannot be moved to the CPU.
+        with replaced(module, cpu=partial(_to_cpu, module)):
+            super().teardown()
+
+    # Steps
+
+    def call_on(self, name: str, rest: tuple[Any, ...], module: nn.Module, batch: Any) -> Any:
+        """Run a step on a module (or its shadow), with the precision of the trainer."""
+        with self.precision_plugin.forward_context():
+            return getattr(module, name)(batch, *rest)
+
+    @override
+    def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._steps is None or name == "training_step":
+            return super().run_step(name, *args, **kwargs)
+        batch, *rest = (*args, *kwargs.values())
+        with self.refusals(undo=False):
+            return self._steps.evaluate(name, batch, tuple(rest), partial(super().run_step, name))
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
+        assert self.lightning_module is not None
+        if self._steps is None or not self._steps.captures:
+            super().backward(closure_loss, optimizer, *args, **kwargs)
+            return
+        self.pre_backward(closure_loss)
+        self._steps.capture(self.precision_plugin.pre_backward(closure_loss, self.lightning_module))
+
+
+def _to_cpu(module: nn.Module) -> nn.Module:
+    return module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
+
+
+def _silence(shadow: nn.Module) -> None:
+    """Let what a step logs and measures in a run without data have no effect."""
+    for submodule in shadow.modules():
+        if isinstance(submodule, Metric):
+            vars(submodule).update(forward=_zero, update=_zero, compute=_zero)
+    vars(shadow).update(log=_zero, log_dict=_zero)
+
+
+def _zero(*_: Any, **__: Any) -> Tensor:
+    return torch.zeros(())

@@ -1,0 +1,57 @@
+"""What a pipeline asks of a trainer and a module before anything is taken apart."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_memopt.callbacks.micro_batching import MicroBatching
+from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward
+from lightning_memopt.parallel.agreement import find_batch_norms
+
+
+def check_trainer(strategy: str, trainer: pl.Trainer) -> None:
+    """Refuse what a pipeline cannot train with.
+
+    Raises:
+        MisconfigurationException: Says what, why, and what to do.
+    """
+    if problem := _find_problem(trainer, trainer.lightning_module):
+        raise MisconfigurationException(f"{strategy}: {problem}")
+
+
+def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        return (
+            f"`{name}` optimizes manually (`automatic_optimization = False`), and a pipeline runs forward and "
+            "backward of many micro-batches in an order of its own; use `memopt_zero3`."
+        )
+    if is_overridden("backward", module):
+        return (
+            f"`{name}` has a `backward` of its own, and a pipeline's backward is that of each stage by itself; scale "
+            "the loss in `training_step`, or use `memopt_zero3`."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MicroBatching):
+            return (
+                "MicroBatching cannot work here: the pipeline splits batches into micro-batches itself. Leave it "
+                "out, and give `microbatches=`."
+            )
+        if isinstance(callback, OptimizerInBackward):
+            return (
+                "OptimizerInBackward cannot work here: gradients are complete only after the last micro-batch. Use "
+                "LowBitOptimizer to save optimizer memory."
+            )
+    return None
+
+
+def warn_of_batch_norm(module: pl.LightningModule) -> None:
+    """Say that statistics are those of micro-batches."""
+    names = find_batch_norms(module)
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        rank_zero_warn(
+            f"`{names[0]}`{more} normalizes over the micro-batch instead of the batch, so training differs from one "
+            "device with the same batches; GroupNorm or LayerNorm would not."
+        )

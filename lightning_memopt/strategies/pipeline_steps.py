@@ -1,0 +1,242 @@
+"""Lightning's steps through a pipeline: one batch, its micro-batches, what they log and return, on every rank."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_any, tree_map
+from torchmetrics import Metric
+
+from lightning_memopt.callbacks.micro_batch_metrics import LogRecord, LogsOfMicroBatches
+from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.parallel.pipeline.pipeline import Pipeline
+from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
+from lightning_memopt.parallel.pipeline.stubs import is_stub
+from lightning_memopt.techniques.batches import batch_size, detached, merge_outputs, split_evenly, weigh
+
+if TYPE_CHECKING:
+    from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
+
+
+class PipelineSteps:
+    """Runs each batch of a trainer through a pipeline.
+
+    Args:
+        strategy: Whose it is.
+        pipeline: What runs.
+    """
+
+    def __init__(self, strategy: "PipelineParallelStrategy", pipeline: Pipeline) -> None:
+        assert strategy.lightning_module is not None
+        self._strategy = strategy
+        self._pipeline = pipeline
+        self._module: pl.LightningModule = strategy.lightning_module
+        self._trainer = self._module.trainer
+        self._captured: Tensor | None = None
+        self._captures = False
+        self._stale: set[Metric] = set()
+
+    # What Lightning calls
+
+    @contextmanager
+    def in_loop(self) -> Iterator[None]:
+        """Within the block the training loop's closures are these."""
+        with ExitStack() as stack:
+            optimization = self._trainer.fit_loop.epoch_loop.automatic_optimization
+            stack.enter_context(replaced(optimization, _make_closure=self._make_closure))
+            yield
+
+    @contextmanager
+    def metrics(self) -> Iterator[None]:
+        """Within the block metrics compute on every rank from what the last stage gave them."""
+        with ExitStack() as stack:
+            for metric in self._module.modules():
+                if isinstance(metric, Metric):
+                    stack.enter_context(replaced(metric, compute=partial(self._compute, metric, metric.compute)))
+            yield
+
+    @property
+    def captures(self) -> bool:
+        """Whether a backward is to be kept for the schedule."""
+        return self._captures
+
+    def capture(self, loss: Tensor) -> None:
+        """In place of a backward: keep the loss, scaled as it is to be, for the backward of the schedule."""
+        self._captured = loss
+
+    def evaluate(self, name: str, batch: Any, rest: tuple[Any, ...], run: Callable[..., Any]) -> Any:
+        """Run a step without backward, and return what it returns for the batch on every rank."""
+        pieces, sizes, weights = self._split(batch, counts_samples=False)
+        outputs: list[Any] = []
+
+        def step(index: int, is_last: bool) -> Tensor:
+            logs.weight = weights[index]
+            output = run(pieces[index], *rest)
+            if is_last:
+                outputs.append(detached(output))
+            return torch.zeros(())
+
+        with self._logging() as logs:
+            self._pipeline.evaluate(self._call(name, rest), self._key(name, rest), pieces, step)
+        merged = merge_outputs(outputs, sizes, weights) if outputs else None
+        return self._finish(merged, logs)
+
+    # Training
+
+    def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> Closure:
+        return Closure(step_fn=partial(self._train, kwargs, optimizer, batch_idx))
+
+    def _train(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> ClosureResult:
+        optimization = self._trainer.fit_loop.epoch_loop.automatic_optimization
+        zero_grad = optimization._make_zero_grad_fn(batch_idx, optimizer)
+        if zero_grad is not None:
+            zero_grad()  # before the forward, since the first backward comes before the last forward
+        backward = optimization._make_backward_fn(optimizer)
+        pieces, sizes, weights = self._split(kwargs["batch"], counts_samples=True)
+        rest = tuple(value for key, value in kwargs.items() if key != "batch")
+        outputs: list[Any] = []
+        after_first = ExitStack()
+
+        def step(index: int, is_last: bool) -> Tensor:
+            logs.weight = weights[index]
+            result = self._step_of(optimization, kwargs | {"batch": pieces[index]})
+            assert is_last and result.closure_loss is not None
+            outputs.append(detached({"loss": result.closure_loss, "extra": result.extra}))
+            return self._scaled(backward, weigh(result.closure_loss, weights[index]), after_first)
+
+        with self._logging() as logs, after_first:
+            runs = self._pipeline.train if backward is not None else self._pipeline.evaluate
+            if backward is not None and not self._has_last_stage:
+                self._scaled(backward, torch.zeros((), device=self._pipeline.device), after_first)
+            runs(self._call("training_step", rest), self._key("training_step", rest), pieces, step)
+        if backward is not None and not self._trainer.fit_loop._should_accumulate():
+            self._pipeline.sum_shared_gradients()
+        output = self._finish(merge_outputs(outputs, sizes, weights) if outputs else None, logs)
+        if backward is not None:
+            self._strategy.post_backward(output["loss"])
+            self._strategy.precision_plugin.post_backward(output["loss"], self._module)
+        return ClosureResult(output["loss"], extra=output["extra"])
+
+    def _step_of(self, optimization: Any, kwargs: Any) -> ClosureResult:
+        fx = self._module._current_fx_name
+        try:
+            return optimization._make_step_fn(kwargs)()
+        finally:
+            self._module._current_fx_name = fx  # Lightning does not put it back where a stage unwinds the step
+
+    def _scaled(self, backward: Callable[[Tensor], None] | None, loss: Tensor, after_first: ExitStack) -> Tensor:
+        """The loss as the backward of the strategy, the precision plugin and callbacks would scale it."""
+        if backward is None:
+            return loss
+        self._captures = True
+        try:
+            backward(loss)
+        finally:
+            self._captures = False
+        assert self._captured is not None
+        scaled, self._captured = self._captured, None
+        for listener in (*self._trainer.callbacks, self._module):  # type: ignore[attr-defined]
+            after_first.enter_context(replaced(listener, on_before_backward=_do_nothing))
+        return scaled
+
+    # What ranks tell each other
+
+    @property
+    def _has_last_stage(self) -> bool:
+        return dist.get_rank() == self._pipeline.last_rank
+
+    def _finish(self, output: Any, logs: LogsOfMicroBatches) -> Any:
+        """Give every rank what the last stage returned and logged."""
+        self._stale = {metric for metric in self._module.modules() if isinstance(metric, Metric)}
+        records = logs.records() if self._has_last_stage else []
+        output, records = self._from_last_stage((output, records))
+        results = self._trainer._results
+        metrics = dict(self._module.named_modules())
+        for record in records:
+            value = record.value
+            if record.is_metric:
+                metric: Any = metrics[record.options["metric_attribute"]]
+                metric._forward_cache, value = value, metric
+            assert results is not None
+            results.log(record.fx, record.name, value, sync_dist_fn=self._strategy.reduce, **record.options)
+        return output
+
+    def _from_last_stage(self, value: Any) -> Any:
+        told = [tree_map(_to_host, value, is_leaf=_is_record)] if self._has_last_stage else [None]
+        dist.broadcast_object_list(told, src=self._pipeline.last_rank, group=self._pipeline.group)
+        return tree_map(self._to_device, told[0], is_leaf=_is_record)
+
+    def _to_device(self, leaf: Any) -> Any:
+        if isinstance(leaf, LogRecord):
+            leaf.value = tree_map(self._to_device, leaf.value)
+            return leaf
+        return leaf.to(self._pipeline.device) if isinstance(leaf, Tensor) else leaf
+
+    def _compute(self, metric: Metric, compute: Callable[[], Any]) -> Any:
+        """In place of a metric's: with the states that it has on the last stage."""
+        if not self._pipeline.is_running and metric in self._stale:
+            self._stale.discard(metric)
+            states = {name: getattr(metric, name) for name in (*metric._defaults, "_update_count")}
+            for name, value in self._from_last_stage(states).items():
+                setattr(metric, name, value)
+            metric._computed = None
+        return compute()
+
+    @contextmanager
+    def _logging(self) -> Iterator[LogsOfMicroBatches]:
+        logs = LogsOfMicroBatches()
+        results = self._trainer._results
+        with nullcontext() if results is None else replaced(results, log=logs.log):
+            yield logs
+
+    # Batches
+
+    def _split(self, batch: Any, counts_samples: bool) -> tuple[list[Any], list[int | None], list[float | Tensor]]:
+        strategy = self._strategy
+        try:
+            samples = batch_size(batch)
+        except ValueError:
+            if counts_samples:
+                raise
+            return [batch], [None], [1.0]
+        count = number_of_micro_batches(
+            strategy.microbatches, self._pipeline.schedule, dist.get_world_size(self._pipeline.group), samples
+        )
+        pieces = split_evenly(batch, count)
+        counts = [strategy.count(piece) for piece in pieces] if counts_samples else [batch_size(p) for p in pieces]
+        total = sum(counts)
+        total = torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total or 1
+        return pieces, [batch_size(piece) for piece in pieces], [counted / total for counted in counts]
+
+    def _call(self, name: str, rest: tuple[Any, ...]) -> Callable[[Any, Any], Any]:
+        return partial(self._strategy.call_on, name, rest)
+
+    def _key(self, name: str, rest: tuple[Any, ...]) -> Any:
+        return name, rest[1:]  # the first of the rest is the number of the batch
+
+
+def _is_record(leaf: Any) -> bool:
+    return isinstance(leaf, LogRecord)
+
+
+def _to_host(leaf: Any) -> Any:
+    if isinstance(leaf, LogRecord):
+        if tree_any(is_stub, leaf.value):
+            raise ValueError(
+                f"`{leaf.name}` is logged from a value that is computed before the last stage, which has no values "
+                "of it; log what the loss is computed from."
+            )
+        return LogRecord(leaf.fx, leaf.name, tree_map(_to_host, leaf.value), leaf.is_metric, leaf.options)
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def _do_nothing(*_: Any) -> None:
+    pass

@@ -1,0 +1,110 @@
+"""A plan says what is split, why the rest is not, and how many bytes each rank holds."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt.demo.model import GPT
+from lightning_memopt.parallel.tensor.describe import describe_plan
+from lightning_memopt.parallel.tensor.plan import find_tensor_plan
+from tests.zoo import ZOO
+
+
+def _styles(plan):
+    return {name: entry.style for name, entry in plan.entries.items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert_qa", "t5", "vit", "captioner", "encoder", "mlp", "gan"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_holds_its_share_of_each_split_layer(name, size):
+    plan = find_tensor_plan(ZOO[name].build(), size)
+    split = [entry for entry in plan.entries.values() if entry.style != "whole"]
+    whole, rank = (sum(getattr(entry, key) for entry in split) for key in ("whole_bytes", "rank_bytes"))
+    assert whole > 0
+    assert rank <= whole * (1 / size + 0.05)
+
+
+def test_heads_that_cannot_be_dealt_out_leave_their_attention_whole_and_say_so():
+    plan = find_tensor_plan(ZOO["llama"].build(), 4)
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        entry = plan.entries[f"model.model.layers.0.self_attn.{projection}"]
+        assert entry.style == "whole"
+        assert entry.reason == "2 key and value heads cannot be dealt out to 4 ranks"
+    assert plan.entries["model.model.layers.0.mlp.gate_proj"].style == "colwise"
+    three = find_tensor_plan(ZOO["encoder"].build(), 3)
+    assert three.entries["encoder.layers.0.self_attn"].reason == "4 heads cannot be dealt out to 3 ranks"
+    assert "64 rows do not divide by 3" in describe_plan(three)
+
+
+def test_a_weight_that_is_read_past_its_modules_call_stays_whole():
+    plan = find_tensor_plan(GPT(2, 32, 4, 64), 2)
+    assert plan.entries["positions"].reason == "GPT reads its weight past its call"
+    mamba = find_tensor_plan(ZOO["mamba"].build(), 2)
+    mixer = "model.backbone.layers.0.mixer"
+    assert "MambaMixer" in mamba.entries[f"{mixer}.in_proj"].reason
+    assert "MambaMixer" in mamba.entries[f"{mixer}.dt_proj"].reason
+
+
+def test_tied_weights_are_split_alike_or_not_at_all():
+    tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
+    tied[1].weight = tied[0].weight
+    assert _styles(find_tensor_plan(tied, 2)) == {"0": "vocab", "1": "colwise"}
+    assert _styles(find_tensor_plan(tied, 2, {"1": "rowwise"})) == {"0": "whole", "1": "whole"}
+    plan = find_tensor_plan(tied, 2, {"0": "whole"})
+    assert plan.entries["1"].reason == "tied to `0`, which is not split like it"
+
+
+def test_a_pair_that_loses_a_layer_loses_both():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+            self.norm.bias = self.fc1.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.fc2(self.fc1(x)))
+
+    plan = find_tensor_plan(Tied(), 2)
+    assert plan.is_empty and not plan.groups
+    assert "`fc1`, with which it would be split" in plan.entries["fc2"].reason
+
+
+def test_the_users_word_is_kept():
+    net = ZOO["mlp"].build()
+    assert _styles(find_tensor_plan(net, 2, {"net.*": "whole"}))["net.0"] == "whole"
+    assert _styles(find_tensor_plan(net, 2, {"net": "whole", "net.5": "rowwise"})) == {
+        "net.0": "whole", "net.3": "whole", "net.5": "rowwise",
+    }  # fmt: skip
+    assert [group.names for group in find_tensor_plan(net, 2, {"net.0": "rowwise"}).groups] == [("net.3", "net.5")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"nett": "whole"}, "'nett' matches no submodule with parameters; there are, for example, 'net.0'"),
+        ({"net.0": "columns"}, "'columns' is no style; choose one of 'colwise', 'rowwise', 'whole'"),
+    ],
+)
+def test_overrides_that_cannot_be_are_refused_by_name(overrides, said):
+    with pytest.raises(ValueError, match=said):
+        find_tensor_plan(ZOO["mlp"].build(), 2, overrides)
+
+
+def test_an_override_that_does_not_divide_or_is_no_linear_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"`net.5` is to be 'colwise' and cannot be split: 4 outputs do not divide"):
+        find_tensor_plan(ZOO["mlp"].build(), 3, {"net.5": "colwise"})
+    with pytest.raises(ValueError, match="`lstm` is to be 'rowwise' and cannot be split: LSTM"):
+        find_tensor_plan(ZOO["lstm"].build(), 2, {"lstm": "rowwise"})
+    with pytest.raises(ValueError, match="`embed` is to be 'colwise' and cannot be split: an embedding"):
+        find_tensor_plan(ZOO["lstm"].build(), 2, {"embed": "colwise"})
+
+
+def test_the_description_has_a_line_for_each_module_and_the_sums():
+    text = describe_plan(find_tensor_plan(ZOO["mlp"].build(), 2))
+    lines = text.splitlines()
+    assert [line.split()[:4] for line in lines[1:4]] == [
+        ["net.0", "colwise", "4,352", "2,176"],
+        ["net.3", "rowwise", "16,640", "8,448"],
+        ["net.5", "colwise", "1,040", "520"],
+    ]
+    assert lines[-1].split()[3:5] == ["22,032", "11,144"]

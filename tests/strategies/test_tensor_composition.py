@@ -1,0 +1,64 @@
+"""Single-device techniques inside tensor parallel training: the numbers of one device, or a refusal by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_memopt as memopt
+from lightning_memopt.parallel.mesh import MeshSizes
+from tests.distributed import run_on_ranks
+from tests.strategies.parity import fit_zoo
+from tests.strategies.test_data_composition import TECHNIQUES as OF_DATA_PARALLEL
+from tests.strategies.test_data_composition import TOLERANCE
+from tests.zoo import ZOO
+
+TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
+    **OF_DATA_PARALLEL,
+    "checkpointing_budget": lambda: {"extra": [memopt.ActivationCheckpointing("budget", budget=0.5)]},
+    "bf16_mixed": lambda: {"precision": "bf16-mixed"},
+    "half_kahan": lambda: {"plugins": [memopt.HalfPrecision("bf16", rounding="kahan")]},
+    "clip_by_value": lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+}
+REFUSED = {
+    "optimizer_in_backward": (
+        lambda: {
+            "extra": [memopt.OptimizerInBackward()],
+            "accumulate_grad_batches": 1,
+            "gradient_clip_val": None,
+        },
+        "OptimizerInBackward cannot work here: TensorParallelStrategy",
+    ),
+    "low_bit_optimizer": (
+        lambda: {"extra": [memopt.LowBitOptimizer(8)]},
+        "LowBitOptimizer cannot work here.*DTensor",
+    ),
+}
+TENSOR = {"strategy": "memopt_tp", "sizes": MeshSizes(tensor=2)}
+
+
+@pytest.mark.parametrize("zoo", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_each_technique_gives_the_losses_of_one_device(zoo):
+    def losses(ranks: int, **strategy: Any) -> dict[str, np.ndarray]:
+        return {
+            name: fit_zoo(ZOO[zoo], ranks, 4, **strategy, **options()).losses for name, options in TECHNIQUES.items()
+        }
+
+    one_device = run_on_ranks(lambda: losses(1), 1, deadline_seconds=120)[0]
+    for two_ranks in run_on_ranks(lambda: losses(2, **TENSOR), 2, deadline_seconds=240):
+        for name, expected in one_device.items():
+            tolerance = TOLERANCE.get(name, 1e-3 if "16" in name or "half" in name else 1e-5)
+            np.testing.assert_allclose(two_ranks[name], expected, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_whole_parameters_refuses_parts_by_name(name):
+    options, said = REFUSED[name]
+
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=said):
+            fit_zoo(ZOO["gpt2"], 2, 1, **TENSOR, **options())
+
+    run_on_ranks(fit, 2)
