@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a temporary name, fsync, a rename; of directories, a manifest at the end."""
+"""Checkpoints that are whole or not there: a temporary name, fsync, a rename; in directories, a manifest last."""
 
 import errno
 import json
@@ -23,7 +23,6 @@ def save_file(checkpoint: Any, path: str | os.PathLike[str]) -> None:
         OSError: The disk is full (the message has the bytes needed and free) or cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, bytes_of(checkpoint)) as temporary, temporary.open("wb") as file:
         # A file, not a name: torch's own writer says nothing of why it failed.
         torch.save(checkpoint, file)
@@ -38,6 +37,7 @@ def replacing(path: Path, needed_bytes: int) -> Iterator[Path]:
         needed_bytes: How much will be written, for the message when the disk is full.
     """
     temporary = temporary_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
     try:
         with disk_full_said(path, needed_bytes, temporary):
@@ -65,8 +65,8 @@ def disk_full_said(path: Path, needed_bytes: int, temporary: Path) -> Iterator[N
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             errno.ENOSPC,
-            f"The disk is full: `{path}` needs {needed_bytes:,} bytes and {free:,} are free there. Nothing is left of "
-            "it and older checkpoints are whole; make room, or save elsewhere or less (`save_weights_only=True`)",
+            f"The disk is full: `{path}` needs {needed_bytes:,} bytes and {free:,} are free there. Nothing is left "
+            "of it and older checkpoints are whole; make room, or save elsewhere or less (`save_weights_only=True`)",
         ) from error
 
 
@@ -113,7 +113,7 @@ def remove(path: Path) -> None:
 
 
 def is_whole(path: str | os.PathLike[str]) -> bool:
-    """Whether the checkpoint at ``path`` was written to its end: a file's index, or a directory's sizes, are right."""
+    """Whether the checkpoint at ``path`` was written to its end: a file's index or a directory's sizes are right."""
     path = Path(path)
     if not path.is_dir():
         return path.is_file() and zipfile.is_zipfile(path)  # the index is at the end of the file

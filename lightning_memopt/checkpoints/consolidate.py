@@ -18,8 +18,8 @@ _MAP_SHARED = 1  # of mmap(2), which Python's `mmap` has on POSIX only
 
 _SAFETENSORS_TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
 
@@ -41,7 +41,6 @@ def consolidate(directory: str | os.PathLike[str], out: str | os.PathLike[str]) 
     checkpoint = ShardedCheckpoint(directory)
     layout = _with_places(checkpoint)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(_bytes_of(about) for about in checkpoint.tensors.values())
     with replacing(out, needed) as temporary:
         with FakeTensorMode(), skip_data(materialize_fake_tensors=True), temporary.open("wb") as file:
@@ -87,7 +86,6 @@ def consolidate_to_safetensors(directory: str | os.PathLike[str], out: str | os.
     text += b" " * (-len(text) % 16 + 8)  # with the length before it a multiple of 16
     size = 8 + len(text) + end
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out, size) as temporary:
         temporary.write_bytes(len(text).to_bytes(8, "little") + text)
         _reserve(temporary, size)

@@ -1,8 +1,8 @@
-"""A sharded checkpoint: a directory of ``torch.distributed.checkpoint``, and one file for all that is no tensor of it.
+"""A sharded checkpoint: a directory of ``torch.distributed.checkpoint``, and one file for the rest.
 
 Weights lie under ``weights/NAME`` and optimizer state under ``optimizer/NUMBER/PARAMETER/KEY``, by the names that the
-user wrote. The file (``rest.ckpt``) is the remainder of Lightning's checkpoint; under ``memopt_sharded`` it says how the
-optimizers number their parameters and which names are tied. Nothing is read that could run code: the index that torch
+user wrote. The file (``rest.ckpt``) is the remainder of Lightning's checkpoint; under ``memopt_sharded`` it says how
+the optimizers number their parameters and which names are tied. Nothing is read that could run code: the index that torch
 pickles may name only the classes that it is made of, and there are no entries but tensors.
 """
 
@@ -174,8 +174,8 @@ def full_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`{path}` holds more than tensors and plain values, which is not read because it could run code: {error} "
-            "Save it without such objects (`save_hyperparameters(ignore=...)`), or allow them by "
+            f"`{path}` holds more than tensors and plain values, which is not read because it could run code: "
+            f"{error} Save it without such objects (`save_hyperparameters(ignore=...)`), or allow them by "
             "`torch.serialization.add_safe_globals`."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

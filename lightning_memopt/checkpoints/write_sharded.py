@@ -30,8 +30,8 @@ def split_checkpoint(
     """Part Lightning's checkpoint into the tensors that ranks write and what rank 0 writes; all ranks together.
 
     Args:
-        checkpoint: With ``state_dict`` and ``optimizer_states`` as this rank has them: shards, and tensors on the meta
-            device for what other ranks hold.
+        checkpoint: With ``state_dict`` and ``optimizer_states`` as this rank has them: shards, and meta tensors
+            for what other ranks hold.
         module: Whose parameters have the names.
         optimizers: Of ``optimizer_states``, in their order.
     """

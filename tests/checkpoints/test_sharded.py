@@ -23,7 +23,8 @@ _LARGEST, _COUNT, _SLACK = 8 * MIB, 16, 40 * MIB
 
 def _consolidate_capped(*arguments: str) -> int:
     """Run the command with room for one tensor. What maps the file itself is not private data, and not counted."""
-    used = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith("VmData"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (used + _LARGEST + _SLACK, resource.RLIM_INFINITY))
     return main(["consolidate", *arguments])
 
