@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
     from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
+    from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
+    from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
     from lightning_memopt.planning.predict import measure_memory as measure_memory
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.strategies.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
     from lightning_memopt.strategies.pipeline import PipelineParallelStrategy as PipelineParallelStrategy
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ActivationCheckpointing": "callbacks.checkpointing",
     "ActivationOffload": "callbacks.offload",
+    "AtomicCheckpointIO": "strategies.checkpoint_io",
     "ChunkedLoss": "callbacks.chunked_loss",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
@@ -48,6 +52,8 @@ _HOME = {
     "PipelineParallelStrategy": "strategies.pipeline",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
+    "full_state_dict": "checkpoints.sharded",
+    "latest_checkpoint": "checkpoints.atomic",
     "measure_memory": "planning.predict",
     "predict_memory": "planning.predict",
     "track_memory": "memory.track",

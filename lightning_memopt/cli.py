@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lightning_memopt.__about__ import __version__
+from lightning_memopt.checkpoints import command as consolidate
 from lightning_memopt.demo import command as demo
 
 USAGE_ERROR = 2
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_parser(commands)
+    consolidate.add_parser(commands)
     options = parser.parse_args(arguments)
     # torch 2.13's profiler writes two lines each time it starts; it reads its log level once, when torch is loaded.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

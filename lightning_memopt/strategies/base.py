@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.init import _materialize_distributed_module
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -31,20 +28,15 @@ from lightning_memopt.parallel.agreement import (
     gather_values,
 )
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
-from lightning_memopt.parallel.gather import (
-    gather_module_state,
-    gather_optimizer_state,
-    shard_module_state,
-    shard_optimizer_state,
-)
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.parallel.verdict import RankFailure
 from lightning_memopt.parallel.watch import RankWatch
+from lightning_memopt.strategies.saving import SavingStrategy
 from lightning_memopt.strategies.termination import stopping_together
 
 
-class MemoptStrategy(DDPStrategy):
+class MemoptStrategy(SavingStrategy):
     """Processes, process groups and devices as Lightning's ``DDPStrategy`` has them; the rest is the subclass's.
 
     Args:
@@ -52,7 +44,9 @@ class MemoptStrategy(DDPStrategy):
             error that names it; see :class:`~lightning_memopt.parallel.watch.RankWatch`.
         stuck_seconds: Likewise for a rank that lives and that all others have waited for for so long; ``None``: only
             when ``timeout`` ends a collective, since a long validation on one rank looks the same.
-        **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
+        **options: ``save="full"``, ``"sharded"`` or ``"async"`` (see
+            :class:`~lightning_memopt.strategies.saving.SavingStrategy`), and what Lightning's ``DDPStrategy`` takes:
+            ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
     """
 
@@ -71,11 +65,6 @@ class MemoptStrategy(DDPStrategy):
     @abstractmethod
     def sizes(self) -> MeshSizes:
         """How many ways each kind of parallelism divides the ranks; known once the number of ranks is."""
-
-    @property
-    @abstractmethod
-    def splits_module(self) -> bool:
-        """Whether ranks hold different parts of one module while it trains."""
 
     @property
     def evaluates_together(self) -> bool:
@@ -312,35 +301,6 @@ class MemoptStrategy(DDPStrategy):
         self._watch.enter(f"saving of {filepath}")
         super().save_checkpoint(checkpoint, filepath, storage_options)
         self._watch.enter("what follows saving a checkpoint")
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if not self.splits_module:
-            return super().lightning_module_state_dict()
-        assert self.lightning_module is not None
-        return gather_module_state(self.lightning_module, keep=self.is_global_zero)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self.splits_module:
-            assert self.lightning_module is not None
-            state = shard_module_state(checkpoint["state_dict"], self.lightning_module)
-            checkpoint = {**checkpoint, "state_dict": state}
-        super().load_model_state_dict(checkpoint, strict=strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not self.splits_module:
-            return super().optimizer_state(optimizer)
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        return gather_optimizer_state(optimizer, keep=self.is_global_zero)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
-        _optimizers_to_device(self.optimizers, self.root_device)
 
     # What ranks tell each other
 
