@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
-from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_any, tree_map
@@ -61,9 +60,7 @@ class PipelineSteps:
         with ExitStack() as stack:
             for metric in self._module.modules():
                 if isinstance(metric, Metric):
-                    stack.enter_context(
-                        replaced(metric, compute=partial(self._compute, metric, metric.compute))
-                    )
+                    stack.enter_context(replaced(metric, compute=partial(self._compute, metric, metric.compute)))
             yield
 
     @property
