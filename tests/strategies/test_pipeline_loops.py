@@ -1,4 +1,4 @@
-"""What users see of a pipeline beside the weights: logs, callbacks, metrics, outputs, on every rank as on one device."""
+"""What users see of a pipeline beside weights: logs, callbacks, metrics, outputs, on every rank as on one device."""
 
 from pathlib import Path
 from typing import Any

@@ -82,7 +82,9 @@ def test_what_cannot_be_pipelined_is_refused_by_name_on_all_ranks(name, strategy
     run_on_ranks(refuse, 2)
 
 
-@pytest.mark.parametrize("argument", [{"schedule": "dualpipe"}, {"microbatches": 0}, {"split": []}, {"normalize": "x"}])
+@pytest.mark.parametrize(
+    "argument", [{"schedule": "dualpipe"}, {"microbatches": 0}, {"split": []}, {"normalize": "x"}]
+)
 def test_a_bad_argument_is_refused_when_it_is_given(argument):
     with pytest.raises(MisconfigurationException, match=next(iter(argument))):
         memopt.PipelineParallelStrategy(**argument)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.pipeline.stubs import is_stub
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.strategies.parity import fit_zoo
@@ -61,7 +62,7 @@ class _Saved(Callback):
 
         parameters = {p.data_ptr() for p in module.parameters() if not p.is_meta}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: t if t.device.type == "meta" or t.data_ptr() in parameters else Kept(t),
+            lambda t: t if is_stub(t) or t.data_ptr() in parameters else Kept(t),
             lambda kept: kept.tensor if isinstance(kept, Kept) else kept,
         )
         self._hooks.__enter__()
@@ -96,8 +97,8 @@ def test_live_activations_are_bounded_by_stages_under_1f1b_and_grow_with_micro_b
 def test_checkpointing_inside_stages_keeps_less():
     plain = _activations("1f1b", 4)
     recomputed = _activations("1f1b", 4, memopt.ActivationCheckpointing("full"))
-    assert recomputed[0] < 0.4 * plain[0]
-    assert recomputed[1] < 0.8 * plain[1]  # which has the head and the loss, too
+    assert recomputed[0] < 0.1 * plain[0]
+    assert recomputed[1] < 0.3 * plain[1]  # which has the head and the loss, too
 
 
 class _SaveAt(Callback):
@@ -150,7 +151,12 @@ def test_after_fit_the_module_is_the_users_on_every_rank_and_after_an_exception_
         for callbacks in ([], [_Raise()]):
             module = entry.build()
             classes = [type(submodule) for submodule in module.modules()]
-            options = {"devices": 2, "strategy": "memopt_pp", "callbacks": callbacks, "use_distributed_sampler": False}
+            options = {
+                "devices": 2,
+                "strategy": "memopt_pp",
+                "callbacks": callbacks,
+                "use_distributed_sampler": False,
+            }
             if callbacks:
                 with pytest.raises(RuntimeError, match="as asked"):
                     train(module, entry.loader(2), steps=1, **options)
