@@ -187,13 +187,14 @@ class PipelineParallelStrategy(MemoptStrategy):
             return self._steps.evaluate(name, batch, tuple(rest), partial(super().run_step, name))
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         if self._steps is None or not self._steps.captures:
-            super().backward(closure_loss, optimizer, *args, **kwargs)
-            return
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         self.pre_backward(closure_loss)
-        self._steps.capture(self.precision_plugin.pre_backward(closure_loss, self.lightning_module))
+        scaled = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self._steps.capture(scaled)
+        return scaled
 
 
 def _to_cpu(module: nn.Module) -> nn.Module:

@@ -28,6 +28,7 @@ class Chain:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
         self.observer: Observer | None = None
+        self._is_inside = False
         self._index = {module: index for index, module in enumerate(self.modules)}
         self._classes = [type(module) for module in self.modules]
         linked = {cls: self._linked(cls) for cls in set(self._classes)}
@@ -46,9 +47,17 @@ class Chain:
             def own(*args: Any, **kwargs: Any) -> Any:
                 return cls.__call__(module, *args, **kwargs)
 
-            if chain.observer is None:
+            def entered(*args: Any, **kwargs: Any) -> Any:
+                chain._is_inside = True
+                try:
+                    return own(*args, **kwargs)
+                finally:
+                    chain._is_inside = False
+
+            # What a link calls by itself is its own: a copy of it that is profiled, or it again.
+            if chain.observer is None or chain._is_inside or module not in chain._index:
                 return own(*args, **kwargs)
-            return chain.observer.called(chain._index[module], own, args, kwargs)
+            return chain.observer.called(chain._index[module], entered, args, kwargs)
 
         names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         return type(cls.__name__, (cls,), names)

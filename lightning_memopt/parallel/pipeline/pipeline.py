@@ -174,7 +174,9 @@ class Pipeline:
         }
         self._parameters_of_stage = of_stage
         freed = free_in_place(self.module, others)
-        self._flags = [(p, self._stubs[p]) for p in self.module.parameters() if p in self._stubs]
+        self._flags: list[tuple[Tensor, Tensor]] = [
+            (p, self._stubs[p]) for p in self.module.parameters() if p in self._stubs
+        ]
         self._flags += [(meta, self._stubs[p]) for p, meta in freed.items() if isinstance(p, nn.Parameter)]
         stubs = {meta: self._stubs[tensor] for tensor, meta in freed.items()}
         self._freed = [(owner, name, meta, stubs[meta]) for owner, name, meta in find_places(self.module, stubs)]
@@ -209,6 +211,7 @@ class Pipeline:
             self._around,
             [self._metas(self._of_batch[0], stage)],
             [self._metas(self._of_batch[0], stage + 1)],
+            splits_backward=self.schedule == "zbv",
         )
 
     def _metas(self, shapes: Shapes, stage: int) -> list[Tensor]:
@@ -270,4 +273,4 @@ class Pipeline:
 def _kind(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype
-    return leaf if isinstance(leaf, int | float | str | bool | type(None)) else type(leaf)
+    return leaf if isinstance(leaf, int | float | str | bool | type(None)) else str(type(leaf))

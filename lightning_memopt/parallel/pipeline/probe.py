@@ -55,9 +55,10 @@ def find_links(module: nn.Module, run: Step) -> list[str]:
     order = _order_of_calls({*blocks, *layers}, run)
     for candidates in (blocks, layers):
         known = set(candidates)
-        once = [names[m] for m in order if m in known and order.count(m) == 1]
-        if len(once) > 1:
-            return once
+        once = [m for m in order if m in known and order.count(m) == 1]
+        links = [names[m] for m in once if not any(other is not m and other in once for other in m.modules())]
+        if len(links) > 1:
+            return links
     raise ValueError(
         f"{type(module).__name__} has nothing to cut before: of its modules with parameters, the step calls "
         f"{', '.join(f'`{names[m]}`' for m in dict.fromkeys(order)) or 'none'}, and a pipeline needs at least two "

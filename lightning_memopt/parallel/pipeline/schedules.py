@@ -39,8 +39,8 @@ def number_of_micro_batches(
 ) -> int:
     """How many micro-batches a batch of ``samples`` is split into.
 
-    ``"auto"`` takes four for each rank, with which a rank idles for less than a fifth of the time, or as many as there
-    are samples. A smaller batch than asked for (the last of an epoch) has fewer.
+    ``"auto"`` takes four for each rank, with which a rank idles for less than a fifth of the time, or as many as
+    there are samples. A smaller batch than asked for (the last of an epoch) has fewer.
 
     Args:
         asked: The number, or ``"auto"``.
@@ -95,7 +95,7 @@ def run_forward(stages: Sequence[Stage], count: int, indices: Sequence[Tensor]) 
         stage.prepare_forward_only()
         follows = on_rank.get(stage.stage_index + 1)
         for number in range(count):
-            if stage.stage_index - 1 not in on_rank:
+            if not stage.is_first and stage.stage_index - 1 not in on_rank:
                 _wait_batch_p2p(_batch_p2p(stage.get_fwd_recv_ops(number)))
             output = stage.forward_one_chunk(number, (), {"index": indices[number]}, save_forward_output=False)
             if follows is not None:

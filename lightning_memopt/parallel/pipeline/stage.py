@@ -21,6 +21,10 @@ Around = Callable[[bool], AbstractContextManager[Any]]
 """Makes the context of a backward, from whether it is the stage's last of the batch."""
 
 
+def _nothing_left() -> Callable[..., None]:
+    return lambda: None
+
+
 class StageModule(nn.Module):
     """What torch's stage calls: the user's step by way of ``forward``, and the parameters of the stage."""
 
@@ -53,6 +57,7 @@ class Stage(PipelineStage):
     Attributes:
         inputs: Of each micro-batch, stubs like what is received; set before each run.
         outputs: Of each micro-batch, stubs like what is sent.
+        splits_backward: Whether the schedule differentiates by inputs and by parameters apart.
     """
 
     def __init__(
@@ -65,9 +70,14 @@ class Stage(PipelineStage):
         around: Around,
         inputs: Sequence[Sequence[Tensor]],
         outputs: Sequence[Sequence[Tensor]],
+        splits_backward: bool = False,
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
         self._around = around
+        # torch's backward in two parts finds the gradients of parameters on the paths from what a stage receives to
+        # what it sends, and loses those that get into a second thing sent beside them (an encoder-decoder's position
+        # bias, its decoder's embedding). Such a stage does both parts in the first.
+        is_one = sum(stub.requires_grad for stub in outputs[0]) < 2
         super().__init__(
             module,
             stage,
@@ -76,6 +86,7 @@ class Stage(PipelineStage):
             input_args=tuple(inputs[0]),
             output_args=tuple(outputs[0]),
             group=group,
+            dw_builder=_nothing_left if splits_backward and not is_one else None,
         )
 
     def prepare_forward_only(self) -> None:
@@ -113,12 +124,14 @@ class Stage(PipelineStage):
         self.grad_recv_info[mb_index] = self._gradients_like(mb_index)
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, last_backward: bool = False, **kwargs: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
         """In the context of the strategy's, with the shapes of this micro-batch."""
         self._stage_meta.inputs = extract_tensor_metas(tuple(self.inputs[bwd_chunk_id]))
         self._stage_meta.input_grads = _derive_grad_metas(self._stage_meta.inputs or ())
         with self._around(last_backward):
-            super().backward_one_chunk(bwd_chunk_id, *args, last_backward=last_backward, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self.grad_recv_info.pop(bwd_chunk_id, None)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:

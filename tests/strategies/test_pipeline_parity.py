@@ -1,0 +1,90 @@
+"""A pipeline trains as one device does on the same batches, whatever the schedule, or refuses by name."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_memopt as memopt
+from lightning_memopt.parallel.mesh import MeshSizes
+from tests.distributed import run_on_ranks
+from tests.strategies.parity import Outcome, assert_same_outcome, fit_zoo, on_one_device, on_ranks
+from tests.zoo import ZOO
+
+QUICK = ("mlp", "gpt2", "t5")
+
+
+def _matrix() -> list[object]:
+    return [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, entry in ZOO.items()
+        if entry.automatic and not entry.has_batch_norm
+    ]
+
+
+@pytest.mark.parametrize("name", _matrix())
+def test_two_stages_train_as_one_device(name):
+    for outcome in on_ranks(name, "memopt_pp"):
+        assert_same_outcome(on_one_device(name), outcome)
+
+
+@functools.cache
+def _short(name: str) -> Outcome:
+    return run_on_ranks(lambda: fit_zoo(ZOO[name], 1, 4), 1)[0]
+
+
+def _fit(name: str, ranks: int, steps: int = 4, strategy: dict[str, Any] | None = None, **options: Any) -> Outcome:
+    made = memopt.PipelineParallelStrategy(**(strategy or {}))
+    return fit_zoo(ZOO[name], ranks, steps, sizes=MeshSizes(pipeline=ranks), strategy=made, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "options"),
+    [
+        ("gpt2", 2, {"schedule": "gpipe"}),
+        ("gpt2", 2, {"microbatches": 3}),
+        ("gpt2", 2, {"microbatches": 1}),
+        ("gpt2", 2, {"split": ["model.transformer.h.1"]}),
+        pytest.param("gpt2", 3, {}, marks=pytest.mark.slow),
+        pytest.param("t5", 4, {}, marks=pytest.mark.slow),
+        pytest.param("t5", 2, {"schedule": "interleaved_1f1b"}, marks=pytest.mark.slow),
+        ("t5", 2, {"schedule": "zbv"}),
+    ],
+    ids=str,
+)
+def test_every_schedule_and_split_gives_the_numbers_of_one_device(name, ranks, options):
+    plain = _short(name)
+    for outcome in run_on_ranks(lambda: _fit(name, ranks, strategy=options), ranks):
+        np.testing.assert_allclose(outcome.losses, plain.losses, rtol=1e-5)
+        np.testing.assert_allclose(outcome.grad_norms, plain.grad_norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "fit", "said"),
+    [
+        ("gan", {}, {}, "`GAN` optimizes manually"),
+        ("gpt2", {"schedule": "zbv"}, {}, "4 stages are asked for, and there are 3"),
+        ("gpt2", {"microbatches": 9}, {}, "microbatches=9 is more than the 8 samples"),
+        ("gpt2", {"split": ["model.lm_head"]}, {}, "'model.lm_head', which is no module to cut before"),
+        ("gpt2", {"split": 3}, {}, "makes 3 stages, and 2 ranks"),
+        ("gpt2", {}, {"extra": [memopt.MicroBatching(2)]}, "MicroBatching cannot work here"),
+        ("gpt2", {}, {"extra": [memopt.OptimizerInBackward()]}, "OptimizerInBackward cannot work here"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_be_pipelined_is_refused_by_name_on_all_ranks(name, strategy, fit, said):
+    def refuse() -> None:
+        with pytest.raises(MisconfigurationException, match=said):
+            _fit(name, 2, 1, strategy=strategy, **fit)
+
+    run_on_ranks(refuse, 2)
+
+
+@pytest.mark.parametrize(
+    "argument", [{"schedule": "dualpipe"}, {"microbatches": 0}, {"split": []}, {"normalize": "x"}]
+)
+def test_a_bad_argument_is_refused_when_it_is_given(argument):
+    with pytest.raises(MisconfigurationException, match=next(iter(argument))):
+        memopt.PipelineParallelStrategy(**argument)

@@ -1,0 +1,170 @@
+"""What a rank of a pipeline holds, while training, in checkpoints, and afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import lightning_memopt as memopt
+from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.pipeline.stubs import is_stub
+from tests.distributed import run_on_ranks
+from tests.parity import train
+from tests.strategies.parity import fit_zoo
+from tests.zoo import ZOO
+
+SIZES = MeshSizes(pipeline=2)
+
+
+class _Held(Callback):
+    def __init__(self) -> None:
+        self.share, self.stages = 0.0, 0.0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        sizes = {name: p.numel() for name, p in module.named_parameters()}
+        held = {name for name, p in module.named_parameters() if not p.is_meta}
+        self.share = sum(sizes[name] for name in held) / sum(sizes.values())
+        state = {p for group in trainer.optimizers[0].param_groups for p in group["params"] if not p.is_meta}
+        assert set(trainer.optimizers[0].state) <= state
+
+
+def test_each_rank_holds_no_more_than_its_stage():
+    def fit() -> tuple[float, list[str]]:
+        held = _Held()
+        fit_zoo(ZOO["llama"], 2, 1, sizes=SIZES, strategy="memopt_pp", extra=[held])
+        return held.share
+
+    first, second = run_on_ranks(fit, 2)
+    assert first + second == pytest.approx(1.0)
+    assert max(first, second) < 0.7  # three blocks and the head, cut into two
+
+
+class _Saved(Callback):
+    """Counts the bytes that autograd keeps between forward and backward, at their most."""
+
+    def __init__(self) -> None:
+        self.most, self._now = 0, 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        saved = self
+
+        class Kept:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor = tensor
+                saved._now += tensor.nbytes
+                saved.most = max(saved.most, saved._now)
+
+            def __del__(self) -> None:
+                saved._now -= self.tensor.nbytes
+
+        parameters = {p.data_ptr() for p in module.parameters() if not p.is_meta}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t if is_stub(t) or t.data_ptr() in parameters else Kept(t),
+            lambda kept: kept.tensor if isinstance(kept, Kept) else kept,
+        )
+        self._hooks.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._hooks.__exit__(None, None, None)
+
+
+def _activations(schedule: str, samples: int, *callbacks: Callback) -> list[int]:
+    """Bytes on each rank at their most, in micro-batches of one sample."""
+
+    def fit() -> int:
+        saved = _Saved()
+        entry = ZOO["gpt2"]
+        strategy = memopt.PipelineParallelStrategy(schedule, microbatches=samples)
+        loader = entry.loader(batches=1, batch_size=samples)
+        train(entry.build(), loader, steps=1, devices=2, callbacks=[*callbacks, saved], strategy=strategy,
+              use_distributed_sampler=False)  # fmt: skip
+        return saved.most
+
+    return run_on_ranks(fit, 2)
+
+
+def test_live_activations_are_bounded_by_stages_under_1f1b_and_grow_with_micro_batches_under_gpipe():
+    few, many = _activations("1f1b", 4), _activations("1f1b", 12)
+    for less, more in zip(few, many, strict=True):
+        assert more <= 1.02 * less
+    gpipe = _activations("gpipe", 12)
+    assert all(all_of_them > 4 * more for all_of_them, more in zip(gpipe, many, strict=True))
+
+
+def test_checkpointing_inside_stages_keeps_less():
+    plain = _activations("1f1b", 4)
+    recomputed = _activations("1f1b", 4, memopt.ActivationCheckpointing("full"))
+    assert recomputed[0] < 0.1 * plain[0]
+    assert recomputed[1] < 0.3 * plain[1]  # which has the head and the loss, too
+
+
+class _SaveAt(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.path)
+
+
+def _six_steps(ranks: int, strategy: str, **options: Any) -> np.ndarray:
+    sizes = SIZES if ranks == 2 else None
+    return fit_zoo(
+        ZOO["gpt2"], ranks, 6, sizes=sizes, repeat_first_batch=True, strategy=strategy, accumulate_grad_batches=1,
+        **options,
+    ).losses  # fmt: skip
+
+
+def test_a_checkpoint_is_that_of_one_device_and_resumes_with_its_losses_with_and_without_a_pipeline(tmp_path):
+    path, plain_path = tmp_path / "pipeline.ckpt", tmp_path / "plain.ckpt"
+
+    def save_and_resume() -> list[np.ndarray]:
+        return [
+            _six_steps(2, "memopt_pp", extra=[_SaveAt(path)]),
+            _six_steps(2, "memopt_pp", ckpt_path=path),
+            _six_steps(2, "memopt_pp", ckpt_path=plain_path),
+        ]
+
+    plain = run_on_ranks(lambda: _six_steps(1, "auto", extra=[_SaveAt(plain_path)]), 1)[0]
+    whole, resumed, from_plain = run_on_ranks(save_and_resume, 2)[0]
+    alone = run_on_ranks(lambda: _six_steps(1, "auto", ckpt_path=path), 1)[0]
+    np.testing.assert_allclose(whole, plain, rtol=1e-5)
+    for losses in (resumed, from_plain, alone):
+        np.testing.assert_allclose(losses, plain[-3:], rtol=1e-5)
+    ours, theirs = (torch.load(p, weights_only=True) for p in (path, plain_path))
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    assert list(ours["optimizer_states"][0]["state"]) == list(theirs["optimizer_states"][0]["state"])
+    ZOO["gpt2"].build().load_state_dict(ours["state_dict"])
+
+
+class _Raise(Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise RuntimeError("as asked")
+
+
+def test_after_fit_the_module_is_the_users_on_every_rank_and_after_an_exception_its_classes_are():
+    def fit() -> None:
+        entry = ZOO["gpt2"]
+        for callbacks in ([], [_Raise()]):
+            module = entry.build()
+            classes = [type(submodule) for submodule in module.modules()]
+            options = {
+                "devices": 2,
+                "strategy": "memopt_pp",
+                "callbacks": callbacks,
+                "use_distributed_sampler": False,
+            }
+            if callbacks:
+                with pytest.raises(RuntimeError, match="as asked"):
+                    train(module, entry.loader(2), steps=1, **options)
+            else:
+                train(module, entry.loader(2), steps=1, **options)
+                assert not any(p.is_meta for p in module.parameters())
+                module.training_step(entry.batch(), 0) if module.__dict__.pop("_trainer", None) is None else None
+            assert [type(submodule) for submodule in module.modules()] == classes
+            assert not any("forward" in vars(submodule) for submodule in module.modules())
+
+    run_on_ranks(fit, 2)
