@@ -30,15 +30,7 @@ def sample_batch(trainer: pl.Trainer) -> tuple[str, Any] | None:
         return None
     with isolate_rng():
         loaders = combined.iterables if loop_name == "fit_loop" else combined.flattened[0]
-<<<<<<< HEAD
-        batch = tree_map(
-            _first,
-            loaders,
-            is_leaf=lambda loader: hasattr(loader, "__iter__") and not isinstance(loader, list | tuple | dict),
-        )
-=======
         batch = tree_map(_first, loaders, is_leaf=_is_loader)
->>>>>>> pp
         return step, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
