@@ -2,8 +2,8 @@
 
 Weights lie under ``weights/NAME`` and optimizer state under ``optimizer/NUMBER/PARAMETER/KEY``, by the names that the
 user wrote. The file (``rest.ckpt``) is the remainder of Lightning's checkpoint; under ``memopt_sharded`` it says how
-the optimizers number their parameters and which names are tied. Nothing is read that could run code: the index that torch
-pickles may name only the classes that it is made of, and there are no entries but tensors.
+the optimizers number their parameters and which names are tied. Nothing is read that could run code: the index that
+torch pickles may name only the classes that it is made of, and there are no entries but tensors.
 """
 
 import io
