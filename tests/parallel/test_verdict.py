@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 
 import torch.distributed as dist
 
@@ -16,6 +14,7 @@ from lightning_memopt.parallel.verdict import (
     is_echo,
     own_process,
 )
+from tests.distributed import run_on_ranks
 
 
 def beats(*progress: int, waits: tuple[int, ...] = (), done: tuple[int, ...] = ()) -> dict[int, Beat]:
@@ -48,8 +47,7 @@ def test_the_rank_that_was_silent_longest_is_named_unless_it_is_done() -> None:
 
 
 def test_a_process_that_ended_is_seen_and_one_of_another_host_is_not() -> None:
-    script = "from lightning_memopt.parallel.verdict import own_process; print(own_process())"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    ended = run_on_ranks(own_process, 1)[0]
     assert find_dead({0: Beat(0, "here", own_process())}) is None
     failure = find_dead({0: Beat(0, "here", own_process()), 1: Beat(1, "here", ended)})
     assert failure is not None and failure.rank == 1
