@@ -91,14 +91,13 @@ class TwoHosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
-    def start(self, host: int, *command: object, **variables: str) -> subprocess.Popen[str]:
+    def start(self, host: int, output: Path, *command: object) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["ip", "netns", "exec", self.names[host], *map(str, command)],
-            env=environment(GLOO_SOCKET_IFNAME=self.cables[host], **variables),
+            env=environment(GLOO_SOCKET_IFNAME=self.cables[host], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=output.open("wb"),
         )
 
     @staticmethod
@@ -122,13 +121,18 @@ def on_both(hosts: TwoHosts, strategy: str, folder: Path, *arguments: object) ->
     """Exit code and stderr of ``torchrun --nnodes 2`` on each host, with one rank a host."""
     rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=memopt"]
     endpoint = f"--rdzv-endpoint={hosts.addresses[0]}:29400"
+    outputs = [folder / f"host{host}" for host in range(2)]
     running = []
     for host in range(2):
         launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous, endpoint]
-        launcher.append(f"--local-addr={hosts.addresses[host]}")
-        running.append(hosts.start(host, *launcher, *SCRIPT, strategy, folder, "--nodes=2", *arguments))
+        # Said, since torchrun looks for its own address among those that the name of this machine has.
+        launcher += [f"--local-addr={hosts.addresses[host]}", f"--rdzv-conf=is_host={int(host == 0)}"]
+        running.append(
+            hosts.start(host, outputs[host], *launcher, *SCRIPT, strategy, folder, "--nodes=2", *arguments)
+        )
     try:
-        return [(process.wait(DEADLINE_SECONDS), process.stderr.read()) for process in running if process.stderr]
+        codes = [process.wait(DEADLINE_SECONDS) for process in running]
+        return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
     finally:
         for process in running:
             process.kill()

@@ -1,0 +1,66 @@
+"""Which rank failed is told from signs of life alone."""
+
+import os
+import pickle
+
+import torch.distributed as dist
+
+from lightning_memopt.parallel.verdict import (
+    Beat,
+    RankFailure,
+    find_dead,
+    find_silent,
+    find_stuck,
+    is_echo,
+    own_process,
+)
+from tests.distributed import run_on_ranks
+
+
+def beats(*progress: int, waits: tuple[int, ...] = (), done: tuple[int, ...] = ()) -> dict[int, Beat]:
+    return {
+        rank: Beat(
+            rank, "here", "", progress=steps, waits=rank in waits, done=rank in done, phase="forward of batch 1"
+        )
+        for rank, steps in enumerate(progress)
+    }
+
+
+def test_the_rank_that_is_behind_is_stuck_once_all_have_stood_still() -> None:
+    failure = find_stuck(beats(5, 4, 5), dict.fromkeys(range(3), 11.0), limit=10)
+    assert failure is not None and failure.rank == 1
+    assert find_stuck(beats(5, 4, 5), {0: 11.0, 1: 9.0, 2: 11.0}, limit=10) is None
+
+
+def test_of_ranks_in_the_same_phase_the_one_that_waits_for_nobody_is_stuck() -> None:
+    still = dict.fromkeys(range(3), 11.0)
+    failure = find_stuck(beats(5, 5, 5, waits=(0, 2)), still, limit=10)
+    assert failure is not None and failure.rank == 1
+    assert find_stuck(beats(5, 5, 5), still, limit=10) is None, "a guess"
+
+
+def test_the_rank_that_was_silent_longest_is_named_unless_it_is_done() -> None:
+    silence = {0: 1.0, 1: 31.0, 2: 40.0}
+    failure = find_silent(beats(5, 5, 5), silence, limit=30)
+    assert failure is not None and failure.rank == 2
+    assert find_silent(beats(5, 5, 5, done=(1, 2)), silence, limit=30) is None
+
+
+def test_a_process_that_ended_is_seen_and_one_of_another_host_is_not() -> None:
+    ended = run_on_ranks(own_process, 1)[0]
+    assert find_dead({0: Beat(0, "here", own_process())}) is None
+    failure = find_dead({0: Beat(0, "here", own_process()), 1: Beat(1, "here", ended)})
+    assert failure is not None and failure.rank == 1
+    assert find_dead({1: Beat(1, "there", f"otherboot pid:[1] {os.getpid()} 0")}) is None
+
+
+def test_only_errors_of_communication_echo_another_ranks() -> None:
+    assert is_echo(dist.DistNetworkError("closed"))
+    assert is_echo(RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert not is_echo(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_echo(ValueError("a bad sample"))
+
+
+def test_the_error_can_be_pickled_and_says_rank_host_phase_and_cause() -> None:
+    failure = pickle.loads(pickle.dumps(RankFailure(3, "node7", "backward of batch 17", "it raised")))
+    assert str(failure).startswith("Rank 3 (host node7) failed in backward of batch 17: it raised.")
