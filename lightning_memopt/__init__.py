@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
+    from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
     from lightning_memopt.strategies.pipeline import PipelineParallelStrategy as PipelineParallelStrategy
     from lightning_memopt.strategies.tensor import TensorParallelStrategy as TensorParallelStrategy
     from lightning_memopt.techniques.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
@@ -37,6 +38,7 @@ _HOME = {
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
     "HalfPrecision": "precision.half",
+    "HybridStrategy": "strategies.hybrid",
     "LowBitOptimizer": "callbacks.low_bit",
     "MemoryMonitor": "callbacks.monitor",
     "MemoryReport": "memory.report",

@@ -74,9 +74,10 @@ class DataParallelStrategy(MemoptStrategy):
 
     @override
     def parallelize(self) -> None:
-        is_fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        assert self.lightning_module is not None
+        is_fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         # Stages 1 and 2 shard what only training has, so evaluation by itself runs on whole modules.
-        if self.shard == "parameters" or (is_fitting and self.shard != "none"):
+        if self.data_size > 1 and (self.shard == "parameters" or (is_fitting and self.shard != "none")):
             self._shard_module()
         super().parallelize()
 

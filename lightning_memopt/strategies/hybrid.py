@@ -1,34 +1,37 @@
-"""The product of data, sharded and tensor parallelism on one device mesh."""
+"""The product of data, sharded, tensor and pipeline parallelism on one device mesh."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_memopt.parallel.mesh import MeshSizes, resolve_sizes
 from lightning_memopt.strategies.data_parallel import DataParallelStrategy
+from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
 from lightning_memopt.strategies.tensor import TensorParallelStrategy
 
 
-class HybridStrategy(TensorParallelStrategy, DataParallelStrategy):
+class HybridStrategy(PipelineParallelStrategy, TensorParallelStrategy, DataParallelStrategy):
     """Every kind of parallelism at once, each over its own dimension of the ranks.
+
+    The pipeline is outermost: its stages may be on different hosts. Within a stage, ranks with different batches
+    share or replicate its parameters, and ranks of a tensor group share each of its matrix products.
 
     Args:
         data: Replicas, each with its own batches; ``-1`` (for one of the sizes) is the rest of the ranks.
         shard: Ranks that share one replica's parameters, gradients and optimizer state, each with its own batches.
         tensor: Ranks that share each matrix product.
-        plan: See :class:`~lightning_memopt.strategies.tensor.TensorParallelStrategy`.
-        **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
-            ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
+        pipeline: Stages that hold the layers.
+        **options: What the single strategies take (``plan``, ``schedule``, ``microbatches``, ``split``, ``offload``,
+            ...) but ``size`` and ``shard``, and what Lightning's ``DDPStrategy`` takes.
 
     Raises:
         MisconfigurationException: Sizes whose product is not the number of ranks, with those that are; or what the
             single strategies refuse.
 
     Example:
-        >>> strategy = HybridStrategy(shard=2, tensor=2)
-        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=4)  # doctest: +SKIP
+        >>> strategy = HybridStrategy(pipeline=2, shard=2, tensor=2)
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=8)  # doctest: +SKIP
     """
 
     def __init__(
@@ -37,11 +40,16 @@ class HybridStrategy(TensorParallelStrategy, DataParallelStrategy):
         data: int = 1,
         shard: int = 1,
         tensor: int = 1,
-        plan: Mapping[str, str] | Literal["auto"] = "auto",
+        pipeline: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(plan=plan, shard="parameters", **options)
-        self._given = {"data": data, "shard": shard, "tensor": tensor}
+        if options.get("loss_parallel") and pipeline != 1:
+            raise MisconfigurationException(
+                f"HybridStrategy(loss_parallel=True, pipeline={pipeline}) cannot be: a pipeline's schedule runs the "
+                "backward itself, outside of what a loss over split logits needs around it; leave out `loss_parallel`."
+            )
+        super().__init__(shard="parameters", **options)
+        self._given = {"data": data, "shard": shard, "tensor": tensor, "pipeline": pipeline}
 
     @property
     @override

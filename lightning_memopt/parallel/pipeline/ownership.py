@@ -76,5 +76,8 @@ class SharedParameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradient = parameter.grad
+                if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+                    # An embedding's may be whole, or pending as a sum, where the head's is a shard.
+                    parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 dist.all_reduce(local, group=group)

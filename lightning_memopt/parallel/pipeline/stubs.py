@@ -128,7 +128,8 @@ def shadow_of(module: nn.Module, stubs: dict[Tensor, Tensor]) -> tuple[nn.Module
                 for key, value in original.__dict__[name].items()
             }
         for name, value in original.__dict__.items():
-            if isinstance(value, list | dict | set) and not name.startswith("_"):
+            # Hooks too: those that the original gets later (FSDP2's) are not for the shadow.
+            if isinstance(value, list | dict | set) and (not name.startswith("_") or "_hooks" in name):
                 twin.__dict__[name] = copy.copy(value)
         if isinstance(original, nn.RNNBase):
             twin.__dict__["_flat_weights"] = [stubs.get(w, w) for w in original._flat_weights]  # type: ignore[arg-type]

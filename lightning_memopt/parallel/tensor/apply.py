@@ -13,7 +13,13 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from lightning_memopt.models.linears import read_linear
 from lightning_memopt.parallel.tensor.attention import HeadParallelAttention
-from lightning_memopt.parallel.tensor.layers import ColumnParallel, RowParallel, SplitState, VocabParallel
+from lightning_memopt.parallel.tensor.layers import (
+    ColumnParallel,
+    ExpertsParallel,
+    RowParallel,
+    SplitState,
+    VocabParallel,
+)
 from lightning_memopt.parallel.tensor.plan import TensorPlan, split_dimensions
 from lightning_memopt.parallel.tensor.regions import Region, RegionOwner
 from lightning_memopt.parallel.unshard import make_whole
@@ -23,6 +29,7 @@ _STAND_INS: dict[str, type[nn.Module]] = {
     "rowwise": RowParallel,
     "vocab": VocabParallel,
     "attention": HeadParallelAttention,
+    "experts": ExpertsParallel,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from lightning_memopt.models.linears import LinearShape
 from lightning_memopt.parallel.tensor.collectives import add_up, add_up_tokens, enter, gather, take_part
@@ -86,6 +87,27 @@ class VocabParallel(nn.Module):
         replicated = DTensor.from_local(ids, self._tensor_split.mesh, [Replicate()], run_check=False)
         rows: Any = F.embedding(replicated, self.weight, self.padding_idx)  # type: ignore[arg-type]
         return rows.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+
+
+class ExpertsParallel(nn.Module):
+    """In front of the class of a mixture's experts: each rank has some of the inner features of every expert."""
+
+    _tensor_split: SplitState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the experts' own ``forward`` does; scores and hidden states enter, and the output is added up."""
+        mesh = self._tensor_split.mesh
+        args, kwargs = tree_map(lambda x: enter(x, mesh) if _is_floating(x) else x, (args, kwargs))
+        whole = dict(self._parameters)
+        self._parameters.update({name: local(part) for name, part in whole.items()})  # type: ignore[misc]
+        try:
+            return add_up(super().forward(*args, **kwargs), mesh)
+        finally:
+            self._parameters.update(whole)
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def local(parameter: nn.Parameter | None) -> Tensor | None:

@@ -18,7 +18,8 @@ def stepping_mixed(optimizer: Optimizer) -> Iterator[None]:
     """
     before = []
     for group in optimizer.param_groups:
-        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"] if p.grad is not None}
+        # Not by their gradients, which the closure of the step is yet to make.
+        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"] if not p.is_meta}
         if len(meshes) > 1:
             asked = {key: group[key] for key in _TOGETHER if group.get(key)}
             before.append((group, asked))

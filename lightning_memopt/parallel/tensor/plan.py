@@ -7,6 +7,7 @@ style        split                                       communication per call 
 "rowwise"    a linear's inputs                           a sum of its outputs
 "vocab"      an embedding's rows                         a sum of its outputs (forward only)
 "attention"  the heads of an ``nn.MultiheadAttention``   a sum of its outputs
+"experts"    the inner features of every expert          a sum of its outputs
 "whole"      nothing                                     none
 ===========  ==========================================  ===================================================
 """
@@ -18,11 +19,12 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_memopt.models.hf_tensor_plans import is_split_experts, read_tensor_plans
 from lightning_memopt.models.linear_groups import Column, LinearGroup, find_linear_groups
 from lightning_memopt.models.linears import read_linear
 from lightning_memopt.models.weight_reads import find_weight_reads
 
-Style = Literal["colwise", "rowwise", "vocab", "attention", "whole"]
+Style = Literal["colwise", "rowwise", "vocab", "attention", "experts", "whole"]
 
 OVERRIDES = ("colwise", "rowwise", "whole")
 """What a user can ask for a module."""
@@ -125,6 +127,7 @@ class _Planner:
         self.roles = roles
         self.holders = _find_holders(module)
         self.reads = find_weight_reads(module)
+        self.theirs = read_tensor_plans(module)
         self.elements = sum(parameter.numel() for parameter in module.parameters())
         self.entries: dict[str, PlanEntry] = {}
         self.groups: list[LinearGroup] = []
@@ -187,6 +190,9 @@ class _Planner:
             return "attention", self._attention_refusal(holder)
         if isinstance(holder, nn.Embedding) and type(holder).forward is nn.Embedding.forward:
             return "vocab", self._embedding_refusal(holder, role)
+        if is_split_experts(holder, self.theirs.get(name)):
+            inner = holder.get_parameter("down_proj").shape[-1]
+            return "experts", f"{inner} inner features do not divide by {self.size}" if inner % self.size else ""
         if read_linear(holder) is None:
             return "whole", f"{type(holder).__name__} is no linear layer, embedding or attention that can be split"
         inputs, outputs = self._sizes(name)
@@ -283,6 +289,8 @@ def split_dimensions(holder: nn.Module, entry: PlanEntry) -> dict[str, tuple[int
         splits |= dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), (0, 1))
         present = _own_parameters(holder)
         return {key: split for key, split in splits.items() if key in present}
+    if entry.style == "experts":
+        return {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
     if entry.style == "whole":
         return {}
     shape = read_linear(holder)

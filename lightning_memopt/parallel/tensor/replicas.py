@@ -30,14 +30,7 @@ def share_random_state(mesh: DeviceMesh) -> None:
 def have_same_batch(batch: Any, mesh: DeviceMesh) -> bool:
     """Whether all ranks of a tensor group were given the same batch, as far as sums and shapes tell."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if not tensors:
-        shapes: list[Any] = [None] * mesh.size()
-        dist.all_gather_object(shapes, None, group=mesh.get_group())
-        return all(shape is None for shape in shapes)
-    mine = [
-        (tuple(t.shape), float(t.double().nan_to_num().sum()), float(t.double().abs().nan_to_num().sum()))
-        for t in tensors
-    ]
+    mine = [(tuple(t.shape), float(t.double().nan_to_num().sum())) for t in tensors]
     theirs: list[Any] = [None] * mesh.size()
     dist.all_gather_object(theirs, mine, group=mesh.get_group())
     return all(other == mine for other in theirs)
@@ -57,7 +50,8 @@ def check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         RuntimeError: Replicas differ by more than rounding explains; names the parameter that differs most.
     """
-    replicated = {n: p for n, p in module.named_parameters() if not isinstance(p, DTensor) and not p.is_meta}
+    named = ((name, _held_alike(parameter, mesh)) for name, parameter in module.named_parameters())
+    replicated = {name: tensor for name, tensor in named if tensor is not None}
     if not replicated:
         return
     sums = torch.stack([torch.stack([p.double().sum(), p.double().square().sum()]) for p in replicated.values()])
@@ -77,4 +71,15 @@ def check_replicas(module: nn.Module, mesh: DeviceMesh) -> None:
         )
     for parameter, same in zip(replicated.values(), (most == least).all(1), strict=True):
         if not bool(same):
-            dist.broadcast(parameter.detach(), src=int(mesh.mesh.flatten()[0]), group=mesh.get_group())
+            dist.broadcast(parameter, src=int(mesh.mesh.flatten()[0]), group=mesh.get_group())
+
+
+def _held_alike(parameter: nn.Parameter, mesh: DeviceMesh) -> Tensor | None:
+    """What the ranks of a tensor group hold alike of a parameter: all of it, the same shard of it, or nothing."""
+    if parameter.is_meta:
+        return None
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    assert mesh.mesh_dim_names is not None
+    is_split = mesh.mesh_dim_names[0] in (parameter.device_mesh.mesh_dim_names or ())
+    return None if is_split else parameter.to_local().detach()

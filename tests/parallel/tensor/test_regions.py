@@ -176,6 +176,39 @@ def test_trying_leaves_no_trace_in_a_checkpoint_that_surrounds_it():
     }
 
 
+@pytest.mark.slow
+def test_mixtrals_experts_are_split_as_its_own_plan_says():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, num_local_experts=4, use_cache=False,
+    )  # fmt: skip
+
+    def compare():
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+        torch.manual_seed(0)
+        model, ids = MixtralForCausalLM(config), torch.randint(0, 64, (2, 16))
+        expected = model(input_ids=ids, labels=ids).loss
+        expected.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        plan = find_tensor_plan(model, 2)
+        split = tensor_parallelize(model, mesh, plan)
+        for _ in range(2):
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.testing.assert_close(loss, expected)
+            for name, parameter in model.named_parameters():
+                whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+                torch.testing.assert_close(whole, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+        split.undo()
+        return plan.entries["model.layers.0.mlp.experts"].style, [region.reason for region in split.regions]
+
+    assert run_on_ranks(compare, 2) == [("experts", ["", ""])] * 2
+
+
 class _CountReductions(TorchDispatchMode):
     reductions = 0
 
