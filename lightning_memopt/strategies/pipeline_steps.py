@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_any, tree_map
+from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from torchmetrics import Metric
 
 from lightning_memopt.callbacks.micro_batch_metrics import LogRecord, LogsOfMicroBatches
@@ -43,6 +44,7 @@ class PipelineSteps:
         self._captured: Tensor | None = None
         self._captures = False
         self._stale: set[Metric] = set()
+        self._compared: set[str] = set()
 
     # What Lightning calls
 
@@ -74,6 +76,7 @@ class PipelineSteps:
 
     def evaluate(self, name: str, batch: Any, rest: tuple[Any, ...], run: Callable[..., Any]) -> Any:
         """Run a step without backward, and return what it returns for the batch on every rank."""
+        self._check_same_batch(name, batch)
         pieces, sizes, weights = self._split(batch, counts_samples=False)
         outputs: list[Any] = []
 
@@ -100,6 +103,7 @@ class PipelineSteps:
         if zero_grad is not None:
             zero_grad()  # before the forward, since the first backward comes before the last forward
         backward = optimization._make_backward_fn(optimizer)
+        self._check_same_batch("training_step", kwargs["batch"])
         pieces, sizes, weights = self._split(kwargs["batch"], counts_samples=True)
         rest = tuple(value for key, value in kwargs.items() if key != "batch")
         outputs: list[Any] = []
@@ -198,6 +202,21 @@ class PipelineSteps:
             yield logs
 
     # Batches
+
+    def _check_same_batch(self, name: str, batch: Any) -> None:
+        """In the first batch of each kind: stages compute with their own copies of what must be one batch."""
+        if name in self._compared:
+            return
+        self._compared.add(name)
+        sums = [float(leaf.double().sum()) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        all_sums: list[Any] = [None] * dist.get_world_size(self._pipeline.group)
+        dist.all_gather_object(all_sums, str(sums), group=self._pipeline.group)
+        if len(set(all_sums)) > 1:
+            raise MisconfigurationException(
+                f"{type(self._strategy).__name__}: the ranks have different batches (their tensors' sums are "
+                f"{'; '.join(all_sums)}), and stages of one pipeline need the same. Shuffle and augment from one "
+                "seed on all ranks (`seed_everything`; Lightning's `DistributedSampler` does for shuffling)."
+            )
 
     def _split(self, batch: Any, counts_samples: bool) -> tuple[list[Any], list[int | None], list[float | Tensor]]:
         strategy = self._strategy

@@ -1,11 +1,13 @@
 """Other techniques inside a pipeline, and batches of changing shapes: the numbers of one device."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 import lightning_memopt as memopt
@@ -35,17 +37,23 @@ BATCHES = ((8, 16), (5, 12), (8, 16), (1, 7), (3, 9))
 """Samples and tokens."""
 
 
-def _losses(ranks: int, strategy: str) -> dict[str, np.ndarray]:
+QUICK = ("checkpointing_full", "accumulation", "mixed_fp16")
+
+
+def _losses(ranks: int, strategy: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     sizes = MeshSizes(pipeline=ranks)
     return {
-        name: fit_zoo(ZOO["gpt2"], ranks, 3, sizes=sizes, strategy=strategy, **options()).losses
-        for name, options in TECHNIQUES.items()
+        name: fit_zoo(ZOO["gpt2"], ranks, 3, sizes=sizes, strategy=strategy, **TECHNIQUES[name]()).losses
+        for name in names
     }
 
 
-def test_each_technique_gives_the_losses_of_one_device():
-    plain = run_on_ranks(lambda: _losses(1, "auto"), 1, deadline_seconds=120)[0]
-    for rank in run_on_ranks(lambda: _losses(2, "memopt_pp"), 2, deadline_seconds=240):
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param(tuple(TECHNIQUES), marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_each_technique_gives_the_losses_of_one_device(names):
+    plain = run_on_ranks(lambda: _losses(1, "auto", names), 1, deadline_seconds=120)[0]
+    for rank in run_on_ranks(lambda: _losses(2, "memopt_pp", names), 2, deadline_seconds=240):
         for name, losses in plain.items():
             np.testing.assert_allclose(rank[name], losses, rtol=TOLERANCE.get(name, 1e-5), err_msg=name)
 
@@ -119,3 +127,13 @@ def test_t5_recomputes_inside_stages_of_its_encoder_and_decoder():
     plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
     for losses in run_on_ranks(lambda: fit(2, "memopt_pp"), 2):
         np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+def test_ranks_with_different_batches_are_refused():
+    def fit() -> None:
+        seed = int(os.environ["LOCAL_RANK"])
+        with pytest.raises(MisconfigurationException, match="the ranks have different batches"):
+            train(ZOO["mlp"].build(), ZOO["mlp"].loader(1, seed=seed), steps=1, devices=2, strategy="memopt_pp",
+                  use_distributed_sampler=False)  # fmt: skip
+
+    run_on_ranks(fit, 2)

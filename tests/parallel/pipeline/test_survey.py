@@ -1,0 +1,78 @@
+"""Where a step can be cut, found from one run without data."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt.parallel.pipeline.probe import Survey, find_links, run_silently, survey
+from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
+from lightning_memopt.parallel.pipeline.splitting import partition
+from lightning_memopt.parallel.pipeline.stubs import StubMode, shadow_of
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return x + self.linear(x) + (0 if context is None else context)
+
+
+class Model(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embed = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = hidden = self.embed(x)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, first if self.kind == "context" else None)
+            if self.kind == "reads" and index == 1 and hidden.sum() > 0:
+                hidden = hidden + 1
+        if self.kind == "skip":
+            hidden = hidden + first
+        return self.head(hidden).sum()
+
+
+def _survey(kind: str) -> Survey:
+    model, mode = Model(kind), StubMode()
+    shadow, _ = shadow_of(model, {p: mode.stub(p, torch.device("cpu")) for p in model.parameters()})
+    run = run_silently(shadow, lambda: shadow(torch.ones(2, 4)))
+    return survey(shadow, find_links(shadow, run), mode, run)
+
+
+@pytest.mark.parametrize("kind", ["plain", "context"])
+def test_every_block_is_a_place_to_cut_where_all_goes_through_arguments(kind):
+    found = _survey(kind)
+    assert found.names == [f"blocks.{index}" for index in range(4)]
+    assert not set(found.uncut) - {0}
+    assert partition(found, "auto", 2).starts == (0, 2)
+    assert partition(found, ["blocks.3"], 2).starts == (0, 3)
+
+
+def test_a_skip_around_the_blocks_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"cut in 0 places: .*`blocks.\d`"):
+        partition(_survey("skip"), "auto", 2)
+
+
+def test_a_step_that_reads_values_is_cut_only_before_it_does():
+    found = _survey("reads")  # behind block 1, so the last stage has to begin there at the latest
+    assert found.names == ["blocks.0", "blocks.1"]
+    assert not found.is_whole
+
+
+def test_more_stages_than_blocks_are_refused():
+    with pytest.raises(ValueError, match="5 stages are asked for, and there are 4"):
+        partition(_survey("plain"), "auto", 5)
+
+
+def test_a_batch_is_cut_into_as_many_micro_batches_as_it_can_fill():
+    assert number_of_micro_batches("auto", "1f1b", 2, samples=32) == 8
+    assert number_of_micro_batches("auto", "1f1b", 2, samples=3) == 3
+    assert number_of_micro_batches("auto", "interleaved_1f1b", 4, samples=15) == 12
+    with pytest.raises(ValueError, match="microbatches=9 is more than the 8 samples"):
+        number_of_micro_batches(9, "1f1b", 2, samples=8, is_first=True)
