@@ -164,8 +164,9 @@ def position_of(thread: int) -> tuple[bool, str]:
     if frame is None:
         return False, "its end"
     torch_folder = str(Path(dist.__file__).parents[1]) + os.sep
-    waits = _file(frame).startswith(str(Path(dist.__file__).parent) + os.sep)
+    waits = False  # in collectives of DTensor's the innermost line is that of an operator
     while _file(frame).startswith(torch_folder) and frame.f_back is not None:
+        waits |= _file(frame).startswith(str(Path(dist.__file__).parent) + os.sep)
         frame = frame.f_back
     return waits, f"{_file(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
 

@@ -154,6 +154,7 @@ class PipelineParallelStrategy(MemoptStrategy):
         )
 
     def _around_backward(self, is_last: bool) -> AbstractContextManager[Any]:
+        self._enter("backward", self._batch)
         return nullcontext() if is_last else self.block_backward_sync()
 
     @override

@@ -18,10 +18,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_memopt  # noqa: F401  registers the strategies
+import lightning_memopt
 
-STRATEGIES: dict[str, Callable[[], Any]] = {name: lambda name=name: name for name in ("memopt_ddp", "memopt_zero3")}
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    **{name: lambda name=name: name for name in ("memopt_ddp", "memopt_zero3", "memopt_pp")},
+    "pipeline_of_replicas": lambda: lightning_memopt.HybridStrategy(pipeline=2, data=-1),
+}
 """As a user gives them; what takes arguments gets a row of its own."""
+
+STAGES = {"memopt_pp": 2, "pipeline_of_replicas": 2}
+"""Ranks that share a batch, of those that have stages."""
 
 BATCHES, EPOCHS = 4, 3
 
@@ -61,7 +67,8 @@ def main() -> None:
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    samples = torch.randn(BATCHES * 4 * ranks, 16)
+    replicas = ranks // STAGES.get(arguments.strategy, 1)
+    samples = torch.randn(BATCHES * 4 * replicas, 16)
     loader = DataLoader(TensorDataset(samples, samples.sum(1, keepdim=True)), batch_size=4, shuffle=True)
     trainer = pl.Trainer(
         strategy=STRATEGIES[arguments.strategy](),
