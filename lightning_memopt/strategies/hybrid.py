@@ -48,6 +48,12 @@ class HybridStrategy(PipelineParallelStrategy, TensorParallelStrategy, DataParal
                 f"HybridStrategy(loss_parallel=True, pipeline={pipeline}) cannot be: a pipeline's schedule runs the "
                 "backward itself, outside of what a loss over split logits needs around it; leave it out."
             )
+        if options.get("schedule") == "zbv" and (data, shard) != (1, 1):
+            raise MisconfigurationException(
+                f"HybridStrategy(schedule='zbv', data={data}, shard={shard}) cannot be: it computes gradients of weights "
+                "apart from those of activations, and FSDP2 reduces what one backward gives; use '1f1b' or "
+                "'interleaved_1f1b', or only `tensor` inside the stages."
+            )
         super().__init__(shard="parameters", **options)
         self._given = {"data": data, "shard": shard, "tensor": tensor, "pipeline": pipeline}
 

@@ -21,8 +21,6 @@ from tests.zoo import ZOO
 
 QUICK = [
     ("gpt2", {"shard": 2, "tensor": 2}),
-    ("llama", {"data": 2, "shard": 2}),
-    ("gpt2", {"pipeline": 2, "tensor": 2}),
     ("gpt2", {"pipeline": 2, "shard": 2}),
 ]
 PRODUCTS = (
@@ -176,6 +174,44 @@ def test_eight_ranks_train_as_one_device_over_every_dimension_but_one():
     options = {"sizes": MeshSizes(**sizes), "strategy": memopt.HybridStrategy(**sizes)}
     for outcome in run_on_ranks(lambda: fit_zoo(ZOO["gpt2"], 8, **options), 8, deadline_seconds=250):
         assert_same_outcome(on_one_device("gpt2"), outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes", "options"),
+    [
+        ("t5", {"pipeline": 2, "shard": 2}, {"schedule": "interleaved_1f1b"}),
+        ("t5", {"pipeline": 2, "tensor": 2}, {"schedule": "zbv"}),
+        ("gpt2", {"pipeline": 2, "shard": 2}, {"save": "sharded"}),
+    ],
+)
+def test_other_schedules_and_saves_train_as_one_device(name, sizes, options):
+    strategy = memopt.HybridStrategy(**sizes, **options)
+    fit = {"sizes": MeshSizes(**sizes), "strategy": strategy}
+    for outcome in run_on_ranks(lambda: fit_zoo(ZOO[name], 4, **fit), 4, deadline_seconds=150):
+        assert_same_outcome(on_one_device(name), outcome)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"pipeline": 2, "tensor": 2},
+        pytest.param({"pipeline": 2, "shard": 2}, marks=pytest.mark.slow),
+        pytest.param({"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_checkpointing_within_each_stage_trains_as_one_device(sizes):
+    fit = {"sizes": MeshSizes(**sizes), "strategy": memopt.HybridStrategy(**sizes)}
+    extra = [memopt.ActivationCheckpointing("full")]
+    for outcome in run_on_ranks(lambda: fit_zoo(ZOO["gpt2"], 4, 8, extra=extra, **fit), 4, deadline_seconds=150):
+        plain = on_one_device("gpt2")
+        np.testing.assert_allclose(outcome.losses, plain.losses[: len(outcome.losses)], rtol=1e-5)
+        np.testing.assert_allclose(outcome.grad_norms, plain.grad_norms[:8], rtol=1e-5)
+
+
+def test_zero_bubbles_are_refused_beside_shards():
+    with pytest.raises(MisconfigurationException, match="schedule='zbv', data=1, shard=2"):
+        memopt.HybridStrategy(pipeline=2, shard=2, schedule="zbv")
 
 
 def test_a_loss_over_split_logits_is_refused_beside_a_pipeline():
