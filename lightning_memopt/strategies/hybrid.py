@@ -50,8 +50,8 @@ class HybridStrategy(PipelineParallelStrategy, TensorParallelStrategy, DataParal
             )
         if options.get("schedule") == "zbv" and (data, shard) != (1, 1):
             raise MisconfigurationException(
-                f"HybridStrategy(schedule='zbv', data={data}, shard={shard}) cannot be: it computes gradients of weights "
-                "apart from those of activations, and FSDP2 reduces what one backward gives; use '1f1b' or "
+                f"HybridStrategy(schedule='zbv', data={data}, shard={shard}) cannot be: it computes gradients of "
+                "weights apart from those of activations, and FSDP2 reduces what one backward gives; use '1f1b' or "
                 "'interleaved_1f1b', or only `tensor` inside the stages."
             )
         super().__init__(shard="parameters", **options)
