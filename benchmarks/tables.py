@@ -105,7 +105,7 @@ def parity_table(results: dict[str, Any]) -> str:
     for module, row in modules.items():
         cells = []
         for strategy in strategies:
-            found = row[strategy]
+            found = row.get(strategy, {"result": ""})
             if why := found.get("why"):
                 if why not in notes:
                     notes.append(why)
