@@ -10,9 +10,9 @@ QUICK = ("mlp", "gan", "gpt2")
 
 
 def _matrix() -> list[object]:
-    """Every module under stage 3; the other strategies share its code and at each change are tried on a few."""
+    """All of them, of which a few at each change."""
     return [
-        pytest.param(name, strategy, marks=[] if strategy == "memopt_zero3" or name in QUICK else [pytest.mark.slow])
+        pytest.param(name, strategy, marks=[] if name in QUICK else [pytest.mark.slow])
         for name, entry in ZOO.items()
         for strategy in STRATEGIES
         if not entry.has_batch_norm
