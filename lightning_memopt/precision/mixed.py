@@ -75,8 +75,8 @@ class MixedPrecision(LightningMixedPrecision):
             self._use_device(parameter.device.type)
         if self.loss_scale is not None:
             _refuse_lbfgs(optimizers)
-            if self.device == "cpu":
-                _refuse_lstm_where_autocast_fails(model)
+        if self.device == "cpu":
+            _refuse_lstm_where_autocast_fails(model, self._dtype)
         return super().connect(model, optimizers, lr_schedulers)
 
     @override
@@ -149,16 +149,17 @@ def _refuse_lbfgs(optimizers: list[Optimizer]) -> None:
         )
 
 
-def _refuse_lstm_where_autocast_fails(model: torch.nn.Module) -> None:
+def _refuse_lstm_where_autocast_fails(model: torch.nn.Module, dtype: torch.dtype) -> None:
     name = next((name for name, module in model.named_modules() if isinstance(module, torch.nn.LSTM)), None)
     if name is None:
         return
     try:
         # Real tensors, also in a prediction, whose fakes run anything.
-        with unset_fake_temporarily(), torch.autocast("cpu", dtype=torch.float16):
+        with unset_fake_temporarily(), torch.autocast("cpu", dtype=dtype):
             torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
     except RuntimeError as error:
+        asked = next(known for known, of in DTYPES.items() if of == dtype)
         raise MisconfigurationException(
-            f"MixedPrecision('fp16'): {name} is an nn.LSTM, which CPU autocast to fp16 cannot run here (PyTorch says "
-            f"{str(error)!r}); use MixedPrecision('bf16')."
+            f"MixedPrecision({asked!r}): {name} is an nn.LSTM, which CPU autocast to {asked} cannot run on this "
+            f"processor (PyTorch says {str(error)!r}); train in float32."
         ) from error

@@ -101,6 +101,7 @@ def test_the_safetensors_file_is_read_by_the_library(saved, tmp_path):
     assert set(read) == set(weights)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", [(), ("--safetensors",)])
 def test_making_one_file_takes_no_more_memory_than_the_largest_tensor(tmp_path, kind):
     module = nn.ParameterList([torch.full((_LARGEST // 4,), float(i)) for i in range(_COUNT)])

@@ -28,7 +28,7 @@ def test_every_module_of_the_zoo_trains_as_in_float32_within_the_precision_of_th
     try:
         mixed = train(entry.build(), entry.loader(), plugins=[plugin], **options)
     except MisconfigurationException as error:
-        assert (name, dtype) == ("lstm", "fp16") and "lstm is an nn.LSTM" in str(error)
+        assert name == "lstm" and "lstm is an nn.LSTM" in str(error)  # not every processor has the kernels
         return
     assert list(mixed.weights) == list(plain.weights)
     losses, expected = torch.tensor(mixed.losses), torch.tensor(plain.losses)
