@@ -177,9 +177,6 @@ def on_ranks(name: str, strategy: str) -> tuple[Outcome, ...]:
     )
 
 
-on_two_ranks = on_ranks
-
-
 def assert_same_outcome(plain: Outcome, other: Outcome, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """Same losses, gradient norms and weights, within what AdamW makes of rounding errors.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.strategies.parity import STRATEGIES, assert_same_outcome, on_one_device, on_two_ranks
+from tests.strategies.parity import STRATEGIES, assert_same_outcome, on_one_device, on_ranks
 from tests.zoo import ZOO
 
 QUICK = ("mlp", "gan", "gpt2")
@@ -21,13 +21,13 @@ def _matrix() -> list[object]:
 
 @pytest.mark.parametrize(("name", "strategy"), _matrix())
 def test_two_ranks_train_as_one_device(name, strategy):
-    for outcome in on_two_ranks(name, strategy):
+    for outcome in on_ranks(name, strategy):
         assert_same_outcome(on_one_device(name), outcome)
 
 
 @pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
 def test_both_ranks_end_with_the_same_weights_where_batch_norm_sees_only_a_share(strategy):
-    first, second = on_two_ranks("cnn", strategy)
+    first, second = on_ranks("cnn", strategy)
     for name, weight in first.weights.items():
         if "running" not in name:
             np.testing.assert_array_equal(second.weights[name], weight, err_msg=name)
