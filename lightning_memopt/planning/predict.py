@@ -3,7 +3,7 @@
 import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
 from lightning_memopt.planning.loop import StayInPlace, run_second_step
+from lightning_memopt.planning.operators import OperatorLog
 
 _PACKAGE = Path(__file__).parents[1]
 Module = pl.LightningModule | Callable[[], pl.LightningModule]
@@ -106,6 +107,20 @@ def predict_memory(
         >>> less = predict_memory(module, batch, callbacks=[memopt.ActivationCheckpointing("full")])
         >>> saved_bytes = plain.peak_bytes - less.peak_bytes
     """
+    return predict_step(module, batch, callbacks=callbacks, plugins=plugins, **trainer_options)
+
+
+def predict_step(
+    module: Module,
+    batch: Any,
+    *,
+    callbacks: Sequence[Callback] = (),
+    plugins: Sequence[Any] = (),
+    log: OperatorLog | None = None,
+    timeline_points: int = 1000,
+    **trainer_options: Any,
+) -> MemoryReport:
+    """As :func:`predict_memory`; ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline."""
     _check_options(trainer_options)
     if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":
         raise ValueError(
@@ -129,8 +144,10 @@ def predict_memory(
             "strategy": StayInPlace(device=torch.device("cpu")),
             "plugins": _copies(plugins),
         }
-        with _explain_reads_of_values(own), mode, KnownValues():
-            report = run_second_step(own, own_batch, _copies(callbacks), options)
+        with _explain_reads_of_values(own), mode, log or nullcontext(), KnownValues():
+            report = run_second_step(
+                own, own_batch, _copies(callbacks), options, log=log, timeline_points=timeline_points
+            )
     notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []
     return replace(report, notes=(*report.notes, *notes))
 
