@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, Phase, TimelinePoint
 
 
-
 class Moment(NamedTuple):
     """When something happened.
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Literal
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
@@ -34,7 +33,7 @@ class Link:
 
     latency: float
     bandwidth: float
-    measured: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=lambda: MappingProxyType({}))
+    measured: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
     def seconds(self, kind: CollectiveKind, size_bytes: float, ranks: int) -> float:
         """Time of one collective over ``ranks`` that all have this link.
@@ -78,10 +77,11 @@ class DeviceModel:
         host_link: Bytes per second copied from the host's memory, one way.
         granularity: The allocator hands out multiples of so many bytes.
         workspace_bytes: What libraries (cuBLAS) hold from the first step on, outside of what a trace sees.
-        operator_overhead: Seconds of a call of an operator that has nothing to do.
+        operator_overhead: Seconds of a call of an operator that has nothing to do, with what runs around it.
         links: ``"intra"`` between devices of a node, ``"inter"`` between nodes.
         source: Where the numbers are from.
         date: When they were measured, or looked up.
+        operator_bandwidth: Bytes per second of operators that are slower than that, by name (``"aten.gelu"``).
     """
 
     name: str
@@ -96,6 +96,7 @@ class DeviceModel:
     links: Mapping[str, Link]
     source: str
     date: str
+    operator_bandwidth: Mapping[str, float] = field(default_factory=dict)
 
     def rounded_bytes(self, size_bytes: int) -> int:
         """Bytes that the allocator takes for one tensor of ``size_bytes``."""
@@ -129,8 +130,7 @@ class DeviceModel:
 
     def to_json(self) -> str:
         """The model as JSON; :meth:`from_json` reads it back."""
-        fields = asdict(self, dict_factory=_plain)
-        return json.dumps(fields, indent=1)
+        return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "DeviceModel":
@@ -152,10 +152,6 @@ class DeviceModel:
             return cls(**fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a device model: {error}") from error
-
-
-def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in pairs}
 
 
 def device_model(name: str) -> DeviceModel:
