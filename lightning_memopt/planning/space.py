@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
 
-from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.mesh import DIMENSIONS, MeshSizes
+from lightning_memopt.registration import STRATEGIES, make_strategy
 
 Checkpointing = Literal["none", "selective", "full"]
 _LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -117,6 +118,15 @@ class Layout:
 
     strategy: str = "auto"
     sizes: MeshSizes = MeshSizes()
+
+    def make_strategy(self, **options: Any) -> Any:
+        """A strategy object that does it; ``options`` are Lightning's."""
+        if self.strategy == "memopt_hybrid":
+            from lightning_memopt import HybridStrategy
+
+            return HybridStrategy(**{name: self.sizes.of(name) for name in DIMENSIONS}, **options)
+        path, own = STRATEGIES[self.strategy]
+        return make_strategy(path, **own, **options)
 
 
 @dataclass(frozen=True)
