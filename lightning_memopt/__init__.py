@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
+    from lightning_memopt.planning.plan import plan as plan
     from lightning_memopt.planning.predict import measure_memory as measure_memory
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
@@ -55,6 +56,7 @@ _HOME = {
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",
     "measure_memory": "planning.predict",
+    "plan": "planning.plan",
     "predict_memory": "planning.predict",
     "track_memory": "memory.track",
 }

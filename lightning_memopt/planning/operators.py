@@ -22,7 +22,7 @@ class OperatorCall(NamedTuple):
         dtype: Of its result, ``"float32"``.
         flops: Floating-point operations of one call if it is a matrix product, convolution or attention, else 0.
         moved_bytes: Bytes that one call reads and writes.
-        count: How many calls.
+        count: How many calls; a fraction where a part of a step was traced for all of it.
     """
 
     part: Part
@@ -30,7 +30,7 @@ class OperatorCall(NamedTuple):
     dtype: str
     flops: int
     moved_bytes: int
-    count: int
+    count: float
 
 
 class OperatorLog(TorchDispatchMode):

@@ -10,7 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -118,9 +120,14 @@ def predict_step(
     plugins: Sequence[Any] = (),
     log: OperatorLog | None = None,
     timeline_points: int = 1000,
+    rank_strategy: Strategy | None = None,
     **trainer_options: Any,
 ) -> MemoryReport:
-    """As :func:`predict_memory`; ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline."""
+    """As :func:`predict_memory`.
+
+    ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, and ``rank_strategy`` makes it that
+    of one rank of many (:func:`~lightning_memopt.planning.ranks.one_of_many`).
+    """
     _check_options(trainer_options)
     if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":
         raise ValueError(
@@ -140,8 +147,8 @@ def predict_step(
         metrics = silence_metrics(own)
         options = trainer_options | {
             "accelerator": "cpu",
-            "devices": 1,
-            "strategy": StayInPlace(device=torch.device("cpu")),
+            "devices": 1 if rank_strategy is None else dist.get_world_size(),
+            "strategy": rank_strategy or StayInPlace(device=torch.device("cpu")),
             "plugins": _copies(plugins),
         }
         with _explain_reads_of_values(own), mode, log or nullcontext(), KnownValues():
