@@ -81,7 +81,8 @@ class DeviceModel:
         links: ``"intra"`` between devices of a node, ``"inter"`` between nodes.
         source: Where the numbers are from.
         date: When they were measured, or looked up.
-        operator_bandwidth: Bytes per second of operators that are slower than that, by name (``"aten.gelu"``).
+        operator_rates: By operator and dtype of its result (``"aten.gelu float32"``) what was measured of it: of matrix
+            products, convolutions and attention floating-point operations, of all others bytes moved per second.
     """
 
     name: str
@@ -96,7 +97,7 @@ class DeviceModel:
     links: Mapping[str, Link]
     source: str
     date: str
-    operator_bandwidth: Mapping[str, float] = field(default_factory=dict)
+    operator_rates: Mapping[str, float] = field(default_factory=dict)
 
     def rounded_bytes(self, size_bytes: int) -> int:
         """Bytes that the allocator takes for one tensor of ``size_bytes``."""

@@ -84,12 +84,15 @@ def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) 
         device: Where it runs.
         sharing: Ranks that compute on this one device at once, as those of a CPU do.
     """
-    bandwidth = device.operator_bandwidth.get(call.name, device.memory_bandwidth)
-    arithmetic = call.flops / device.flops_of(call.dtype)
-    memory = 0.0 if call.flops and device.kind == "cpu" else call.moved_bytes / bandwidth
+    rate = device.operator_rates.get(f"{call.name} {call.dtype}")
+    if rate is None:
+        busy = max(call.flops / device.flops_of(call.dtype), call.moved_bytes / device.memory_bandwidth)
+    else:
+        busy = (call.flops or call.moved_bytes) / rate
+    busy *= sharing
     if device.kind == "cuda":  # the host issues the next call while the device is busy
-        return call.count * max(arithmetic * sharing, memory * sharing, device.operator_overhead)
-    return call.count * (max(arithmetic, memory) * sharing + device.operator_overhead)
+        return call.count * max(busy, device.operator_overhead)
+    return call.count * (busy + device.operator_overhead)
 
 
 def step_time(

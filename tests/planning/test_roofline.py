@@ -21,7 +21,7 @@ _DEVICE = DeviceModel(
     links={"intra": Link(0.0, 1e8), "inter": Link(0.0, 1e7)},
     source="this test",
     date="",
-    operator_bandwidth={"aten.gelu": 5e8},
+    operator_rates={"aten.gelu float32": 5e8, "aten.convolution float32": 1e11},
 )
 _CPU = dataclasses.replace(_DEVICE, kind="cpu")
 
@@ -38,6 +38,11 @@ def test_an_operator_takes_the_slower_of_arithmetic_and_memory():
 def test_lower_precision_and_slow_operators_go_at_their_own_rate():
     assert step_time([_call(flops=10**12, dtype="bfloat16")], _DEVICE).compute == pytest.approx(0.25)
     assert step_time([_call(name="aten.gelu", moved_bytes=10**9)], _DEVICE).compute == pytest.approx(2.0)
+    assert step_time(
+        [_call(name="aten.gelu", dtype="bfloat16", moved_bytes=10**9)], _DEVICE
+    ).compute == pytest.approx(1.0)
+    convolution = _call(name="aten.convolution", flops=10**11, moved_bytes=10**7)
+    assert step_time([convolution], _DEVICE).compute == pytest.approx(1.0)
     assert step_time([_call(name="aten.add", moved_bytes=10**9)], _DEVICE).compute == pytest.approx(1.0)
 
 
