@@ -154,7 +154,9 @@ def _this_device() -> DeviceModel:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     link = Link(1e-4, 1e9)
-    return DeviceModel("cpu", "cpu", memory, {"float32": 5e10}, 1e10, 1e10, 1, 0, 5e-6, {"intra": link, "inter": link}, "?", "?")
+    return DeviceModel(
+        "cpu", "cpu", memory, {"float32": 5e10}, 1e10, 1e10, 1, 0, 5e-6, {"intra": link, "inter": link}, "?", "?"
+    )
 
 
 class _Planner:

@@ -92,9 +92,7 @@ def search(
     return found
 
 
-def _evaluate(
-    choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found
-) -> None:
+def _evaluate(choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found) -> None:
     try:
         evaluation = evaluate(choice)
     except Refused as refusal:
