@@ -9,6 +9,7 @@ from typing import NoReturn
 from lightning_memopt.__about__ import __version__
 from lightning_memopt.checkpoints import command as consolidate
 from lightning_memopt.demo import command as demo
+from lightning_memopt.doctor import command as doctor
 from lightning_memopt.planning import command as plan
 
 USAGE_ERROR = 2
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_parser(commands)
     consolidate.add_parser(commands)
+    doctor.add_parser(commands)
     plan.add_parser(commands)
     options = parser.parse_args(arguments)
     # torch 2.13's profiler writes two lines each time it starts; it reads its log level once, when torch is loaded.

@@ -2,30 +2,20 @@
 
 import datetime
 import os
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.planning.devices import DeviceModel, Link
 from lightning_memopt.planning.known_devices import KNOWN_DEVICES
+from lightning_memopt.planning.operator_rates import operator_rates, quickest
 from lightning_memopt.planning.operators import OperatorLog
-from lightning_memopt.techniques.checkpointing.profile import is_product, product_flops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SECONDS_EACH = 0.2
-"""For one figure; slow ones take as long as two runs."""
-
-_LEAST_MOVED = 2**17
-"""Bytes of a call from which on its time says how fast it works and not how long a call takes."""
-
 _LOOPBACK = {"intra": Link(5e-5, 1e9), "inter": Link(2e-4, 1.25e8)}
 """Between processes of one computer, roughly, and between computers by an Ethernet of 1 Gbit/s."""
 
@@ -52,9 +42,9 @@ def measure_device(links: Mapping[str, Link] | None = None) -> DeviceModel:
             workspace_bytes=_workspace_bytes(device),
             operator_overhead=_operator_overhead(device),
             links=links or (_links_of_gpu() if is_cuda else _LOOPBACK),
-            source=f"measured with torch {torch.__version__}",
+            source=source(),
             date=datetime.date.today().isoformat(),
-            operator_rates=_operator_rates(device),
+            operator_rates=operator_rates(device),
         )
 
 
@@ -62,7 +52,21 @@ def device_name() -> str:
     """What distinguishes this device's measurements from those of others."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def source() -> str:
+    """By what measurements of today are made; those by another are not comparable."""
+    return f"measured with torch {torch.__version__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 @contextmanager
@@ -71,24 +75,6 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         yield
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The quickest of a few runs after one that is not counted: others only ever make it slower."""
-    run()
-    best, end = float("inf"), time.perf_counter() + _SECONDS_EACH
-    while best == float("inf") or time.perf_counter() < end:
-        _wait_for(device)
-        begin = time.perf_counter()
-        run()
-        _wait_for(device)
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -100,20 +86,20 @@ def _memory_bytes(device: torch.device) -> int:
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device)
+    return 2 * size**3 / quickest(lambda: a @ b, device)
 
 
 def _memory_bandwidth(device: torch.device) -> float:
     elements = 2**28 if device.type == "cuda" else 2**23
     a, b, out = (torch.ones(elements, device=device) for _ in range(3))
-    return 3 * 4 * elements / _seconds(lambda: torch.add(a, b, out=out), device)
+    return 3 * 4 * elements / quickest(lambda: torch.add(a, b, out=out), device)
 
 
 def _host_link(device: torch.device) -> float:
     size = 2**28 if device.type == "cuda" else 2**26
     there = torch.ones(size, dtype=torch.uint8, device=device)
     here = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return size / _seconds(lambda: here.copy_(there), device)
+    return size / quickest(lambda: here.copy_(there), device)
 
 
 def _granularity(device: torch.device) -> int:
@@ -144,102 +130,6 @@ def _links_of_gpu() -> Mapping[str, Link]:
     return (alike[0] if alike else KNOWN_DEVICES["rtx3090"]).links
 
 
-# -- single operators -------------------------------------------------------------------------------------------------
-
-
-class _Text(nn.Module):
-    """The operators of a language model, forward and backward."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(2000, width)
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(0.1)
-        self.qkv, self.up, self.down = (
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
-        self.head = nn.Linear(width, 2000, bias=False)
-
-    def forward(self, size: int) -> torch.Tensor:
-        tokens = torch.randint(2000, (size, 128), device=self.head.weight.device)
-        x = self.embed(tokens)
-        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(attended.transpose(1, 2).flatten(2))
-        x = x + self.down(functional.gelu(self.up(x)) * torch.sigmoid(x.mean()))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        scores = torch.softmax(functional.silu(self.head(x)), dim=-1)
-        return functional.cross_entropy(scores.flatten(0, 1), tokens.flatten())
-
-
-class _Image(nn.Module):
-    """The operators of a convolutional network, forward and backward."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(4, width), nn.Tanh(), nn.AdaptiveAvgPool2d(1)),
-            *(nn.Flatten(), nn.Linear(width, 10)),
-        )
-
-    def forward(self, size: int) -> torch.Tensor:
-        images = torch.randn(size, 3, 32, 32, device=self.body[0].weight.device)
-        return functional.mse_loss(self.body(images), torch.zeros(size, 10, device=images.device))
-
-
-class _Stopwatch(TorchDispatchMode):
-    """Adds up by operator and dtype how long it took and what it did."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.work: dict[str, int] = defaultdict(int)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        _wait_for(self._device)
-        begin = time.perf_counter()
-        result = func(*args, **kwargs)
-        _wait_for(self._device)
-        took = time.perf_counter() - begin
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        moved = sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, *outputs))
-        if outputs and not func.is_view and moved >= _LEAST_MOVED:
-            key = f"{func.overloadpacket} {str(outputs[0].dtype).removeprefix('torch.')}"
-            self.seconds[key] += took
-            self.work[key] += product_flops(func, args, kwargs, result) if is_product(func) else moved
-        return result
-
-
-def _operator_rates(device: torch.device) -> dict[str, float]:
-    """Rates of the operators of two networks, in single and, for products, in lower precision too."""
-    scale = 16 if device.type == "cuda" else 1
-    rates: dict[str, float] = {}
-    for make, width, size in ((_Text, 128, 4 * scale), (_Image, 16, 16 * scale)):
-        model = make(width).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-        for dtype in (torch.float32, torch.bfloat16):
-            measured: dict[str, float] = {}
-
-            def step(model: Any = model, optimizer: Any = optimizer, dtype: Any = dtype, to: Any = measured) -> None:
-                with _Stopwatch(device) as watch:
-                    with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                        loss = model(size)
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for key, seconds in watch.seconds.items():
-                    to[key] = max(to.get(key, 0.0), watch.work[key] / seconds)
-
-            _seconds(step, device)
-            rates = measured | rates
-    return dict(sorted(rates.items()))
-
-
 def _operator_overhead(device: torch.device) -> float:
     """Seconds a call in training steps so small that nothing but calls is in them."""
     layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(8)]
@@ -252,7 +142,7 @@ def _operator_overhead(device: torch.device) -> float:
         model(batch).sum().backward()
         optimizer.step()
 
-    seconds = _seconds(step, device)
+    seconds = quickest(step, device)
     with OperatorLog() as log:
         log.start()
         step()

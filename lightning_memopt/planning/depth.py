@@ -43,9 +43,7 @@ class Stack:
 def find_deep_stack(module: nn.Module) -> Stack | None:
     """The largest stack of ``module``, if it is deep and its blocks are alike."""
     for stack in find_block_stacks(module)[:1]:
-        shapes = {
-            tuple((name, p.shape, p.dtype) for name, p in block.named_parameters()) for block in stack.blocks
-        }
+        shapes = {tuple((name, p.shape, p.dtype) for name, p in block.named_parameters()) for block in stack.blocks}
         if len(stack) >= _WORTH_IT and len(shapes) == 1:
             prefix = len(stack.name) + 1 if stack.name else 0
             return Stack(stack.name, tuple(name[prefix:] for name in stack.names))
@@ -83,9 +81,7 @@ def extrapolate_points(
     points = []
     for key, point in first.items():
         grown = second[key].by_category
-        by_category = {
-            name: max(0, size + more * (grown[name] - size)) for name, size in point.by_category.items()
-        }
+        by_category = {name: max(0, size + more * (grown[name] - size)) for name, size in point.by_category.items()}
         points.append(TimelinePoint(point.phase, point.module, by_category))
     return tuple(points)
 
@@ -105,13 +101,14 @@ def extrapolate_times(shallow: Sequence[Row], deep: Sequence[Row], stack: Stack)
 def _places(points: Sequence[TimelinePoint], stack: Stack, count: int) -> dict[Key, TimelinePoint]:
     """Of each place in a step its largest point.
 
-    A place is a pass (micro-batches make several), a phase, and a module outside the stack or a block, by its distance
-    from the first or the last. What runs under no module's name belongs to the module before it.
+    A place is a pass (micro-batches make several), a phase, and a module outside the stack or a block, by its
+    distance from the first or the last. What runs under no module's name belongs to the module before it.
     """
     prefix = f"{stack.holder}." if stack.holder else ""
     blocks = {f"{prefix}{key}": index for index, key in enumerate(stack.keys[:count])}
     found: dict[Key, TimelinePoint] = {}
-    passes, phase, where = 0, "", ("",)
+    passes, phase = 0, ""
+    where: tuple[str, ...] = ("",)
     for point in points:
         if point.phase != phase:
             passes += point.phase == "forward"

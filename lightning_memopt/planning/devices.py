@@ -81,8 +81,8 @@ class DeviceModel:
         links: ``"intra"`` between devices of a node, ``"inter"`` between nodes.
         source: Where the numbers are from.
         date: When they were measured, or looked up.
-        operator_rates: By operator and dtype of its result (``"aten.gelu float32"``) what was measured of it: of matrix
-            products, convolutions and attention floating-point operations, of all others bytes moved per second.
+        operator_rates: By operator and dtype of its result (``"aten.gelu float32"``) what was measured of it, per
+            second: floating-point operations of products, convolutions and attention, bytes moved of all others.
     """
 
     name: str

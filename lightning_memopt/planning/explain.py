@@ -16,11 +16,7 @@ def explain(choice: Choice, evaluated: Mapping[Choice, Evaluation]) -> tuple[str
         return ()
     chain = [choice]
     while True:
-        below = [
-            other
-            for other in evaluated
-            if chain[-1].adds_to(other)
-        ]
+        below = [other for other in evaluated if chain[-1].adds_to(other)]
         if not below:
             break
         # The nearest: what has itself the most of the others below it.

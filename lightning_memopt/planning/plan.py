@@ -22,7 +22,6 @@ from lightning_memopt.planning.trace import StepTracer
 from lightning_memopt.planning.units import parse_bytes
 from lightning_memopt.techniques.batches import batch_size
 
-
 _MOST_DEVICES = 64
 """How many devices are tried where those there are do not do."""
 
@@ -228,7 +227,9 @@ class _Planner:
         if found.fitting:
             return PlanResult(plans, 0, budget_bytes, notes=notes)
         assert smallest is not None
-        return PlanResult(plans, None, budget_bytes, smallest[1].peak_bytes, self._fewest_devices(budget_bytes), notes)
+        return PlanResult(
+            plans, None, budget_bytes, smallest[1].peak_bytes, self._fewest_devices(budget_bytes), notes
+        )
 
     def _fewest_devices(self, budget_bytes: int) -> int | None:
         """How many devices of one node would do, doubling them; ``None`` if a node of many would not either."""

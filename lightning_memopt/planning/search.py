@@ -112,9 +112,7 @@ def _may_fit(
     return False
 
 
-def _evaluate(
-    choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found
-) -> None:
+def _evaluate(choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found) -> None:
     try:
         evaluation = evaluate(choice)
     except Refused as refusal:

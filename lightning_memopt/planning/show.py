@@ -48,4 +48,6 @@ def _largest(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> str:
-    return ", ".join(f"{part} {plan.time_parts[part]:.2f}" for part in _PARTS if plan.time_parts.get(part, 0) >= 0.005)
+    return ", ".join(
+        f"{part} {plan.time_parts[part]:.2f}" for part in _PARTS if plan.time_parts.get(part, 0) >= 0.005
+    )

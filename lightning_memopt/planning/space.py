@@ -108,6 +108,9 @@ class Techniques:
         )
 
 
+ONE = MeshSizes()
+"""One device."""
+
 _USUAL_SLOWDOWN = {
     "auto": 1.0,
     "memopt_ddp": 1.02,
@@ -130,7 +133,7 @@ class Layout:
     """
 
     strategy: str = "auto"
-    sizes: MeshSizes = MeshSizes()
+    sizes: MeshSizes = ONE
 
     def takes(self, techniques: Techniques) -> bool:
         """Whether what steps optimizers otherwise is possible here."""
@@ -212,8 +215,10 @@ class Space:
     def most_frugal(self) -> list[Techniques]:
         """What saves the most on several devices, in the user's precision."""
         smallest = self.micro_batches[-1] if self.micro_batches else None
-        return [replace(self.plain, checkpointing=level, micro_batch=smallest, chunked_loss=self.chunked_loss)
-                for level in ("full", "none")]
+        return [
+            replace(self.plain, checkpointing=level, micro_batch=smallest, chunked_loss=self.chunked_loss)
+            for level in ("full", "none")
+        ]
 
     def _exact(self) -> list[Techniques]:
         switches = product(

@@ -27,7 +27,7 @@ _CPU = dataclasses.replace(_DEVICE, kind="cpu")
 
 
 def _call(part="forward", name="aten.mm", dtype="float32", flops=0, moved_bytes=0, times=1) -> OperatorCall:
-    return OperatorCall(part, name, dtype, flops, moved_bytes, count)
+    return OperatorCall(part, name, dtype, flops, moved_bytes, times)
 
 
 def test_an_operator_takes_the_slower_of_arithmetic_and_memory():

@@ -48,8 +48,8 @@ def pipeline_time(
         ranks: Ranks of the pipeline.
         microbatches: Micro-batches of a batch.
         forward: Seconds of the forward of a micro-batch, by stage; equal by default, one second for a rank's stages.
-        backward: Seconds of its backward, by stage; twice the forward by default. Of a backward in two parts, that for
-            the input and that for the weights take a half each.
+        backward: Seconds of its backward, by stage; twice the forward by default. Of a backward in two parts, that
+            for the input and that for the weights take a half each.
         send: Seconds until the next rank has what a stage made.
 
     Raises:
