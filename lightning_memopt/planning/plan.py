@@ -1,6 +1,6 @@
 """``memopt.plan``: which techniques make a module fit a budget, the fastest first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,8 @@ def plan(
     device: str | DeviceModel | None = None,
     precision: str = "32-true",
     wanted: int = 3,
+    exact: bool = False,
+    layouts: Sequence[Layout] | None = None,
     **trainer_options: Any,
 ) -> PlanResult:
     """Choose what to switch on so that ``module`` trains within ``budget`` as fast as it can.
@@ -143,6 +145,8 @@ def plan(
             ``None`` for the device of this machine.
         precision: The precision of your trainer.
         wanted: How many plans that fit to find.
+        exact: Leave out what changes the numbers.
+        layouts: The ways to spread a step that are looked at; by default those of so many devices and nodes.
         **trainer_options: Other arguments of your trainer, such as ``gradient_clip_val``.
 
     Raises:
@@ -158,7 +162,7 @@ def plan(
     made = without_memory(module)
     space = read_space(made, batch, precision, trainer_options)
     planner = _Planner(StepTracer(module, made, batch, trainer_options), space, model, devices, nodes, batch)
-    return planner.run(budget_bytes, wanted)
+    return planner.run(budget_bytes, wanted, layouts or find_layouts(devices, nodes), exact)
 
 
 class _Planner:
@@ -174,13 +178,12 @@ class _Planner:
         self._nodes = nodes
         self._samples = batch_size(batch) if space.micro_batches else 1
 
-    def run(self, budget_bytes: int, wanted: int) -> PlanResult:
-        layouts = find_layouts(self._devices, self._nodes)
+    def run(self, budget_bytes: int, wanted: int, layouts: Sequence[Layout], exact: bool) -> PlanResult:
         plain = Choice(layouts[0], self._space.plain)
         # Also the scale of what is expected, and what every plan is compared with.
         first = self._evaluate(plain)
         looked_at = Found({}, {plain: first} if first.peak_bytes > budget_bytes else {}, {})
-        for tier in self._space.tiers(layouts):
+        for tier in self._space.tiers(layouts, exact):
             found = search(
                 tier,
                 lambda choice: first.total_seconds * choice.usual_slowdown(self._samples),

@@ -196,16 +196,19 @@ class Space:
     chunked_loss: bool
     in_backward: bool
 
-    def tiers(self, layouts: Sequence[Layout]) -> Iterator[list[Choice]]:
+    def tiers(self, layouts: Sequence[Layout], exact: bool) -> Iterator[list[Choice]]:
         """The choices, in groups of which a later is wanted only where nothing of an earlier fits.
 
-        First what changes neither the numbers nor where activations are, then offload, then what changes the numbers.
+        First what changes neither the numbers nor where activations are, then offload, then, unless ``exact``, what
+        changes the numbers.
         """
-        exact = self._exact()
-        offloaded = [replace(each, offload=True) for each in exact if each.checkpointing != "selective"]
-        tiers = [exact, offloaded, [replace(each, low_bit=True) for each in (*exact, *offloaded)]]
-        if self.plain.precision == "32-true":
-            half = [replace(each, precision="bf16-mixed") for each in (*exact, *offloaded)]
+        unchanged = self._exact()
+        offloaded = [replace(each, offload=True) for each in unchanged if each.checkpointing != "selective"]
+        tiers = [unchanged, offloaded]
+        if not exact:
+            tiers.append([replace(each, low_bit=True) for each in (*unchanged, *offloaded)])
+        if not exact and self.plain.precision == "32-true":
+            half = [replace(each, precision="bf16-mixed") for each in (*unchanged, *offloaded)]
             tiers.append(half + [replace(each, low_bit=True) for each in half])
         for tier in tiers:
             yield [
