@@ -1,5 +1,6 @@
 """``memopt.plan``: which techniques make a module fit a budget, the fastest first."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,6 @@ from lightning_memopt.planning.time_model import seconds_per_batch
 from lightning_memopt.planning.trace import StepTracer
 from lightning_memopt.planning.units import parse_bytes
 from lightning_memopt.techniques.batches import batch_size
-
-_MOST_DEVICES = 64
-"""How many devices are tried where those there are do not do."""
 
 
 @dataclass(frozen=True)
@@ -235,18 +233,21 @@ class _Planner:
         )
 
     def _fewest_devices(self, budget_bytes: int) -> int | None:
-        """How many devices of one node would do, doubling them; ``None`` if a node of many would not either."""
-        devices = self._devices * 2
-        while self._nodes == 1 and devices <= _MOST_DEVICES:
-            layout = Layout("memopt_zero3", MeshSizes(shard=devices))
-            for techniques in self._space.most_frugal():
-                try:
-                    if self._evaluate(Choice(layout, techniques)).peak_bytes <= budget_bytes:
-                        return devices
-                except Refused:
-                    continue
-            devices *= 2
-        return None
+        """How many devices of one node would do with all sharded, a power of two times those there are."""
+        if self._nodes > 1:
+            return None
+        candidates = [self._devices * 2**doublings for doublings in range(1, 7)]
+        first_that_fits = bisect_left(candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes))
+        return candidates[first_that_fits] if first_that_fits < len(candidates) else None
+
+    def _fits_sharded(self, devices: int, budget_bytes: int) -> bool:
+        layout = Layout("memopt_zero3", MeshSizes(shard=devices))
+        for techniques in self._space.most_frugal():
+            try:
+                return self._evaluate(Choice(layout, techniques)).peak_bytes <= budget_bytes
+            except Refused:
+                continue
+        return False
 
 
 def describe_failure(result: PlanResult) -> str:
