@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.checkpointing import ActivationCheckpointing as ActivationCheckpointing
     from lightning_memopt.callbacks.chunked_loss import ChunkedLoss as ChunkedLoss
     from lightning_memopt.callbacks.low_bit import LowBitOptimizer as LowBitOptimizer
+    from lightning_memopt.callbacks.memory_plan import MemoryPlan as MemoryPlan
     from lightning_memopt.callbacks.micro_batching import MicroBatching as MicroBatching
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.strategies.auto import AutoStrategy as AutoStrategy
     from lightning_memopt.strategies.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
@@ -39,6 +41,7 @@ _HOME = {
     "ActivationCheckpointing": "callbacks.checkpointing",
     "ActivationOffload": "callbacks.offload",
     "AtomicCheckpointIO": "strategies.checkpoint_io",
+    "AutoStrategy": "strategies.auto",
     "ChunkedLoss": "callbacks.chunked_loss",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
@@ -46,6 +49,7 @@ _HOME = {
     "HybridStrategy": "strategies.hybrid",
     "LowBitOptimizer": "callbacks.low_bit",
     "MemoryMonitor": "callbacks.monitor",
+    "MemoryPlan": "callbacks.memory_plan",
     "MemoryReport": "memory.report",
     "MicroBatching": "callbacks.micro_batching",
     "MixedPrecision": "precision.mixed",

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"memopt_{name}_offload": (_DATA, {"shard": shard, "offload": True}) for name, shard in _ZERO.items()},
     "memopt_tp": ("tensor:TensorParallelStrategy", {}),
     "memopt_hybrid": ("hybrid:HybridStrategy", {}),
+    "memopt_auto": ("auto:AutoStrategy", {}),
 }
 
 

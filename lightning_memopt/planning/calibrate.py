@@ -146,4 +146,4 @@ def _operator_overhead(device: torch.device) -> float:
     with OperatorLog() as log:
         log.start()
         step()
-    return seconds / sum(call.count for call in log.calls)
+    return seconds / sum(call.times for call in log.calls)

@@ -1,6 +1,7 @@
 """``memopt.plan``: which techniques make a module fit a budget, the fastest first."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.planning import written
+from lightning_memopt.planning.device_cache import this_device
 from lightning_memopt.planning.devices import DeviceModel, device_model
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
 from lightning_memopt.planning.read_module import read_space, without_memory
-from lightning_memopt.planning.search import Evaluation, Found, search
-from lightning_memopt.planning.space import Choice, Layout, Space
-from lightning_memopt.planning.time_model import step_seconds
+from lightning_memopt.planning.search import Evaluation, Found, Refused, search
+from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
+from lightning_memopt.planning.time_model import seconds_per_batch
 from lightning_memopt.planning.trace import StepTracer
 from lightning_memopt.planning.units import parse_bytes
 from lightning_memopt.techniques.batches import batch_size
@@ -27,12 +29,10 @@ class Plan:
     """One way to train.
 
     Attributes:
-        strategy: ``Trainer(strategy=...)``.
-        sizes: How many ways each kind of parallelism divides the ranks.
+        choice: Where it runs and what is switched on.
         devices: Devices of a node.
         nodes: Nodes.
         device_kind: ``"cpu"`` or ``"cuda"``.
-        choice: What is switched on.
         peak_bytes: Predicted peak of a rank, with what libraries hold.
         by_category: The peak by category (:data:`~lightning_memopt.memory.report.CATEGORIES`) and, where there is
             any, ``"workspace"``; in bytes.
@@ -42,12 +42,10 @@ class Plan:
         bought: A sentence for each step from the plain loop to this plan, with what it saves and costs.
     """
 
-    strategy: str
-    sizes: MeshSizes
+    choice: Choice
     devices: int
     nodes: int
     device_kind: str
-    choice: Choice
     peak_bytes: int
     by_category: Mapping[str, int]
     relative_time: float
@@ -55,13 +53,26 @@ class Plan:
     fits: bool
     bought: tuple[str, ...] = ()
 
+    @property
+    def strategy(self) -> str:
+        """``Trainer(strategy=...)``."""
+        return self.choice.layout.strategy
+
+    @property
+    def sizes(self) -> MeshSizes:
+        """How many ways each kind of parallelism divides the ranks."""
+        return self.choice.layout.sizes
+
     def callbacks(self) -> list[Callback]:
         """New callbacks of this plan."""
         return self.choice.techniques.callbacks(self.device_kind)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of ``pl.Trainer`` that carry the plan out: ``pl.Trainer(**plan.trainer_arguments())``."""
-        return {**written.trainer_arguments(self), "callbacks": self.callbacks()}
+        arguments = {**written.trainer_arguments(self), "callbacks": self.callbacks()}
+        if self.strategy == "memopt_hybrid":
+            arguments["strategy"] = self.choice.layout.make_strategy()
+        return arguments
 
     def python(self) -> str:
         """The trainer of this plan as Python to paste."""
@@ -81,7 +92,7 @@ class PlanResult:
     """What :func:`plan` found.
 
     Attributes:
-        plans: Those that fit, the fastest first; then those looked at that do not, the fastest first.
+        plans: Those that fit, the fastest first; then the fastest that do not, and the smallest of those.
         chosen: Index of the plan to take; ``None`` where nothing fits.
         budget_bytes: What each device may use.
         smallest_bytes: Where nothing fits, the smallest budget that would do on these devices.
@@ -111,7 +122,9 @@ def plan(
     nodes: int = 1,
     device: str | DeviceModel | None = None,
     precision: str = "32-true",
-    wanted: int = 5,
+    wanted: int = 3,
+    exact: bool = False,
+    layouts: Sequence[Layout] | None = None,
     **trainer_options: Any,
 ) -> PlanResult:
     """Choose what to switch on so that ``module`` trains within ``budget`` as fast as it can.
@@ -130,6 +143,8 @@ def plan(
             ``None`` for the device of this machine.
         precision: The precision of your trainer.
         wanted: How many plans that fit to find.
+        exact: Leave out what changes the numbers.
+        layouts: The ways to spread a step that are looked at; by default those of so many devices and nodes.
         **trainer_options: Other arguments of your trainer, such as ``gradient_clip_val``.
 
     Raises:
@@ -140,23 +155,12 @@ def plan(
         >>> trainer = pl.Trainer(**result.best.trainer_arguments(), max_epochs=3)
     """
     _check_batch(batch, "plan")
-    model = device if isinstance(device, DeviceModel) else _this_device() if device is None else device_model(device)
+    model = device if isinstance(device, DeviceModel) else this_device() if device is None else device_model(device)
     budget_bytes = model.memory_bytes if budget is None else parse_bytes(budget)
     made = without_memory(module)
     space = read_space(made, batch, precision, trainer_options)
-    planner = _Planner(StepTracer(module, batch, trainer_options), space, model, devices, nodes, batch)
-    return planner.run(budget_bytes, wanted)
-
-
-def _this_device() -> DeviceModel:
-    import os
-    from lightning_memopt.planning.devices import Link
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    link = Link(1e-4, 1e9)
-    return DeviceModel(
-        "cpu", "cpu", memory, {"float32": 5e10}, 1e10, 1e10, 1, 0, 5e-6, {"intra": link, "inter": link}, "?", "?"
-    )
+    planner = _Planner(StepTracer(module, made, batch, trainer_options), space, model, devices, nodes, batch)
+    return planner.run(budget_bytes, wanted, layouts or find_layouts(devices, nodes), exact)
 
 
 class _Planner:
@@ -172,14 +176,15 @@ class _Planner:
         self._nodes = nodes
         self._samples = batch_size(batch) if space.micro_batches else 1
 
-    def run(self, budget_bytes: int, wanted: int) -> PlanResult:
-        plain = Choice(Layout(), self._space.plain)
-        plain_seconds = self._evaluate(plain).total_seconds
-        looked_at = Found({}, {}, {})
-        for tier in self._space.tiers():
+    def run(self, budget_bytes: int, wanted: int, layouts: Sequence[Layout], exact: bool) -> PlanResult:
+        plain = Choice(layouts[0], self._space.plain)
+        # Also the scale of what is expected, and what every plan is compared with.
+        first = self._evaluate(plain)
+        looked_at = Found({}, {plain: first} if first.peak_bytes > budget_bytes else {}, {})
+        for tier in self._space.tiers(layouts, exact):
             found = search(
-                [Choice(Layout(), techniques) for techniques in tier],
-                lambda choice: plain_seconds * choice.techniques.usual_slowdown(self._samples),
+                tier,
+                lambda choice: first.total_seconds * choice.usual_slowdown(self._samples),
                 self._evaluate,
                 budget_bytes,
                 wanted=wanted,
@@ -192,23 +197,24 @@ class _Planner:
         return self._result(looked_at, budget_bytes, wanted)
 
     def _evaluate(self, choice: Choice) -> Evaluation:
-        trace = self._tracer.trace(choice.techniques)
-        categories = rank_peak(trace, choice.layout, self._device)
-        return Evaluation(sum(categories.values()), categories, step_seconds(trace, choice.layout, self._device))
+        trace = self._tracer.trace(choice)
+        categories = rank_peak(trace, self._device)
+        seconds = seconds_per_batch(trace, choice, self._device, self._devices)
+        return Evaluation(sum(categories.values()), categories, seconds)
 
     def _result(self, found: Found, budget_bytes: int, wanted: int) -> PlanResult:
         evaluations = found.fitting | found.too_large
         fastest = min(evaluation.total_seconds for evaluation in evaluations.values())
         too_large = sorted(found.too_large.items(), key=lambda item: item[1].total_seconds)
-        ranked = [*list(found.fitting.items())[:wanted], *too_large]
+        smallest = min(too_large, key=lambda item: item[1].peak_bytes, default=None)
+        shown = [item for item in too_large if item in too_large[:wanted] or item == smallest]
+        ranked = [*list(found.fitting.items())[:wanted], *shown]
         plans = tuple(
             Plan(
-                choice.layout.strategy,
-                choice.layout.sizes,
+                choice,
                 self._devices,
                 self._nodes,
                 self._device.kind,
-                choice,
                 evaluation.peak_bytes,
                 evaluation.by_category,
                 evaluation.total_seconds / fastest,
@@ -218,11 +224,30 @@ class _Planner:
             )
             for choice, evaluation in ranked
         )
-        notes = {note for choice, _ in ranked for note in self._tracer.trace(choice.techniques).notes}
+        notes = tuple(sorted({note for choice, _ in ranked for note in self._tracer.trace(choice).notes}))
         if found.fitting:
-            return PlanResult(plans, 0, budget_bytes, notes=tuple(sorted(notes)))
-        smallest = min(evaluation.peak_bytes for evaluation in evaluations.values())
-        return PlanResult(plans, None, budget_bytes, smallest, None, tuple(sorted(notes)))
+            return PlanResult(plans, 0, budget_bytes, notes=notes)
+        assert smallest is not None
+        return PlanResult(
+            plans, None, budget_bytes, smallest[1].peak_bytes, self._fewest_devices(budget_bytes), notes
+        )
+
+    def _fewest_devices(self, budget_bytes: int) -> int | None:
+        """How many devices of one node would do with all sharded, a power of two times those there are."""
+        if self._nodes > 1:
+            return None
+        candidates = [self._devices * 2**doublings for doublings in range(1, 7)]
+        first_that_fits = bisect_left(candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes))
+        return candidates[first_that_fits] if first_that_fits < len(candidates) else None
+
+    def _fits_sharded(self, devices: int, budget_bytes: int) -> bool:
+        layout = Layout("memopt_zero3", MeshSizes(shard=devices))
+        for techniques in self._space.most_frugal():
+            try:
+                return self._evaluate(Choice(layout, techniques)).peak_bytes <= budget_bytes
+            except Refused:
+                continue
+        return False
 
 
 def describe_failure(result: PlanResult) -> str:

@@ -125,8 +125,8 @@ def predict_step(
 ) -> MemoryReport:
     """As :func:`predict_memory`.
 
-    ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, and ``rank_strategy`` makes it that
-    of one rank of many (:func:`~lightning_memopt.planning.ranks.one_of_many`).
+    ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, and ``rank_strategy`` makes it
+    that of one rank of many (:func:`~lightning_memopt.planning.ranks.one_of_many`).
     """
     _check_options(trainer_options)
     if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":

@@ -91,8 +91,8 @@ def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) 
         busy = (call.flops or call.moved_bytes) / rate
     busy *= sharing
     if device.kind == "cuda":  # the host issues the next call while the device is busy
-        return call.count * max(busy, device.operator_overhead)
-    return call.count * (busy + device.operator_overhead)
+        return call.times * max(busy, device.operator_overhead)
+    return call.times * (busy + device.operator_overhead)
 
 
 def step_time(

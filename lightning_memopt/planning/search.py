@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_memopt.planning.space import Choice
+from lightning_memopt.planning.space import Choice, Layout
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def search(
     """Evaluate the choices that are expected to be fast first, until enough of them fit.
 
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
-    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. What is
-    most frugal is looked at first: where that does not fit, nothing does.
+    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Of each
+    layout the most frugal choice is looked at first: where that does not fit, nothing there does.
 
     Args:
         choices: All there are.
@@ -67,22 +67,22 @@ def search(
         budget_bytes: What fits.
         wanted: Stop when so many fit and what is left is expected to be slower than each of them.
     """
-    found: Found = Found({}, {}, {})
+    found = Found({}, {}, {})
     remaining = list(choices)
     waiting = [(expected(choice), index) for index, choice in enumerate(remaining)]
-    for frugal in _most_frugal(remaining):
-        _evaluate(frugal, evaluate, budget_bytes, found)
-    if not found.fitting and len(found.refused) == 0:
-        return found
     heapq.heapify(waiting)
     kept: dict[Choice, Evaluation] = {}
+    layouts: dict[Layout, bool] = {}
     while waiting:
         seconds, index = heapq.heappop(waiting)
-        slowest = sorted(evaluation.total_seconds for evaluation in kept.values())[:wanted]
-        if len(slowest) == wanted and seconds > slowest[-1]:
+        fastest = sorted(evaluation.total_seconds for evaluation in kept.values())[:wanted]
+        if len(fastest) == wanted and seconds > fastest[-1]:
             break
         choice = remaining[index]
-        if choice in found.refused or choice in found.too_large or _is_dominated(choice, found, kept):
+        if choice.layout not in layouts:
+            possible = [other for other in remaining if other.layout == choice.layout]
+            layouts[choice.layout] = _may_fit(possible, evaluate, budget_bytes, found)
+        if not layouts[choice.layout] or choice in found.refused or _is_dominated(choice, found, kept):
             continue
         if choice not in found.fitting:
             _evaluate(choice, evaluate, budget_bytes, found)
@@ -90,6 +90,26 @@ def search(
             kept[choice] = found.fitting[choice]
     found.fitting = dict(sorted(kept.items(), key=lambda item: item[1].total_seconds))
     return found
+
+
+def _may_fit(
+    possible: list[Choice], evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found
+) -> bool:
+    """Whether the most frugal of some choices of one layout fits; what that layout refuses is noted on the way."""
+    while possible:
+        frugal = _most_frugal(possible)
+        for choice in frugal:
+            if choice not in found.refused:
+                _evaluate(choice, evaluate, budget_bytes, found)
+        reasons = {choice: found.refused[choice] for choice in frugal if choice in found.refused}
+        if not reasons:
+            return any(choice in found.fitting for choice in frugal)
+        for choice in possible:
+            for reason in reasons.values():
+                if choice.has_refused(reason):
+                    found.refused[choice] = reason
+        possible = [choice for choice in possible if choice not in found.refused]
+    return False
 
 
 def _evaluate(choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found) -> None:

@@ -1,8 +1,9 @@
 """What a plan may switch on for one device, and in which order it costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import log2
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
@@ -107,6 +108,21 @@ class Techniques:
         )
 
 
+ONE = MeshSizes()
+"""One device."""
+
+_USUAL_SLOWDOWN = {
+    "auto": 1.0,
+    "memopt_ddp": 1.02,
+    "memopt_zero1": 1.04,
+    "memopt_zero2": 1.05,
+    "memopt_zero3": 1.08,
+    "memopt_hybrid": 1.08,
+    "memopt_tp": 1.2,
+}
+"""The order in which layouts are looked at; their times follow from their traces."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a step is spread over devices.
@@ -117,7 +133,18 @@ class Layout:
     """
 
     strategy: str = "auto"
-    sizes: MeshSizes = MeshSizes()
+    sizes: MeshSizes = ONE
+
+    def takes(self, techniques: Techniques) -> bool:
+        """Whether what steps optimizers otherwise is possible here."""
+        return (not techniques.in_backward or self.strategy == "auto") and (
+            not techniques.low_bit or self.strategy in ("auto", "memopt_ddp")
+        )
+
+    @property
+    def usual_slowdown(self) -> float:
+        """What such a step usually takes, as a multiple of what its share of one device's would."""
+        return _USUAL_SLOWDOWN[self.strategy] * (1 + 0.1 * log2(self.sizes.tensor))
 
     def make_strategy(self, **options: Any) -> Any:
         """A strategy object that does it; ``options`` are Lightning's."""
@@ -140,6 +167,14 @@ class Choice:
         """Whether each of ``other``'s savings is here too, on the same layout."""
         return self.layout == other.layout and self.techniques.needs_no_more_than(other.techniques)
 
+    def has_refused(self, reason: str) -> bool:
+        """Whether the callback whose refusal begins with its name is part of this."""
+        return any(reason.startswith(name) for name, _ in self.techniques.written("cpu"))
+
+    def usual_slowdown(self, batch_size: int) -> float:
+        """Of its layout and its techniques together."""
+        return self.layout.usual_slowdown * self.techniques.usual_slowdown(batch_size)
+
     def adds_to(self, other: "Choice") -> bool:
         """Whether this is ``other`` with more switched on."""
         return self != other and self.needs_no_more_than(other)
@@ -161,19 +196,32 @@ class Space:
     chunked_loss: bool
     in_backward: bool
 
-    def tiers(self) -> Iterator[list[Techniques]]:
+    def tiers(self, layouts: Sequence[Layout], exact: bool) -> Iterator[list[Choice]]:
         """The choices, in groups of which a later is wanted only where nothing of an earlier fits.
 
-        First what changes neither the numbers nor where activations are, then offload, then what changes the numbers.
+        First what changes neither the numbers nor where activations are, then offload, then, unless ``exact``, what
+        changes the numbers.
         """
-        exact = self._exact()
-        yield exact
-        offloaded = [replace(each, offload=True) for each in exact if each.checkpointing != "selective"]
-        yield offloaded
-        yield [replace(each, low_bit=True) for each in (*exact, *offloaded)]
-        if self.plain.precision == "32-true":
-            half = [replace(each, precision="bf16-mixed") for each in (*exact, *offloaded)]
-            yield half + [replace(each, low_bit=True) for each in half]
+        unchanged = self._exact()
+        offloaded = [replace(each, offload=True) for each in unchanged if each.checkpointing != "selective"]
+        tiers = [unchanged, offloaded]
+        if not exact:
+            tiers.append([replace(each, low_bit=True) for each in (*unchanged, *offloaded)])
+        if not exact and self.plain.precision == "32-true":
+            half = [replace(each, precision="bf16-mixed") for each in (*unchanged, *offloaded)]
+            tiers.append(half + [replace(each, low_bit=True) for each in half])
+        for tier in tiers:
+            yield [
+                Choice(layout, techniques) for layout in layouts for techniques in tier if layout.takes(techniques)
+            ]
+
+    def most_frugal(self) -> list[Techniques]:
+        """What saves the most on several devices, in the user's precision."""
+        smallest = self.micro_batches[-1] if self.micro_batches else None
+        return [
+            replace(self.plain, checkpointing=level, micro_batch=smallest, chunked_loss=self.chunked_loss)
+            for level in ("full", "none")
+        ]
 
     def _exact(self) -> list[Techniques]:
         switches = product(
@@ -187,6 +235,29 @@ class Space:
             for level, size, chunked, in_backward in switches
             if size is None or not in_backward  # micro-batches add up the gradients that the other frees
         ]
+
+
+def find_layouts(devices: int, nodes: int) -> list[Layout]:
+    """The ways to spread a step over ``devices`` on each of ``nodes`` that the planner looks at.
+
+    Tensor parallelism stays within a node. Pipelines are left out: what a stage holds follows from the values that
+    stages tell each other, and no prediction has them.
+    """
+    world = devices * nodes
+    if world == 1:
+        return [Layout()]
+    layouts = [Layout("memopt_ddp", MeshSizes(data=world))]
+    layouts += [Layout(f"memopt_zero{stage}", MeshSizes(shard=world)) for stage in (1, 2, 3)]
+    if nodes > 1 and devices > 1:
+        layouts.append(Layout("memopt_hybrid", MeshSizes(data=nodes, shard=devices)))
+    tensor = 2
+    while tensor <= devices and devices % tensor == 0:
+        if tensor == world:
+            layouts.append(Layout("memopt_tp", MeshSizes(tensor=tensor)))
+        else:
+            layouts.append(Layout("memopt_hybrid", MeshSizes(shard=world // tensor, tensor=tensor)))
+        tensor *= 2
+    return layouts
 
 
 def halvings(batch_size: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_memopt.parallel.mesh import DIMENSIONS
+
 if TYPE_CHECKING:
     from lightning_memopt.planning.plan import Plan, PlanResult
 
@@ -19,7 +21,8 @@ def trainer_arguments(plan: "Plan") -> dict[str, Any]:
 
 def as_python(plan: "Plan") -> str:
     """The trainer as Python."""
-    lines = [f"    {name}={_quoted(value)}," for name, value in trainer_arguments(plan).items()]
+    arguments = trainer_arguments(plan) | {"strategy": _strategy(plan)}
+    lines = [f"    {name}={value if name == 'strategy' else _quoted(value)}," for name, value in arguments.items()]
     callbacks = [
         f"        memopt.{name}({', '.join(f'{key}={_quoted(value)}' for key, value in arguments.items())}),"
         for name, arguments in plan.choice.techniques.written(plan.device_kind)
@@ -32,7 +35,13 @@ def as_python(plan: "Plan") -> str:
 
 def as_yaml(plan: "Plan") -> str:
     """The ``trainer`` section of a ``LightningCLI`` config."""
-    lines = ["trainer:", *(f"  {name}: {value}" for name, value in trainer_arguments(plan).items())]
+    lines = ["trainer:"]
+    for name, value in trainer_arguments(plan).items():
+        if value == "memopt_hybrid":
+            lines += ["  strategy:", "    class_path: lightning_memopt.HybridStrategy", "    init_args:"]
+            lines += [f"      {dimension}: {size}" for dimension, size in _mesh(plan).items()]
+        else:
+            lines.append(f"  {name}: {value}")
     callbacks = plan.choice.techniques.written(plan.device_kind)
     if callbacks:
         lines.append("  callbacks:")
@@ -49,7 +58,7 @@ def as_dict(plan: "Plan") -> dict[str, Any]:
     techniques = plan.choice.techniques
     return {
         "strategy": plan.strategy,
-        "mesh": {name: plan.sizes.of(name) for name in ("pipeline", "data", "shard", "tensor")},
+        "mesh": _mesh(plan),
         "devices": plan.devices,
         "nodes": plan.nodes,
         "precision": techniques.precision,
@@ -76,6 +85,17 @@ def result_as_dict(result: "PlanResult") -> dict[str, Any]:
         "fewest_devices": result.fewest_devices,
         "notes": list(result.notes),
     }
+
+
+def _mesh(plan: "Plan") -> dict[str, int]:
+    return {name: plan.sizes.of(name) for name in DIMENSIONS}
+
+
+def _strategy(plan: "Plan") -> str:
+    if plan.strategy != "memopt_hybrid":
+        return _quoted(plan.strategy)
+    sizes = ", ".join(f"{name}={size}" for name, size in _mesh(plan).items() if size > 1)
+    return f"memopt.HybridStrategy({sizes})"
 
 
 def _quoted(value: Any) -> str:

@@ -26,8 +26,8 @@ _DEVICE = DeviceModel(
 _CPU = dataclasses.replace(_DEVICE, kind="cpu")
 
 
-def _call(part="forward", name="aten.mm", dtype="float32", flops=0, moved_bytes=0, count=1) -> OperatorCall:
-    return OperatorCall(part, name, dtype, flops, moved_bytes, count)
+def _call(part="forward", name="aten.mm", dtype="float32", flops=0, moved_bytes=0, times=1) -> OperatorCall:
+    return OperatorCall(part, name, dtype, flops, moved_bytes, times)
 
 
 def test_an_operator_takes_the_slower_of_arithmetic_and_memory():
@@ -47,7 +47,7 @@ def test_lower_precision_and_slow_operators_go_at_their_own_rate():
 
 
 def test_issuing_hides_behind_a_gpu_that_is_busy_and_adds_up_on_a_cpu():
-    small, large = _call(count=5), _call(moved_bytes=10**9)
+    small, large = _call(times=5), _call(moved_bytes=10**9)
     assert step_time([small], _DEVICE).compute == pytest.approx(5e-3)
     assert step_time([large], _DEVICE).compute == pytest.approx(1.0)
     assert step_time([large], _CPU).compute == pytest.approx(1.001)
