@@ -1,0 +1,1 @@
+"""Prune, quantize, save and judge a module as plain functions. No Lightning import."""
