@@ -30,11 +30,12 @@ def describe(module: nn.Module) -> dict[str, Any]:
     for name, part in module.named_modules():
         recorded = _plain_attributes(part)
         if fresh is None:
-            recorded = recorded if part._parameters else {}
-        elif name in others:
-            known = _plain_attributes(others[name])
+            changed = bool(part._parameters)
+        else:
+            known = _plain_attributes(others[name]) if name in others else {}
             recorded = {key: value for key, value in recorded.items() if key not in known or known[key] != value}
-        if recorded:
+            changed = bool(recorded) or name not in others or _shapes(part) != _shapes(others[name])
+        if changed:
             edits[name] = {"attributes": {key: _to_json(value) for key, value in recorded.items()}}
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments, "edits": edits}
 
@@ -111,6 +112,11 @@ def _arguments(module: nn.Module) -> Any:
         return known if json.loads(json.dumps(known, allow_nan=False)) == known else None
     except (TypeError, ValueError):
         return None
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    held = {**module._parameters, **module._buffers}
+    return {name: tensor.shape for name, tensor in held.items() if tensor is not None}
 
 
 def _plain_attributes(module: nn.Module) -> Attributes:

@@ -78,7 +78,8 @@ def read_tensor(name: str, record: Any, data: Mapping[str, Tensor]) -> Tensor:
             raise CompressedFileError(f"`{name}` is packed as {record['packed']!r}, which this version does not know.")
         parts = {part: _read_plain(f"{name}/{part}", record["parts"][part], data) for part in cls.part_names}
         packed = cls(parts, record["attributes"], _shape(record), DTYPES[record["dtype"]])
-        packed.check()
+        if not packed.well_formed():
+            raise CompressedFileError(f"`{name}` is {record['packed']} of shape {record['shape']}, and its parts are not.")
     except CompressedFileError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError, AttributeError) as error:

@@ -58,6 +58,10 @@ class PackedWeight(Tensor):
         """Rows of a matrix, as an embedding looks them up."""
         return self.dequantize()[indices]
 
+    def well_formed(self) -> bool:
+        """Whether the types and shapes of the parts fit the shape of the weight; kernels would read beyond them else."""
+        raise NotImplementedError
+
     @property
     def parts(self) -> dict[str, Tensor]:
         """The plain tensors that hold the weight."""

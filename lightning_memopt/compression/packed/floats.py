@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import PackedWeight
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class HalfWeight(PackedWeight):
     """A weight stored in fp16 or bf16 for a module that computes in another type.
@@ -28,10 +30,14 @@ class HalfWeight(PackedWeight):
     @classmethod
     def pack(cls, weight: Tensor, output_dim: int = 0, *, kind: str = "bf16", **_: Any) -> Self:
         """Round each element to 16 bits; beyond fp16's range, to its largest."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
+        dtype = HALVES[kind]
         largest = torch.finfo(dtype).max
         values = weight.detach().clamp(-largest, largest).to(dtype)
         return cls({"values": values}, {"kind": kind}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether the values are of the type and shape that they should be."""
+        return self.values.shape == self.shape and self.values.dtype is HALVES[self.kind]
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The values, widened."""
@@ -70,6 +76,12 @@ class NF4Weight(PackedWeight):
             weight.detach().float().contiguous(), cls.BLOCK, "nf4", torch.uint8
         )
         return cls({"values": values, "absmax": absmax}, {}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether there are bytes for all elements and a magnitude for each block."""
+        types = (self.values.dtype, self.absmax.dtype) == (torch.uint8, torch.float32)
+        blocks = -(-self.numel() // self.BLOCK)
+        return types and self.values.numel() == -(-self.numel() // 2) and self.absmax.numel() == blocks
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The levels times the magnitude of their block."""

@@ -35,6 +35,12 @@ class Int8Weight(PackedWeight):
         values = (weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
         return cls({"values": values, "scale": scale}, {"dynamic": dynamic}, weight.shape, weight.dtype)
 
+    def well_formed(self) -> bool:
+        """Whether there is a scale for each output, or each input, or one for all."""
+        fits = all(n in (1, size) for n, size in zip(self.scale.shape, self.shape, strict=True))
+        types = self.values.dtype == torch.int8 and self.scale.dtype == torch.float32 and type(self.dynamic) is bool
+        return fits and types and self.values.shape == self.shape
+
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The integers times their scales."""
         return (self.values * self.scale).to(self.dtype)
@@ -97,6 +103,12 @@ class Int4Weight(PackedWeight):
         low, high = levels.chunk(2, dim=1)
         parts = {"values": low | (high << 4), "scale": scale, "minimum": minimum}
         return cls(parts, {}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether there are groups for all elements and a scale and a minimum for each."""
+        count = -(-self.numel() // GROUP)
+        types = (self.values.dtype, self.scale.dtype, self.minimum.dtype) == (torch.uint8, torch.half, torch.half)
+        return types and self.values.shape == (count, GROUP // 2) and self.scale.shape == self.minimum.shape == (count, 1)
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The levels that the integers stand for."""
