@@ -1,1 +1,1 @@
-"""Prune, quantize, save and judge a module as plain functions. No Lightning import."""
+"""Make a trained model small: prune, cluster, quantize, and write it to disk as small as it is. Plain torch."""
