@@ -7,7 +7,7 @@ from lightning_memopt.compression.choose import check_sparsity
 
 
 class SparsitySchedule(Protocol):
-    """What :class:`~lightning_memopt.callbacks.pruning.GradualPruning` asks of a schedule."""
+    """What :class:`~lightning_memopt.callbacks.gradual_pruning.GradualPruning` asks of a schedule."""
 
     @property
     def final_sparsity(self) -> float:
