@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.accumulation import GradientAccumulation as GradientAccumulation
     from lightning_memopt.callbacks.checkpointing import ActivationCheckpointing as ActivationCheckpointing
     from lightning_memopt.callbacks.chunked_loss import ChunkedLoss as ChunkedLoss
+    from lightning_memopt.callbacks.gradual_pruning import GradualPruning as GradualPruning
     from lightning_memopt.callbacks.low_bit import LowBitOptimizer as LowBitOptimizer
     from lightning_memopt.callbacks.micro_batching import MicroBatching as MicroBatching
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
+    from lightning_memopt.compression.schedules import ConstantSparsity as ConstantSparsity
+    from lightning_memopt.compression.schedules import PolynomialSparsity as PolynomialSparsity
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
     from lightning_memopt.planning.predict import measure_memory as measure_memory
@@ -39,8 +42,10 @@ _HOME = {
     "ActivationOffload": "callbacks.offload",
     "AtomicCheckpointIO": "strategies.checkpoint_io",
     "ChunkedLoss": "callbacks.chunked_loss",
+    "ConstantSparsity": "compression.schedules",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
+    "GradualPruning": "callbacks.gradual_pruning",
     "HalfPrecision": "precision.half",
     "HybridStrategy": "strategies.hybrid",
     "LowBitOptimizer": "callbacks.low_bit",
@@ -50,6 +55,7 @@ _HOME = {
     "MixedPrecision": "precision.mixed",
     "OptimizerInBackward": "callbacks.optimizer_in_backward",
     "PipelineParallelStrategy": "strategies.pipeline",
+    "PolynomialSparsity": "compression.schedules",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
     "full_state_dict": "checkpoints.sharded",
