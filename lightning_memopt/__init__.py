@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.compression.schedules import ConstantSparsity as ConstantSparsity
     from lightning_memopt.compression.schedules import PolynomialSparsity as PolynomialSparsity
+    from lightning_memopt.compression.container import load_compressed as load_compressed
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
     from lightning_memopt.planning.predict import measure_memory as measure_memory
@@ -60,6 +61,7 @@ _HOME = {
     "chunked_cross_entropy": "techniques.chunked_loss",
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",
+    "load_compressed": "compression.container",
     "measure_memory": "planning.predict",
     "predict_memory": "planning.predict",
     "track_memory": "memory.track",

@@ -92,7 +92,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _mapping(manifest: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = manifest.get(key)
     if not isinstance(value, dict):
-        raise CompressedFileError(f"`{path / MANIFEST}` is damaged: its {key!r} is {type(value).__name__}, not a mapping.")
+        raise CompressedFileError(
+            f"`{path / MANIFEST}` is damaged: its {key!r} is {type(value).__name__}, not a mapping."
+        )
     return value
 
 

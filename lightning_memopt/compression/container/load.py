@@ -1,6 +1,7 @@
 """Read a module from a folder."""
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,7 @@ from lightning_memopt.compression.container.errors import CompressedFileError
 from lightning_memopt.compression.container.save import named_tensors
 
 
-def load_compressed(
-    path: str | Path, module: nn.Module | Callable[[], nn.Module] | None = None
-) -> nn.Module:
+def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Read what :func:`save_compressed` wrote: a module in evaluation mode on the CPU, ready to predict.
 
     No pickle is read. Sizes and checksums are verified, then shapes against the module. A folder names the class that it
@@ -36,21 +35,29 @@ def load_compressed(
         Linear(in_features=4, out_features=2, bias=True)
     """
     manifest, data = files.read_folder(Path(path))
-    loaded = {name: tensors.read_tensor(name, record, data) for name, record in manifest["tensors"].items()}
+    records, ties = manifest["tensors"], manifest["ties"]
     target = skeleton.build(manifest, module)
-    _check_names(target, loaded, manifest["ties"])
-    reshaped = set(manifest["edits"])
-    for name, tensor in loaded.items():
-        _assign(target, name, tensor, reshaped)
-    for alias, name in manifest["ties"].items():
+    _check_names(target, set(records), ties)
+    for name, record in records.items():
+        old = _get(target, name)
+        # Before decoding: an encoding of equal values takes no bytes, whatever shape it says.
+        _check_shape(
+            target,
+            name,
+            old,
+            tensors.read_shape(name, record),
+            is_edited=name.rpartition(".")[0] in manifest["edits"],
+        )
+        _set(target, name, _as_before(old, tensors.read_tensor(name, record, data)))
+    for alias, name in ties.items():
         _set(target, alias, _get(target, name))
     return target.eval()
 
 
-def _check_names(target: nn.Module, loaded: Mapping[str, Tensor], ties: Mapping[str, Any]) -> None:
+def _check_names(target: nn.Module, records: set[str], ties: Mapping[str, Any]) -> None:
     present = {name for name, _ in named_tensors(target)}
-    stored = {*loaded, *ties}
-    if present != stored or not set(ties.values()) <= set(loaded):
+    stored = {*records, *ties}
+    if present != stored or not all(name in records for name in ties.values()):
         missing, unexpected = sorted(present - stored), sorted(stored - present)
         raise CompressedFileError(
             f"The folder does not fit {type(target).__name__}: it lacks {missing[:5] or 'nothing'} and has "
@@ -58,17 +65,20 @@ def _check_names(target: nn.Module, loaded: Mapping[str, Tensor], ties: Mapping[
         )
 
 
-def _assign(target: nn.Module, name: str, tensor: Tensor, reshaped: set[str]) -> None:
-    old = _get(target, name)
-    if old.shape != tensor.shape and name.rpartition(".")[0] not in reshaped:
-        raise CompressedFileError(
-            f"`{name}` has shape {list(tensor.shape)} in the folder and {list(old.shape)} in "
-            f"{type(target).__name__}; give a module built as the one that was saved."
-        )
-    if isinstance(old, nn.Parameter):
-        trains = old.requires_grad and type(tensor) is Tensor and tensor.is_floating_point()
-        tensor = nn.Parameter(tensor, requires_grad=trains)
-    _set(target, name, tensor)
+def _check_shape(target: nn.Module, name: str, old: Tensor, shape: tuple[int, ...], *, is_edited: bool) -> None:
+    if old.shape == shape or (is_edited and old.dim() == len(shape) and prod(shape) <= old.numel()):
+        return
+    raise CompressedFileError(
+        f"`{name}` has shape {list(shape)} in the folder and {list(old.shape)} in {type(target).__name__}; give a "
+        "module built as the one that was saved."
+    )
+
+
+def _as_before(old: Tensor, tensor: Tensor) -> Tensor:
+    if not isinstance(old, nn.Parameter):
+        return tensor
+    trains = old.requires_grad and type(tensor) is Tensor and tensor.is_floating_point()
+    return nn.Parameter(tensor, requires_grad=trains)
 
 
 def _get(module: nn.Module, name: str) -> Tensor:

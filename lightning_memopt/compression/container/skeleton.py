@@ -64,7 +64,9 @@ def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
     if not isinstance(path, str) or path.count(":") != 1 or "<" in path:
         raise CompressedFileError(f"The class {path!r} cannot be imported. {advice}")
     if not isinstance(arguments, dict):
-        raise CompressedFileError(f"The hyper-parameters of {path} were not saved: they are not plain values. {advice}")
+        raise CompressedFileError(
+            f"The hyper-parameters of {path} were not saved: they are not plain values. {advice}"
+        )
     home, _, qualified = path.partition(":")
     try:
         cls: Any = import_module(home)
@@ -75,9 +77,11 @@ def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CompressedFileError(f"{path} is no class of nn.Module, so nothing is built from it.")
     try:
-        return cls(**arguments)
+        return cls(**_from_json(arguments))
     except Exception as error:
-        raise CompressedFileError(f"{path} cannot be built from its hyper-parameters ({error!r}). {advice}") from error
+        raise CompressedFileError(
+            f"{path} cannot be built from its hyper-parameters ({error!r}). {advice}"
+        ) from error
 
 
 def _build_on_meta(cls: type[nn.Module], arguments: Any) -> nn.Module | None:
@@ -86,7 +90,7 @@ def _build_on_meta(cls: type[nn.Module], arguments: Any) -> nn.Module | None:
         return None
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            module = cls(**arguments)
+            module = cls(**_from_json(arguments))
             _configure(module)
             return module
     except Exception:  # constructors that read values, or need more than hyper-parameters
@@ -109,7 +113,8 @@ def _arguments(module: nn.Module) -> Any:
     elif not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
         known = {key: value for key, value in known.items() if key in signature}
     try:
-        return known if json.loads(json.dumps(known, allow_nan=False)) == known else None
+        written = _to_json(known)
+        return written if _from_json(json.loads(json.dumps(written, allow_nan=False))) == known else None
     except (TypeError, ValueError):
         return None
 
@@ -131,15 +136,22 @@ def _is_plain(value: Any) -> bool:
 
 
 def _to_json(value: Any) -> Any:
-    return {"tuple": [_to_json(item) for item in value]} if isinstance(value, tuple) else value
+    """``value`` with tuples as mappings, which they stay apart from lists by."""
+    if isinstance(value, tuple):
+        return {"tuple": [_to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    return {key: _to_json(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _from_json(value: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"tuple"} and isinstance(value["tuple"], list):
-        return tuple(map(_from_json, value["tuple"]))
-    if _is_plain(value) and not isinstance(value, tuple):
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if not isinstance(value, dict):
         return value
-    raise CompressedFileError(f"{value!r} is no value that an attribute of a module is given.")
+    if set(value) == {"tuple"} and isinstance(value["tuple"], list):
+        return tuple(map(_from_json, value["tuple"]))
+    return {key: _from_json(item) for key, item in value.items()}
 
 
 def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
@@ -155,4 +167,6 @@ def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
     for key, value in attributes.items():
         if key.startswith("_") or not _is_plain(vars(part).get(key, 0)):
             raise CompressedFileError(f"`{name}.{key}` is not a plain attribute, so it is not set.")
-        setattr(part, key, _from_json(value))
+        if not _is_plain(value := _from_json(value)):
+            raise CompressedFileError(f"`{name}.{key}` is to be {value!r}, which is no plain value.")
+        setattr(part, key, value)

@@ -1,6 +1,7 @@
 """A tensor, plain or packed, as JSON records and plain tensors, and back."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from lightning_memopt.compression.codecs import Encoded, decode, encode
 from lightning_memopt.compression.container.errors import CompressedFileError
 from lightning_memopt.compression.packed import PACKED, PackedWeight
 
-LARGEST_DIMENSION = 2**40
+SLACK = 64
+"""Elements that a part may have beyond those of its weight, which is filled up to whole groups."""
+
 DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -74,12 +77,17 @@ def read_tensor(name: str, record: Any, data: Mapping[str, Tensor]) -> Tensor:
         if "packed" not in record:
             return _read_plain(name, record, data)
         cls = PACKED.get(record["packed"])
+        limit = prod(_shape(record)) + SLACK
         if cls is None:
-            raise CompressedFileError(f"`{name}` is packed as {record['packed']!r}, which this version does not know.")
-        parts = {part: _read_plain(f"{name}/{part}", record["parts"][part], data) for part in cls.part_names}
+            raise CompressedFileError(
+                f"`{name}` is packed as {record['packed']!r}, which this version does not know."
+            )
+        parts = {part: _read_plain(f"{name}/{part}", record["parts"][part], data, limit) for part in cls.part_names}
         packed = cls(parts, record["attributes"], _shape(record), DTYPES[record["dtype"]])
         if not packed.well_formed():
-            raise CompressedFileError(f"`{name}` is {record['packed']} of shape {record['shape']}, and its parts are not.")
+            raise CompressedFileError(
+                f"`{name}` is {record['packed']} of shape {record['shape']}, and its parts are not."
+            )
     except CompressedFileError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError, AttributeError) as error:
@@ -89,9 +97,25 @@ def read_tensor(name: str, record: Any, data: Mapping[str, Tensor]) -> Tensor:
     return packed
 
 
-def _read_plain(name: str, record: Mapping[str, Any], data: Mapping[str, Tensor]) -> Tensor:
+def read_shape(name: str, record: Any) -> tuple[int, ...]:
+    """The shape that ``record`` says its tensor has.
+
+    Raises:
+        CompressedFileError: It says none.
+    """
+    try:
+        return _shape(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CompressedFileError(f"`{name}` has no shape in the manifest ({error!r}).") from error
+
+
+def _read_plain(name: str, record: Mapping[str, Any], data: Mapping[str, Tensor], limit: int | None = None) -> Tensor:
     tensors = {piece: data[f"{name}/{piece}"] for piece in record["tensors"]}
     shape, dtype = _shape(record), DTYPES[record["dtype"]]
+    if limit is not None and prod(shape) > limit:
+        raise CompressedFileError(
+            f"`{name}` says it has shape {list(shape)}, more than the weight that it is a part of."
+        )
     tensor = decode(Encoded(record["encoding"], tensors, shape, dtype))
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CompressedFileError(
@@ -103,6 +127,6 @@ def _read_plain(name: str, record: Mapping[str, Any], data: Mapping[str, Tensor]
 
 def _shape(record: Mapping[str, Any]) -> tuple[int, ...]:
     shape = record["shape"]
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in shape):
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"{shape!r} is no shape")
     return tuple(shape)

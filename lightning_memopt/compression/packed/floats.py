@@ -72,9 +72,7 @@ class NF4Weight(PackedWeight):
     def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
         """Round each element to the nearest of 16 levels, spaced as a normal distribution is."""
         operators = _bitsandbytes()
-        values, absmax = operators.quantize_4bit(
-            weight.detach().float().contiguous(), cls.BLOCK, "nf4", torch.uint8
-        )
+        values, absmax = operators.quantize_4bit(weight.detach().float().contiguous(), cls.BLOCK, "nf4", torch.uint8)
         return cls({"values": values, "absmax": absmax}, {}, weight.shape, weight.dtype)
 
     def well_formed(self) -> bool:

@@ -31,7 +31,9 @@ class Int8Weight(PackedWeight):
     def pack(cls, weight: Tensor, output_dim: int = 0, *, dynamic: bool = False, **_: Any) -> Self:
         """Round each output's weights to the nearest multiple of its largest magnitude / 127."""
         others = [dim for dim in range(weight.dim()) if dim != output_dim]
-        scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+        scale = (
+            weight.detach().abs().amax(others, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+        )
         values = (weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
         return cls({"values": values, "scale": scale}, {"dynamic": dynamic}, weight.shape, weight.dtype)
 
@@ -108,7 +110,11 @@ class Int4Weight(PackedWeight):
         """Whether there are groups for all elements and a scale and a minimum for each."""
         count = -(-self.numel() // GROUP)
         types = (self.values.dtype, self.scale.dtype, self.minimum.dtype) == (torch.uint8, torch.half, torch.half)
-        return types and self.values.shape == (count, GROUP // 2) and self.scale.shape == self.minimum.shape == (count, 1)
+        return (
+            types
+            and self.values.shape == (count, GROUP // 2)
+            and self.scale.shape == self.minimum.shape == (count, 1)
+        )
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The levels that the integers stand for."""
