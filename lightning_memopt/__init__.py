@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
     from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
+    from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd as PruneOnFitEnd
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.compression.schedules import ConstantSparsity as ConstantSparsity
@@ -56,6 +57,7 @@ _HOME = {
     "OptimizerInBackward": "callbacks.optimizer_in_backward",
     "PipelineParallelStrategy": "strategies.pipeline",
     "PolynomialSparsity": "compression.schedules",
+    "PruneOnFitEnd": "callbacks.prune_on_fit_end",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
     "full_state_dict": "checkpoints.sharded",
