@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.accumulation import GradientAccumulation as GradientAccumulation
     from lightning_memopt.callbacks.checkpointing import ActivationCheckpointing as ActivationCheckpointing
     from lightning_memopt.callbacks.chunked_loss import ChunkedLoss as ChunkedLoss
+    from lightning_memopt.callbacks.cluster_weights import ClusterWeights as ClusterWeights
     from lightning_memopt.callbacks.gradual_pruning import GradualPruning as GradualPruning
     from lightning_memopt.callbacks.low_bit import LowBitOptimizer as LowBitOptimizer
     from lightning_memopt.callbacks.micro_batching import MicroBatching as MicroBatching
@@ -43,6 +44,7 @@ _HOME = {
     "ActivationOffload": "callbacks.offload",
     "AtomicCheckpointIO": "strategies.checkpoint_io",
     "ChunkedLoss": "callbacks.chunked_loss",
+    "ClusterWeights": "callbacks.cluster_weights",
     "ConstantSparsity": "compression.schedules",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
