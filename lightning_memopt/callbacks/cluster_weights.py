@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
 from lightning_memopt.compression.report import CompressionReport, compression_report
-from lightning_memopt.compression.selection import Selection, select_weights
+from lightning_memopt.compression.schedules import check_step
+from lightning_memopt.compression.selection import Selection, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.selectors import Selector
 
@@ -60,16 +61,14 @@ class ClusterWeights(Callback):
         seed: int = 0,
     ) -> None:
         try:
+            self._which = WeightFilter(include, exclude, embeddings)
             check_clusters(n, init)
-            if begin_step is not None and begin_step < 0:
-                raise ValueError(
-                    f"begin_step={begin_step!r} is before the first step; give a number from 0, or None."
-                )
+            if begin_step is not None:
+                check_step(begin_step, "begin_step")
         except ValueError as error:
             raise MisconfigurationException(f"ClusterWeights: {error}") from error
         self.n, self.init, self.begin_step, self.seed = n, init, begin_step, seed
         self.report: CompressionReport | None = None
-        self._which: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings}
         self._clusters: Clusters | None = None
         self._state: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
@@ -77,7 +76,7 @@ class ClusterWeights(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**{name: str(value) for name, value in self._which.items()})
+        return self._generate_state_key(which=str(self._which))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -95,8 +94,8 @@ class ClusterWeights(Callback):
         if parted:
             raise MisconfigurationException(
                 f"ClusterWeights: {parted[0]!r} is not whole on this rank under {type(trainer.strategy).__name__}, "
-                "and a value that trains is the mean over all of its elements. Use begin_step=None, which clusters when "
-                "training is over, or a strategy of replicas."
+                "and a value that trains is the mean over all of its elements. Use begin_step=None, which clusters "
+                "when training is over, or a strategy of replicas."
             )
         self._clusters = Clusters(weights)
 
@@ -145,7 +144,7 @@ class ClusterWeights(Callback):
 
     def _select(self, module: pl.LightningModule) -> Selection:
         try:
-            return select_weights(module, **self._which)
+            return self._which.select(module)
         except ValueError as error:
             raise MisconfigurationException(f"ClusterWeights: {error}") from error
 

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
-from lightning_memopt.compression.schedules import SparsitySchedule
-from lightning_memopt.compression.selection import Weight, select_weights
+from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
+from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.models.selectors import Selector
 
 
@@ -64,12 +64,13 @@ class GradualPruning(Callback):
     ) -> None:
         self.schedule = schedule
         self.sparsity = 0.0
-        self._which = {"include": include, "exclude": exclude, "embeddings": embeddings}
         self._target = 0.0
         self._masks: Masks | None = None
         self._restored: dict[str, torch.Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         try:
+            self._which = WeightFilter(include, exclude, embeddings)
+            check_schedule(schedule)
             self._choice = Choice(method, pattern, scope, seed)
             self._choice.pattern.limit(schedule.final_sparsity)
         except ValueError as error:
@@ -83,7 +84,7 @@ class GradualPruning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**{name: str(value) for name, value in self._which.items()})
+        return self._generate_state_key(which=str(self._which))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -187,7 +188,7 @@ class GradualPruning(Callback):
 
     def _select(self, module: pl.LightningModule) -> list[Weight]:
         try:
-            weights = select_weights(module, **self._which).weights  # type: ignore[arg-type]
+            weights = self._which.select(module).weights
             self._choice.check(weights, self.schedule.final_sparsity)
         except ValueError as error:
             raise MisconfigurationException(f"GradualPruning: {error}") from error

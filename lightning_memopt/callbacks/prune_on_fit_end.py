@@ -15,7 +15,7 @@ from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.masks import Masks, find_sparsity
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
 from lightning_memopt.compression.report import CompressionReport, compression_report
-from lightning_memopt.compression.selection import Selection, select_weights
+from lightning_memopt.compression.selection import Selection, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.selectors import Selector
 
@@ -65,8 +65,8 @@ class PruneOnFitEnd(Callback):
     ) -> None:
         self.amount = amount
         self.report: CompressionReport | None = None
-        self._which: dict[str, Any] = {"include": include, "exclude": exclude, "embeddings": embeddings}
         try:
+            self._which = WeightFilter(include, exclude, embeddings)
             check_sparsity(amount)
             if method == "n:m":
                 self._choice = Choice("magnitude", _groups_of(amount) if pattern is None else pattern, scope, seed)
@@ -103,7 +103,7 @@ class PruneOnFitEnd(Callback):
 
     def _select(self, module: nn.Module) -> Selection:
         try:
-            selection = select_weights(module, **self._which)
+            selection = self._which.select(module)
             self._choice.check(selection.weights, self.amount)
         except ValueError as error:
             raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error

@@ -114,7 +114,7 @@ def test_values_that_train_are_refused_where_weights_are_sharded():
     [
         (lambda: ClusterWeights(1), "n=1 is no number of clusters"),
         (lambda: ClusterWeights(16, "means"), "init='means' is none of"),
-        (lambda: ClusterWeights(16, begin_step=-1), "begin_step=-1 is before"),
+        (lambda: ClusterWeights(16, begin_step=-1), "begin_step=-1 is no number"),
         (
             lambda: train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[ClusterWeights(4, include="a")]),
             "include='a'",
