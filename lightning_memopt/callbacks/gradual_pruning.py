@@ -15,8 +15,10 @@ from typing_extensions import override
 
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
-from lightning_memopt.compression.schedules import SparsitySchedule
-from lightning_memopt.compression.selection import Weight, select_weights
+from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
+from lightning_memopt.compression.selection import Selection, WeightFilter
+from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.selectors import Selector
 
 
@@ -39,7 +41,9 @@ class GradualPruning(Callback):
         seed: Of ``"random"``.
 
     Attributes:
-        sparsity: The share of zeros among the weights to be pruned.
+        sparsity: The share of zeros among the weights to be pruned; logged as ``"sparsity"``.
+        report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`; ``None`` before
+            the end.
 
     Raises:
         MisconfigurationException: An argument is unknown or, before the first step, no weight can be pruned so.
@@ -64,12 +68,15 @@ class GradualPruning(Callback):
     ) -> None:
         self.schedule = schedule
         self.sparsity = 0.0
-        self._which = {"include": include, "exclude": exclude, "embeddings": embeddings}
+        self.report: CompressionReport | None = None
+        self._skipped: dict[str, str] = {}
         self._target = 0.0
         self._masks: Masks | None = None
         self._restored: dict[str, torch.Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         try:
+            self._which = WeightFilter(include, exclude, embeddings)
+            check_schedule(schedule)
             self._choice = Choice(method, pattern, scope, seed)
             self._choice.pattern.limit(schedule.final_sparsity)
         except ValueError as error:
@@ -83,7 +90,7 @@ class GradualPruning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**{name: str(value) for name, value in self._which.items()})
+        return self._generate_state_key(which=str(self._which))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -102,7 +109,8 @@ class GradualPruning(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: by now `configure_model` has made the layers, and the strategy has taken them apart.
-        weights = self._select(pl_module)
+        selection = self._select(pl_module)
+        weights, self._skipped = selection.weights, selection.skipped
         away = [weight.name for weight in weights if weight.parameter.is_meta]
         if away:
             raise MisconfigurationException(
@@ -168,6 +176,12 @@ class GradualPruning(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not only in `on_train_end`, where weight averaging may come later. The strategy has made the weights whole.
         apply_masks(pl_module, self._restored)
+        self.report = compression_report(
+            measure_sizes(pl_module, packed=False),
+            pl_module,
+            skipped=self._skipped,
+            eligible_sparsity=self.sparsity,
+        )
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -185,13 +199,13 @@ class GradualPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._target, self._restored = state_dict["target"], state_dict["masks"]
 
-    def _select(self, module: pl.LightningModule) -> list[Weight]:
+    def _select(self, module: pl.LightningModule) -> Selection:
         try:
-            weights = select_weights(module, **self._which).weights  # type: ignore[arg-type]
-            self._choice.check(weights, self.schedule.final_sparsity)
+            selection = self._which.select(module)
+            self._choice.check(selection.weights, self.schedule.final_sparsity)
         except ValueError as error:
             raise MisconfigurationException(f"GradualPruning: {error}") from error
-        return weights
+        return selection
 
     def _after_step(self, trainer: pl.Trainer) -> None:
         # Within the step, before any other callback sees or saves the weights; Lightning counts it afterwards.

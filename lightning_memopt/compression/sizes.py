@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memopt.compression.codecs import encode
+
 
 @dataclass(frozen=True)
 class ModuleSize:
@@ -90,4 +92,4 @@ def plain_values(tensor: Tensor) -> Tensor:
 
 def packed_bytes(tensor: Tensor) -> int:
     """Bytes of the smallest exact encoding of a plain tensor."""
-    return tensor.nbytes
+    return sum(part.nbytes for part in encode(tensor.detach()).tensors.values())

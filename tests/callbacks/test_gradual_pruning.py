@@ -201,6 +201,14 @@ def test_after_training_raised_the_masks_are_still_in_a_checkpoint_and_the_optim
     ]
 
 
+def test_the_report_has_the_share_over_what_was_pruned_and_the_bytes_of_a_sparse_export():
+    entry, pruning = ZOO["gpt2"], GradualPruning(ConstantSparsity(0.8, begin_step=1))
+    run = train(entry.build(), entry.loader(2), steps=2, callbacks=[pruning])
+    assert pruning.report.eligible_sparsity == pruning.sparsity == pytest.approx(_share(run.module))
+    assert pruning.report.disk_bytes_after < 0.5 * pruning.report.disk_bytes_before
+    assert run.trainer.callback_metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
 def test_a_second_fit_with_the_same_callback_starts_anew():
     entry, pruning = ZOO["mlp"], GradualPruning(ConstantSparsity(0.5, begin_step=3))
     for _ in range(2):
