@@ -41,10 +41,10 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The manifest and the tensors of ``path``, their sizes and checksums verified before they are parsed.
+    """The manifest and the tensors of ``path``, their sizes and checksums verified first.
 
     Raises:
-        CompressedFileError: A file is missing, damaged, too large to be true, of another version, or not of this folder.
+        CompressedFileError: A file is missing, damaged, oversized, of another version, or outside.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -53,7 +53,8 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     files = _mapping(manifest, "files", path)
     if set(files) != {WEIGHTS}:
         raise CompressedFileError(
-            f"`{path / MANIFEST}` names the files {sorted(map(str, files))}; a compressed module has {WEIGHTS} and no other."
+            f"`{path / MANIFEST}` names the files {sorted(map(str, files))}; a "
+            f"compressed module has {WEIGHTS} and no other."
         )
     weights = path / WEIGHTS
     _refuse_outside(weights, path)
@@ -109,7 +110,7 @@ def _check_header(weights: Path) -> None:
     size = weights.stat().st_size
     with weights.open("rb") as file:
         start = file.read(8)
-    if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > min(LARGEST_HEADER, size - 8):
+    if len(start) < 8 or struct.unpack("<Q", start)[0] > min(LARGEST_HEADER, size - 8):
         raise CompressedFileError(f"`{weights}` has a header that is longer than the file or than any is.")
 
 

@@ -15,9 +15,9 @@ from lightning_memopt.compression.container.save import named_tensors
 def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Read what :func:`save_compressed` wrote: a module in evaluation mode on the CPU, ready to predict.
 
-    No pickle is read. Sizes and checksums are verified, then shapes against the module. A folder names the class that it
-    is built from, and importing that runs code of yours or of what is installed: give ``module`` for a folder from someone
-    whom you do not trust.
+    No pickle is read. Sizes and checksums are verified, then shapes against the module. A folder names the class that
+    it is built from, and importing that runs code of yours or of what is installed: give ``module`` for a folder from
+    someone whom you do not trust.
 
     Args:
         path: The folder.

@@ -14,9 +14,10 @@ from lightning_memopt.compression.container import files, skeleton, tensors
 def save_compressed(module: nn.Module, path: str | Path) -> Path:
     """Write ``module`` to the folder ``path``, for :func:`load_compressed` to read.
 
-    The folder has ``weights.safetensors`` and ``manifest.json``: the class and hyper-parameters that the module is built
-    from, sizes that pruning changed, how each tensor is encoded, ties, versions and checksums. Each tensor takes
-    the smallest exact encoding that it has: a sparse, clustered or quantized one is small on disk, whoever made it so.
+    The folder has ``weights.safetensors`` and ``manifest.json``: the class and hyper-parameters that the module is
+    built from, sizes that pruning changed, how each tensor is encoded, ties, versions and checksums. Each tensor
+    takes the smallest exact encoding that it has: what is sparse, clustered or quantized is small on disk, whoever
+    made it so.
 
     Args:
         module: Any module, quantized or pruned or neither. A ``LightningModule`` that calls

@@ -14,10 +14,10 @@ aten = torch.ops.aten
 class PackedWeight(Tensor):
     """A read-only weight made of plain tensors, its *parts*, that any module can hold in place of a dense one.
 
-    A subclass of tensor and no module, so that the modules of a model, what reads their attributes, and ties between
-    them stay as they are: ``nn.Linear``, convolutions, ``nn.Embedding``, ``nn.MultiheadAttention`` and Hugging Face's
-    ``Conv1D`` all work. Linear maps and look-ups are computed from the parts; any other operation sees the dense weight,
-    made for it and dropped.
+    A subclass of tensor and no module, so that the modules of a model, what reads their attributes, and the ties
+    between them, stay as they are: ``nn.Linear``, convolutions, ``nn.Embedding``, ``nn.MultiheadAttention`` and
+    Hugging Face's ``Conv1D`` all work. Linear maps and look-ups are computed from the parts; any other operation sees
+    the dense weight, made for it and dropped.
 
     Subclasses set ``part_names`` and ``attribute_names`` (JSON values) and define ``pack`` and ``dequantize``.
     """
@@ -25,10 +25,10 @@ class PackedWeight(Tensor):
     part_names: ClassVar[tuple[str, ...]]
     attribute_names: ClassVar[tuple[str, ...]] = ()
 
-    @staticmethod
     def __new__(
-        cls: type[Self], parts: Mapping[str, Tensor], attributes: Mapping[str, Any], shape: Any, dtype: torch.dtype
+        cls, parts: Mapping[str, Tensor], attributes: Mapping[str, Any], shape: Any, dtype: torch.dtype
     ) -> Self:
+        """Wrap ``parts`` as a weight of ``shape`` and ``dtype``."""
         device = parts[cls.part_names[0]].device
         packed = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
         for name in cls.part_names:
@@ -59,7 +59,7 @@ class PackedWeight(Tensor):
         return self.dequantize()[indices]
 
     def well_formed(self) -> bool:
-        """Whether the types and shapes of the parts fit the shape of the weight; kernels would read beyond them else."""
+        """Whether the types and shapes of the parts fit the shape of the weight; kernels read beyond them else."""
         raise NotImplementedError
 
     @property
@@ -104,7 +104,9 @@ class PackedWeight(Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function in (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default):
             return args[0].map_parts(function)
@@ -144,8 +146,8 @@ def _embedding(input: Tensor, weight: Tensor, *unused: Any, **also_unused: Any) 
 def _copy(target: PackedWeight, source: Tensor) -> PackedWeight:
     if type(source) is not type(target) or source.attributes != target.attributes:  # type: ignore[attr-defined]
         raise ValueError(
-            f"A {type(target).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. Load the "
-            "weights before they are packed, or with `load_state_dict(..., assign=True)`."
+            f"A {type(target).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. "
+            "Load the weights before they are packed, or with `load_state_dict(..., assign=True)`."
         )
     for name, part in target.parts.items():
         part.copy_(getattr(source, name))

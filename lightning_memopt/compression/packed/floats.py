@@ -24,7 +24,7 @@ class HalfWeight(PackedWeight):
 
     part_names = ("values",)
     attribute_names = ("kind",)
-    values: Tensor
+    values: Tensor  # type: ignore[assignment]
     kind: str
 
     @classmethod
@@ -39,7 +39,7 @@ class HalfWeight(PackedWeight):
         """Whether the values are of the type and shape that they should be."""
         return self.values.shape == self.shape and self.values.dtype is HALVES[self.kind]
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The values, widened."""
         return self.values.to(self.dtype)
 
@@ -64,7 +64,7 @@ class NF4Weight(PackedWeight):
     """
 
     part_names = ("values", "absmax")
-    values: Tensor
+    values: Tensor  # type: ignore[assignment]
     absmax: Tensor
     BLOCK = 64
 
@@ -81,7 +81,7 @@ class NF4Weight(PackedWeight):
         blocks = -(-self.numel() // self.BLOCK)
         return types and self.values.numel() == -(-self.numel() // 2) and self.absmax.numel() == blocks
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The levels times the magnitude of their block."""
         dense = _bitsandbytes().dequantize_4bit(
             self.values, self.absmax, self.BLOCK, "nf4", list(self.shape), torch.float32

@@ -11,6 +11,8 @@ from lightning_memopt.compression.packed.base import PackedWeight
 GROUP = 32
 """Inputs that share a scale and a minimum in 4 bits: 0.5 + 4/32 bytes an element."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 class Int8Weight(PackedWeight):
     """Symmetric 8-bit integers with an fp32 scale for each output (row of a linear layer, channel, row of a table).
@@ -18,32 +20,31 @@ class Int8Weight(PackedWeight):
     Attributes:
         values: int8, of the weight's shape, in -127..127.
         scale: fp32, of the weight's shape with 1 everywhere but in the dimension of the outputs.
-        dynamic: Round the inputs of linear maps to 8 bits too, each row by its largest magnitude, and multiply integers.
+        inputs: Round the inputs of linear maps to 8 bits too, and multiply integers: ``"dynamic"`` scales each row by
+            its largest magnitude, a number is the largest magnitude expected of all; ``None`` leaves inputs alone.
     """
 
     part_names = ("values", "scale")
-    attribute_names = ("dynamic",)
-    values: Tensor
+    attribute_names = ("inputs",)
+    values: Tensor  # type: ignore[assignment]
     scale: Tensor
-    dynamic: bool
+    inputs: float | str | None
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, *, dynamic: bool = False, **_: Any) -> Self:
+    def pack(cls, weight: Tensor, output_dim: int = 0, *, inputs: float | str | None = None, **_: Any) -> Self:
         """Round each output's weights to the nearest multiple of its largest magnitude / 127."""
         others = [dim for dim in range(weight.dim()) if dim != output_dim]
-        scale = (
-            weight.detach().abs().amax(others, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
-        )
+        scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(TINY) / 127
         values = (weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
-        return cls({"values": values, "scale": scale}, {"dynamic": dynamic}, weight.shape, weight.dtype)
+        return cls({"values": values, "scale": scale}, {"inputs": inputs}, weight.shape, weight.dtype)
 
     def well_formed(self) -> bool:
         """Whether there is a scale for each output, or each input, or one for all."""
         fits = all(n in (1, size) for n, size in zip(self.scale.shape, self.shape, strict=True))
-        types = self.values.dtype == torch.int8 and self.scale.dtype == torch.float32 and type(self.dynamic) is bool
+        types = self.values.dtype == torch.int8 and self.scale.dtype == torch.float32 and self._inputs_known()
         return fits and types and self.values.shape == self.shape
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The integers times their scales."""
         return (self.values * self.scale).to(self.dtype)
 
@@ -65,10 +66,13 @@ class Int8Weight(PackedWeight):
             return super().rows(indices)
         return (self.values[indices] * self.scale[indices]).to(self.dtype)
 
+    def _inputs_known(self) -> bool:
+        return self.inputs in (None, "dynamic") or (type(self.inputs) is float and 0 < self.inputs < float("inf"))
+
     def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        if self.dynamic:
+        if self.inputs is not None:
             rows = x.reshape(-1, x.shape[-1])
-            row_scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+            row_scale = input_scale(rows, self.inputs)
             integers = (rows / row_scale).round().clamp(-127, 127).to(torch.int8)
             product = torch._int_mm(integers, values).float() * row_scale
             product = product.reshape(*x.shape[:-1], -1)
@@ -76,6 +80,13 @@ class Int8Weight(PackedWeight):
             product = x @ values.to(x.dtype)
         product = (product * scale).to(x.dtype)
         return product if bias is None else product + bias
+
+
+def input_scale(rows: Tensor, inputs: float | str) -> Tensor:
+    """What one step of the 8 bits of the inputs is worth: for each row, or for all."""
+    if inputs == "dynamic":
+        return rows.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY) / 127
+    return torch.tensor(float(inputs) / 127, device=rows.device)
 
 
 class Int4Weight(PackedWeight):
@@ -90,9 +101,9 @@ class Int4Weight(PackedWeight):
     """
 
     part_names = ("values", "scale", "minimum")
-    values: Tensor
+    values: Tensor  # type: ignore[assignment]
     scale: Tensor
-    minimum: Tensor
+    minimum: Tensor  # type: ignore[assignment]
 
     @classmethod
     def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
@@ -116,7 +127,7 @@ class Int4Weight(PackedWeight):
             and self.scale.shape == self.minimum.shape == (count, 1)
         )
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The levels that the integers stand for."""
         levels = torch.cat([self.values & 15, self.values >> 4], dim=1)
         flat = (levels * self.scale.float() + self.minimum.float()).flatten()

@@ -114,7 +114,7 @@ def _in(name, **values):
         (_in("0.weight", packed="pickle"), "packed as 'pickle'"),
         (_in("0.weight", parts={}), "0.weight"),
         (_in("0.weight", attributes={}), "0.weight"),
-        (_in("0.weight", attributes={"dynamic": "yes"}), "its parts are not"),
+        (_in("0.weight", attributes={"inputs": "yes"}), "its parts are not"),
         (lambda m: _in("0.weight", packed="nf4")(m), "0.weight"),
         (lambda m: m["tensors"]["1.weight"]["parts"]["absmax"].update(shape=[1]), "1.weight"),
         (lambda m: m["tensors"]["1.weight"]["parts"]["absmax"].update(shape=[10**12]), "1.weight"),

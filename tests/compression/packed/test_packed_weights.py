@@ -11,7 +11,8 @@ from lightning_memopt.compression.packed import HalfWeight, Int4Weight, Int8Weig
 
 PACKINGS = {
     "int8": (Int8Weight, {}, 40, 0.26),
-    "int8 dynamic": (Int8Weight, {"dynamic": True}, 38, 0.26),
+    "int8 dynamic": (Int8Weight, {"inputs": "dynamic"}, 38, 0.26),
+    "int8 static": (Int8Weight, {"inputs": 4.5}, 35, 0.26),
     "int4": (Int4Weight, {}, 19, 0.16),
     "nf4": (NF4Weight, {}, 16, 0.15),
     "bf16": (HalfWeight, {"kind": "bf16"}, 48, 0.5),
