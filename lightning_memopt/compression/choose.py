@@ -109,7 +109,10 @@ def choose_pruned(
 def read_whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; all ranks together."""
     tensor = tensor.detach()
-    return whole_of_shards(tensor) if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    on_mesh: Any = tensor.to(tensor.device_mesh.device_type)  # of offloaded shards
+    return whole_of_shards(on_mesh)
 
 
 def _read_keys(weight: Weight, choice: Choice, pruned: Tensor | None) -> Tensor:
@@ -118,7 +121,7 @@ def _read_keys(weight: Weight, choice: Choice, pruned: Tensor | None) -> Tensor:
     units = pattern.pool(as_canonical(_score(weight, choice), weight).float())
     keys = units.contiguous().view(torch.int32) + 1  # as integers, floats that are not negative keep their order
     if pruned is not None:
-        keys[pattern.pool(as_canonical(~pruned, weight).float()) == 0] = 0
+        keys[pattern.pool(as_canonical(~pruned.to(keys.device), weight).float()) == 0] = 0
     return pattern.restrict(keys).contiguous()
 
 

@@ -24,11 +24,9 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.compression.bits import pack_bits, packed_bytes, unpack_bits
+from lightning_memopt.compression.patterns import GROUPS
 
 LARGEST_CODEBOOK = 256
-
-GROUPS = (4, 8)
-"""Lengths of groups in which a fixed number of elements is looked for."""
 
 COST_OF_A_TENSOR = 128
 """Bytes that a further tensor costs in a file: its name, type, shape and offsets."""

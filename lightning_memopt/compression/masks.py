@@ -68,6 +68,15 @@ def find_sparsity(module: nn.Module) -> dict[str, float]:
     return shares
 
 
+@torch.no_grad()
+def apply_masks(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set to zero what the masks of :meth:`Masks.state_dict` prune, of parameters that are still there and plain."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, packed in state.items():
+        if name in parameters and parameters[name].is_floating_point():
+            _clear(parameters[name], packed.to(parameters[name].device))
+
+
 class Masks:
     """Which elements of some weights are pruned; at first none.
 
@@ -103,11 +112,8 @@ class Masks:
 
     def prune(self, sparsity: float, choice: Choice) -> None:
         """Prune on until a share ``sparsity`` is; what is pruned stays so. The weights do not change yet."""
-
-        def before(weight: Weight) -> Tensor:
-            return self.of(weight.name).to(weight.parameter.device)
-
-        for weight, pruned in choose_pruned(list(self.weights.values()), sparsity, choice, before):
+        weights = list(self.weights.values())
+        for weight, pruned in choose_pruned(weights, sparsity, choice, lambda weight: self.of(weight.name)):
             self._set(weight, pruned)
 
     def keep(self, masks: Mapping[str, Tensor]) -> None:

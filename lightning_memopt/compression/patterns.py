@@ -14,6 +14,9 @@ from typing_extensions import override
 
 from lightning_memopt.compression.selection import Weight
 
+GROUPS = (4, 8)
+"""Lengths of groups of which n elements are kept, that sparse kernels and the sparse export know."""
+
 NEVER = 2**31 - 1
 """The key of a unit that must not be pruned."""
 

@@ -1,13 +1,13 @@
 """How sparse a model is to be at each step: absolute targets, never amounts on top of what is pruned already."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_memopt.compression.choose import check_sparsity
 
 
 class SparsitySchedule(Protocol):
-    """What :class:`~lightning_memopt.callbacks.pruning.GradualPruning` asks of a schedule."""
+    """What :class:`~lightning_memopt.callbacks.gradual_pruning.GradualPruning` asks of a schedule."""
 
     @property
     def final_sparsity(self) -> float:
@@ -39,7 +39,7 @@ class ConstantSparsity:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, "sparsity")
-        _check_steps(self.begin_step, self.begin_step)
+        check_step(self.begin_step, "begin_step")
 
     @property
     def final_sparsity(self) -> float:
@@ -89,13 +89,17 @@ class PolynomialSparsity:
 
     def __post_init__(self) -> None:
         check_sparsity(self.final, "final")
-        _check_steps(self.begin_step, self.end_step)
-        if not 0 <= self.initial < self.final:
+        check_step(self.begin_step, "begin_step")
+        check_step(self.end_step, "end_step")
+        check_step(self.frequency, "frequency")
+        if self.initial != 0:
+            check_sparsity(self.initial, "initial")
+        if self.initial >= self.final:
             raise ValueError(
-                f"initial={self.initial!r} is not from 0 to below final={self.final!r}; what is pruned stays pruned, "
+                f"initial={self.initial!r} is not below final={self.final!r}; what is pruned stays pruned, "
                 "so sparsity can only grow."
             )
-        if self.end_step <= self.begin_step or self.frequency < 1 or self.power <= 0:
+        if self.end_step <= self.begin_step or self.frequency < 1 or not self.power > 0:
             raise ValueError(
                 f"{self} has no way to go: end_step must be after begin_step, frequency at least 1, power positive."
             )
@@ -115,6 +119,16 @@ class PolynomialSparsity:
         return self.final + (self.initial - self.final) * (1 - done) ** self.power
 
 
-def _check_steps(begin_step: int, end_step: int) -> None:
-    if not (isinstance(begin_step, int) and isinstance(end_step, int) and begin_step >= 0):
-        raise ValueError(f"begin_step={begin_step!r} and end_step={end_step!r} must be numbers of steps, from 0.")
+def check_step(value: Any, name: str) -> None:
+    """Raise a :class:`ValueError` where ``value`` is no number of optimizer steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r} is no number of optimizer steps; give a whole number from 0.")
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise a :class:`ValueError` where ``schedule`` is none."""
+    if not all(hasattr(schedule, name) for name in ("at", "final_sparsity", "begin_step", "end_step")):
+        raise ValueError(
+            f"schedule={schedule!r} is no schedule; give ConstantSparsity(0.5), or PolynomialSparsity(0.0, 0.8, "
+            "begin_step=0, end_step=1000)."
+        )

@@ -103,6 +103,33 @@ def select_weights(
 
 
 @dataclass(frozen=True)
+class WeightFilter:
+    """What :func:`select_weights` is asked, checked before there is a module to ask it of.
+
+    Attributes:
+        include: See :func:`select_weights`.
+        exclude: Likewise.
+        embeddings: Likewise.
+
+    Raises:
+        ValueError: One of them can mean no module.
+    """
+
+    include: Selector | Sequence[Selector] | None = None
+    exclude: Selector | Sequence[Selector] | None = None
+    embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("include", self.include), ("exclude", self.exclude)):
+            if value is not None:
+                as_selectors(value, name)
+
+    def select(self, module: nn.Module) -> Selection:
+        """The weights of ``module`` that are meant."""
+        return select_weights(module, self.include, self.exclude, embeddings=self.embeddings)
+
+
+@dataclass(frozen=True)
 class _Place:
     """Where a parameter is registered: its name, its owner, and the modules around it from the root inward."""
 
