@@ -24,16 +24,13 @@ from math import comb, prod
 import torch
 from torch import Tensor
 
-from lightning_memopt.compression.bits import pack_bits, packed_bytes, unpack_bits
+from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes, unpack_bits
 from lightning_memopt.compression.patterns import GROUPS
 
 LARGEST_CODEBOOK = 256
 
 COST_OF_A_TENSOR = 128
 """Bytes that a further tensor costs in a file: its name, type, shape and offsets."""
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By element size, the integer type as which elements are compared."""
 
 _ENCODING = re.compile(r"dense|(?:((?:signed-)?bitmask|[1-7]:[48]@\d)(?:\+(codebook))?)|(codebook)")
 
@@ -84,9 +81,9 @@ def encode(tensor: Tensor) -> Encoded:
         )
     tensor = tensor.detach().cpu().contiguous()
     shape, dtype = tuple(tensor.shape), tensor.dtype
-    if not tensor.numel() or tensor.element_size() not in _BITS:
+    if not tensor.numel() or tensor.element_size() not in INTEGERS:
         return Encoded("dense", {"values": tensor}, shape, dtype)
-    bits = tensor.view(_BITS[tensor.element_size()])
+    bits = tensor.view(INTEGERS[tensor.element_size()])
     sparse, zeros, rest = _split_sparse(bits)
     whole, rest_coded = _split_codebook(bits), _split_codebook(rest) if sparse else None
     candidates = [("dense", {"values": tensor})]
@@ -140,9 +137,9 @@ def _cost(tensors: dict[str, Tensor]) -> int:
 
 
 def _as_bits(values: Tensor) -> torch.dtype:
-    if values.element_size() not in _BITS:
+    if values.element_size() not in INTEGERS:
         raise ValueError(f"Elements of {values.dtype} are stored densely only.")
-    return _BITS[values.element_size()]
+    return INTEGERS[values.element_size()]
 
 
 def _parse(encoding: str) -> tuple[str, bool]:
