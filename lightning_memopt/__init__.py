@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
     from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
     from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd as PruneOnFitEnd
+    from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd as QuantizeOnFitEnd
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
+    from lightning_memopt.compression.container import load_compressed as load_compressed
     from lightning_memopt.compression.schedules import ConstantSparsity as ConstantSparsity
     from lightning_memopt.compression.schedules import PolynomialSparsity as PolynomialSparsity
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
@@ -60,10 +62,12 @@ _HOME = {
     "PipelineParallelStrategy": "strategies.pipeline",
     "PolynomialSparsity": "compression.schedules",
     "PruneOnFitEnd": "callbacks.prune_on_fit_end",
+    "QuantizeOnFitEnd": "callbacks.quantize_on_fit_end",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",
+    "load_compressed": "compression.container",
     "measure_memory": "planning.predict",
     "predict_memory": "planning.predict",
     "track_memory": "memory.track",
