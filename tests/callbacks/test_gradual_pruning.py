@@ -241,6 +241,17 @@ def test_under_every_strategy_all_ranks_prune_the_same_weights_to_the_target(str
     assert float((values == 0).float().mean()) == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.distributed
+def test_pipeline_stages_are_refused_by_name_before_the_first_step():
+    def fit() -> str:
+        with pytest.raises(MisconfigurationException) as refusal:
+            _train_sharded("memopt_pp")
+        return str(refusal.value)
+
+    messages = run_on_ranks(fit, 2, deadline_seconds=120)
+    assert all("is on another pipeline stage" in message for message in messages)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

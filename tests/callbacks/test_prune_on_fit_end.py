@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import PruneOnFitEnd
+from lightning_memopt import ConstantSparsity, GradualPruning, PruneOnFitEnd
 from lightning_memopt.compression.codecs import encode
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
@@ -96,6 +96,17 @@ def test_under_every_strategy_each_rank_has_the_whole_module_pruned_alike(strate
     prunable = [weight.name for weight in select_weights(ZOO["encoder"].build()).weights]
     values = torch.tensor([value for name in prunable for value in first[name]])
     assert float((values == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.distributed
+def test_the_process_that_launched_others_by_forking_gets_the_pruned_weights_back():
+    entry = ZOO["mlp"]
+    callbacks = [
+        GradualPruning(ConstantSparsity(0.25, begin_step=1), include="net.0"),
+        PruneOnFitEnd(0.5, include="net.3"),
+    ]
+    run = train(entry.build(), entry.loader(2), steps=2, callbacks=callbacks, devices=2, strategy="ddp_fork")
+    assert find_sparsity(run.module) == {"net.0.weight": 0.25, "net.3.weight": 0.5}
 
 
 @pytest.mark.parametrize(
