@@ -147,7 +147,7 @@ def plan_structured(
         if group.reason is not None:
             plan.skipped[group.name] = group.reason
         groups.append(group)
-    shares = {}
+    shares: dict[int, set[float]] = {}
     for group in groups:
         if group.kind == "heads" and group.heads is not None:
             left = group.size if group.reason else max(1, round(group.size * (1 - amount)))

@@ -155,7 +155,8 @@ def _find_channels(
     modes = {child: child.training for child in module.modules()}
     frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
     # A cache of keys and values is concatenated to an empty one, where the graph loses count.
-    caching = {id(c): c for m in module.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}
     transposed = {type(child) for child in module.modules() if _is_conv1d(child)}
     try:
         for parameter in frozen:
@@ -324,10 +325,10 @@ def _conv1d_pruner(torch_pruning: Any) -> Any:
         def prune_in_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
             return layer
 
-        def get_out_channels(self, layer: nn.Module) -> int:
+        def get_out_channels(self, layer: Any) -> int:
             return layer.weight.shape[1]
 
-        def get_in_channels(self, layer: nn.Module) -> int:
+        def get_in_channels(self, layer: Any) -> int:
             return layer.weight.shape[0]
 
     return Conv1DPruner()

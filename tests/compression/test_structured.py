@@ -184,7 +184,7 @@ def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name
         def forward(self, x):
             raise RuntimeError("no run without a server")
 
-    with pytest.raises(ValueError, match="Untraceable cannot be pruned by structure.*no run without a server"):
+    with pytest.raises(ValueError, match=r"Untraceable cannot be pruned by structure.*no run without a server"):
         prune_structured(Untraceable(), 0.5, lambda m: m(IMAGES))
     for amount in (0, 1, 1.5, -0.2, float("nan")):
         with pytest.raises(ValueError, match="is no share"):
