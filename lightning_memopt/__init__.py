@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.compression.container import load_compressed as load_compressed
+    from lightning_memopt.compression.onnx import export_onnx as export_onnx
+    from lightning_memopt.compression.report import CompressionReport as CompressionReport
+    from lightning_memopt.compression.report import compression_report as compression_report
     from lightning_memopt.compression.schedules import ConstantSparsity as ConstantSparsity
     from lightning_memopt.compression.schedules import PolynomialSparsity as PolynomialSparsity
+    from lightning_memopt.compression.sensitivity import scan_sensitivity as scan_sensitivity
+    from lightning_memopt.compression.structured import prune_structured as prune_structured
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
     from lightning_memopt.planning.predict import measure_memory as measure_memory
@@ -47,6 +52,7 @@ _HOME = {
     "AtomicCheckpointIO": "strategies.checkpoint_io",
     "ChunkedLoss": "callbacks.chunked_loss",
     "ClusterWeights": "callbacks.cluster_weights",
+    "CompressionReport": "compression.report",
     "ConstantSparsity": "compression.schedules",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
@@ -65,11 +71,15 @@ _HOME = {
     "QuantizeOnFitEnd": "callbacks.quantize_on_fit_end",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
+    "compression_report": "compression.report",
+    "export_onnx": "compression.onnx",
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",
     "load_compressed": "compression.container",
     "measure_memory": "planning.predict",
     "predict_memory": "planning.predict",
+    "prune_structured": "compression.structured",
+    "scan_sensitivity": "compression.sensitivity",
     "track_memory": "memory.track",
 }
 
