@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -36,8 +37,8 @@ class PruneOnFitEnd(Callback):
     """Prunes the module when ``fit`` ends, under any strategy and launcher.
 
     By then the strategy has made the module whole again, so that every rank prunes the same. Single weights, groups,
-    blocks and channels are set to zero: the module keeps its structure and its bytes in memory, and zeros are small in
-    a sparse export. ``method="structured"`` removes channels, neurons and heads: everything becomes smaller and
+    blocks and channels are set to zero: the module keeps its structure and its bytes in memory, and zeros are small
+    in a sparse export. ``method="structured"`` removes channels, neurons and heads: everything becomes smaller and
     faster, and the trainer's optimizers with it, so that a fit that follows goes on. To lose less at the same
     sparsity, prune while training goes on (:class:`~lightning_memopt.callbacks.gradual_pruning.GradualPruning`).
 
@@ -46,11 +47,11 @@ class PruneOnFitEnd(Callback):
             ``"structured"`` the share of each group of channels, neurons and heads; half of them are about a quarter
             of the weights.
         method: ``"magnitude"``, ``"random"``; ``"n:m"``: by magnitude within groups of 4 inputs, or of 8, whatever
-            ``amount`` divides (0.5 is 2:4, 0.375 is 5:8); or ``"structured"`` (the ``prune`` extra), which is tried on
-            a copy with the first batch.
+            ``amount`` divides (0.5 is 2:4, 0.375 is 5:8); or ``"structured"`` (the ``prune`` extra), which is tried
+            with the first batch on a copy in host memory.
         pattern: What is pruned together: ``"elements"``, ``"2:4"``, blocks ``"4x1"``, ``"outputs"``, ``"inputs"``.
-        scope: ``"layer"`` has each weight at ``amount``, ``"global"`` all together. Like ``pattern``, ``embeddings`` and
-            ``seed`` without a meaning for ``"structured"``.
+        scope: ``"layer"`` has each weight at ``amount``, ``"global"`` all together; no matter for
+            ``"structured"``.
         include: Only these weights: names, patterns or classes of modules. ``None``: all but embeddings.
         exclude: Not these.
         embeddings: Prune embeddings, and heads tied to them, too.
@@ -68,8 +69,8 @@ class PruneOnFitEnd(Callback):
         refusal: Why the result was refused; empty where it was not.
 
     Raises:
-        MisconfigurationException: An argument is unknown or, before the first step is taken, nothing can be pruned so,
-            or validation is needed and there is none.
+        MisconfigurationException: An argument is unknown or, before the first step is taken, nothing can be pruned
+            so, or validation is needed and there is none.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[PruneOnFitEnd(0.5, scope="global")], logger=False)
@@ -110,6 +111,12 @@ class PruneOnFitEnd(Callback):
         if stage != "fit":
             return
         self._batch, self.refusal = None, ""
+        if self._is_structured and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise MisconfigurationException(
+                "PruneOnFitEnd: the processes that this strategy spawns or forks send weights back to a module of "
+                "the old sizes, which method='structured' changes. Use strategy='ddp' (or a memopt one), which "
+                "starts the script itself again, or torchrun."
+            )
         if self._gate is not None:
             self._gate = self._gate.resolved(trainer)
             require_validation(trainer, pl_module)
@@ -213,6 +220,11 @@ def _choice_of(method: Any, amount: float, pattern: Any, scope: Any, seed: int) 
     if method == "n:m":
         method, pattern = "magnitude", _groups_of(amount) if pattern is None else pattern
     if method == "structured":
+        if pattern is not None:
+            raise ValueError(
+                f"pattern={pattern!r} says what becomes zero, and method='structured' removes channels and heads for "
+                "good. Leave one of the two out."
+            )
         method = "magnitude"
     choice = Choice(method, "elements" if pattern is None else pattern, scope, seed)
     choice.pattern.limit(amount)

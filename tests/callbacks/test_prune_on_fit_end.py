@@ -208,6 +208,15 @@ def test_a_module_that_cannot_be_traced_is_refused_by_name_before_the_first_step
         train(ZOO["bert_qa"].build(), ZOO["bert_qa"].loader(1), callbacks=[PruneOnFitEnd(0.5, "structured")])
 
 
+@pytest.mark.distributed
+def test_structured_pruning_is_refused_where_weights_travel_back_to_a_module_of_the_old_sizes():
+    pruning = PruneOnFitEnd(0.5, "structured")
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"send weights back to a module of the old"
+    ):
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[pruning], devices=2, strategy="ddp_fork")
+
+
 def _shrink_on_two(strategy: str) -> tuple[int, float]:
     module, pruning = ZOO["encoder"].build(), PruneOnFitEnd(0.5, "structured")
     train(module, ZOO["encoder"].loader(2), steps=2, callbacks=[pruning], devices=2, strategy=strategy)
@@ -242,6 +251,7 @@ def test_the_process_that_launched_others_by_forking_gets_the_pruned_weights_bac
         (lambda: PruneOnFitEnd(1.0), "amount=1.0 is no share"),
         (lambda: PruneOnFitEnd(0.3, "n:m"), "amount=0.3 is no number of quarters or eighths"),
         (lambda: PruneOnFitEnd(0.5, "n:m", pattern="1:4"), "0.5 is not that of 1:4"),
+        (lambda: PruneOnFitEnd(0.5, "structured", pattern="2:4"), "pattern='2:4' says what becomes zero"),
         (lambda: PruneOnFitEnd(0.5, "saliency"), "needs gradients, which are gone"),
         (lambda: PruneOnFitEnd(0.5, "l2"), "method='l2' is none of"),
         (lambda: PruneOnFitEnd(0.5, pattern="square"), "pattern='square' is none of"),
