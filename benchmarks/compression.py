@@ -39,7 +39,9 @@ def main() -> int:
         return 2
     sizes = "toy" if options.quick else "full"
     try:
-        results = ResultsFile(options.out, {"environment": environment_record(), "sizes": sizes})
+        time_method = f"Speed is the median ratio of {options.runs} pairs of neighbouring runs."
+        header = {"environment": environment_record(), "sizes": sizes, "time_method": time_method}
+        results = ResultsFile(options.out, header)
     except OtherEnvironmentError as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lightning_memopt import compress_command as compress
 from lightning_memopt.__about__ import __version__
 from lightning_memopt.checkpoints import command as consolidate
-from lightning_memopt.compression import command as compress
 from lightning_memopt.demo import command as demo
 
 USAGE_ERROR = 2
