@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.cluster_weights import ClusterWeights as ClusterWeights
     from lightning_memopt.callbacks.gradual_pruning import GradualPruning as GradualPruning
     from lightning_memopt.callbacks.low_bit import LowBitOptimizer as LowBitOptimizer
+    from lightning_memopt.callbacks.memory_plan import MemoryPlan as MemoryPlan
     from lightning_memopt.callbacks.micro_batching import MicroBatching as MicroBatching
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from lightning_memopt.compression.schedules import PolynomialSparsity as PolynomialSparsity
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
+    from lightning_memopt.planning.plan import plan as plan
     from lightning_memopt.planning.predict import measure_memory as measure_memory
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.strategies.auto import AutoStrategy as AutoStrategy
     from lightning_memopt.strategies.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
@@ -45,6 +48,7 @@ _HOME = {
     "ActivationCheckpointing": "callbacks.checkpointing",
     "ActivationOffload": "callbacks.offload",
     "AtomicCheckpointIO": "strategies.checkpoint_io",
+    "AutoStrategy": "strategies.auto",
     "ChunkedLoss": "callbacks.chunked_loss",
     "ClusterWeights": "callbacks.cluster_weights",
     "ConstantSparsity": "compression.schedules",
@@ -55,6 +59,7 @@ _HOME = {
     "HybridStrategy": "strategies.hybrid",
     "LowBitOptimizer": "callbacks.low_bit",
     "MemoryMonitor": "callbacks.monitor",
+    "MemoryPlan": "callbacks.memory_plan",
     "MemoryReport": "memory.report",
     "MicroBatching": "callbacks.micro_batching",
     "MixedPrecision": "precision.mixed",
@@ -69,6 +74,7 @@ _HOME = {
     "latest_checkpoint": "checkpoints.atomic",
     "load_compressed": "compression.container",
     "measure_memory": "planning.predict",
+    "plan": "planning.plan",
     "predict_memory": "planning.predict",
     "track_memory": "memory.track",
 }
