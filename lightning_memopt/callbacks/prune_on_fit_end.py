@@ -1,5 +1,6 @@
 """Prune once, when training is over: by zeros, or for good."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from lightning_memopt.compression.report import CompressionReport, compression_r
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import prune_structured
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
 from lightning_memopt.techniques.snapshot import StepSnapshot
@@ -131,7 +133,7 @@ class PruneOnFitEnd(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._is_structured or self._batch is not None:
+        if not self._is_structured or self._batch is not None or holds_fakes(pl_module):
             return
         self._batch = move_data_to_device(batch, "cpu")
         if any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in pl_module.parameters()):
@@ -142,9 +144,13 @@ class PruneOnFitEnd(Callback):
             self._prune(trial)
         finally:
             random_state.restore()
+            del trial, random_state
+            gc.collect()  # modules refer to themselves, and a copy is large
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if holds_fakes(pl_module):
+            return
         validates = is_overridden("validation_step", pl_module) and trainer.val_dataloaders is not None
         before = measure_sizes(pl_module, packed=False)
         metrics = validate_now(trainer, pl_module) if validates else {}

@@ -14,6 +14,11 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
+def empty_packed(like: Tensor, bits: int) -> Tensor:
+    """As many bytes as ``bits`` bits for each element of ``like`` take, where it has no values to make them of."""
+    return torch.empty(packed_bytes(like.numel(), bits), dtype=torch.uint8, device=like.device)
+
+
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Pack ``values``, each below ``2**bits``, the first into the lowest bits.
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes, unpack_bits
 from lightning_memopt.compression.choose import Choice, choose_pruned, read_whole
-from lightning_memopt.compression.selection import Weight, select_weights
+from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 from lightning_memopt.parallel.shards import shards_of_whole
 
 PIECE = 2**18
@@ -73,7 +73,7 @@ def apply_masks(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set to zero what the masks of :meth:`Masks.state_dict` prune, of parameters that are still there and plain."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, packed in state.items():
-        if name in parameters and parameters[name].is_floating_point():
+        if name in parameters and not is_compressed(parameters[name]):
             _clear(parameters[name], packed.to(parameters[name].device))
 
 

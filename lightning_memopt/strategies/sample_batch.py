@@ -30,8 +30,12 @@ def sample_batch(trainer: pl.Trainer) -> tuple[str, Any] | None:
         return None
     with isolate_rng():
         loaders = combined.iterables if loop_name == "fit_loop" else combined.flattened[0]
-        batch = tree_map(_first, loaders, is_leaf=_is_loader)
-        return step, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return step, trainer.strategy.batch_to_device(batch_of(loaders), dataloader_idx=0)
+
+
+def batch_of(loaders: Any) -> Any:
+    """A batch like the first that ``loaders`` (a loader, or a collection of them) will give."""
+    return tree_map(_first, loaders, is_leaf=_is_loader)
 
 
 def _is_loader(item: Any) -> bool:

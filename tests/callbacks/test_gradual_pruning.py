@@ -13,9 +13,12 @@ from lightning_memopt import (
     GradualPruning,
     HalfPrecision,
     LowBitOptimizer,
+    MicroBatching,
     MixedPrecision,
     OptimizerInBackward,
     PolynomialSparsity,
+    measure_memory,
+    predict_memory,
 )
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
@@ -94,7 +97,8 @@ def test_precisions_accumulation_and_clipping_leave_the_share_exact(precision):
 @pytest.mark.parametrize("first", [True, False])
 def test_other_techniques_around_the_step_leave_the_share_exact_in_either_order(others, first):
     entry = ZOO["gpt2"]
-    rest = [kind({0: 2}) if kind is GradientAccumulation else kind() for kind in others]
+    arguments = {GradientAccumulation: [2], MicroBatching: [3]}
+    rest = [kind(*arguments.get(kind, [])) for kind in others]
     pruning = [GradualPruning(ConstantSparsity(0.5, begin_step=1))]
     run = train(entry.build(), entry.loader(6), steps=3, callbacks=pruning + rest if first else rest + pruning)
     assert run.trainer.global_step == 3 and _share(run.module) == pytest.approx(0.5, abs=1e-3)
@@ -207,6 +211,19 @@ def test_the_report_has_the_share_over_what_was_pruned_and_the_bytes_of_a_sparse
     assert pruning.report.eligible_sparsity == pruning.sparsity == pytest.approx(_share(run.module))
     assert pruning.report.disk_bytes_after < 0.5 * pruning.report.disk_bytes_before
     assert run.trainer.callback_metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_prediction_counts_the_bits_of_the_masks_and_agrees_with_what_is_measured():
+    entry = ZOO["mlp"]
+
+    def peak(measure, *callbacks):
+        return measure(entry.build(), entry.batch(), callbacks=callbacks).peak_bytes
+
+    pruning = GradualPruning(ConstantSparsity(0.5))
+    bits = sum(weight.parameter.numel() for weight in select_weights(entry.build()).weights)
+    plain, predicted = peak(predict_memory), peak(predict_memory, pruning)
+    assert plain + bits / 8 <= predicted <= plain + bits / 8 + 1024
+    assert predicted == pytest.approx(peak(measure_memory, pruning), rel=0.05)
 
 
 def test_a_second_fit_with_the_same_callback_starts_anew():

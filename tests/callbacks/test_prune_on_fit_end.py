@@ -5,11 +5,12 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import ConstantSparsity, GradualPruning, PruneOnFitEnd
+from lightning_memopt import ConstantSparsity, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd
 from lightning_memopt.compression.codecs import encode
 from lightning_memopt.compression.container import load_compressed
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
+from lightning_memopt.compression.sizes import plain_values
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
@@ -153,6 +154,25 @@ def test_what_is_exported_is_small_and_is_the_pruned_module(tmp_path):
     loaded = load_compressed(tmp_path / "small", skeleton)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
     assert pruning.report.disk_bytes_after == sum(file.stat().st_size for file in (tmp_path / "small").iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "nf4", "bf16"])
+def test_what_is_pruned_is_still_zero_when_it_is_quantized_after_that(scheme, tmp_path):
+    entry, quantizing = ZOO["gpt2"], QuantizeOnFitEnd(scheme, export_path=tmp_path / "both")
+    run = train(entry.build(), entry.loader(1), steps=1, callbacks=[PruneOnFitEnd(0.5), quantizing])
+    for name, share in find_sparsity(run.module).items():
+        if share == pytest.approx(0.5, abs=1e-3):
+            zeros = run.module.get_parameter(name) == 0
+            assert (plain_values(quantizing.quantized.get_parameter(name))[zeros] == 0).all()
+    assert quantizing.report.sparsity >= 0.4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_gradual_pruning_beside_quantization_of_the_module_itself_works_in_either_order(first):
+    entry, callbacks = ZOO["gpt2"], [GradualPruning(ConstantSparsity(0.5)), QuantizeOnFitEnd("int8", inplace=True)]
+    run = train(entry.build(), entry.loader(1), steps=1, callbacks=callbacks if first else callbacks[::-1])
+    weight = plain_values(run.module.model.transformer.h[0].mlp.c_fc.weight)
+    assert float((weight == 0).float().mean()) >= 0.5
 
 
 def test_a_gate_without_validation_is_refused_before_the_first_step():
