@@ -11,6 +11,7 @@ from lightning_memopt import load_compressed
 from lightning_memopt.cli import main
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.demo.model import GPT
 
 
 class Net(pl.LightningModule):
@@ -53,6 +54,14 @@ def test_a_mixed_recipe_packs_each_layer_once_in_the_first_scheme_that_names_it(
     assert by_name["net.2"].bytes_after < 0.2 * by_name["net.2"].bytes_before
     assert 0.24 < by_name["net.0"].bytes_after / by_name["net.0"].bytes_before < 0.4
     assert not any(name.endswith("weight") for name in report.skipped)
+
+
+def test_a_table_of_which_rows_are_sliced_is_read_in_inference_mode_too():
+    module, ids = GPT(1, 64, 4, 32).eval(), torch.arange(16)[None]
+    wanted = module(ids).detach()
+    Recipe.from_dict({"quantize": "int8"}).apply(module)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(ids), wanted, rtol=0.1, atol=0.05)
 
 
 def test_steps_are_done_in_order_and_zeros_survive_quantization():
