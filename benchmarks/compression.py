@@ -84,16 +84,21 @@ def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recip
         "notes": outcome.notes,
     }
     first, second = (one.eval() for one in (task.copy(module), task.copy(outcome.module)))
-    before, small = (torch.compile(one.forward) if recipe.is_compiled else one.forward for one in (first, second))
+    torch.compiler.reset()
+    # Each size of a batch is compiled by itself: this is about the best that either can do.
+    before, small = (
+        torch.compile(one.forward, dynamic=False) if recipe.is_compiled else one.forward for one in (first, second)
+    )
     for size in (1, 32):
         latency = compare_latency(before, small, task.batch(size), size, runs=runs)
         record[f"speedup_at_{size}"] = latency.speedup
         record[f"seconds_at_{size}"] = [latency.before_seconds, latency.after_seconds]
-    return record | _verdict(recipe, record)
+    return record | _verdict(recipe, record, task.is_accuracy)
 
 
-def _verdict(recipe: Recipe, record: dict[str, Any]) -> dict[str, Any]:
-    targets = {"disk_ratio": recipe.size_target, "drop": recipe.drop_target, "speedup_at_32": recipe.speed_target}
+def _verdict(recipe: Recipe, record: dict[str, Any], is_accuracy: bool) -> dict[str, Any]:
+    drop = recipe.drop_target if is_accuracy else recipe.perplexity_target or recipe.drop_target
+    targets = {"disk_ratio": recipe.size_target, "drop": drop, "speedup_at_32": recipe.speed_target}
     met = [
         record[key] >= target if key == "speedup_at_32" else record[key] <= target
         for key, target in targets.items()
