@@ -190,7 +190,9 @@ def _zeros(module: nn.Module) -> float:
 
 
 RECIPES = {
-    "int8": Recipe("int8, weights only", _quantized("int8_weight_only"), size_target=0.27, drop_target=0.2, perplexity_target=0.5),
+    "int8": Recipe(
+        "int8, weights only", _quantized("int8_weight_only"), size_target=0.27, drop_target=0.2, perplexity_target=0.5
+    ),
     "int8_dynamic": Recipe(
         "int8, inputs too, compiled", _quantized("int8_dynamic"), is_compiled=True, size_target=0.30, drop_target=0.5,
         speed_target=1.5,
