@@ -114,7 +114,8 @@ def packing(scheme: str) -> tuple[type[PackedWeight], dict[str, Any]]:
     if scheme == "fp8":
         raise ValueError(
             "scheme='fp8' needs products of 8-bit floats, which processors and GPUs before Ada and Hopper "
-            "lack, and which are not implemented here for others; use 'int8_weight_only' or 'int8_dynamic', of the same bytes."
+            "lack, and which are not implemented here for others; use 'int8_weight_only' or 'int8_dynamic', of the "
+            "same bytes."
         )
     found = _PACKINGS.get("int8_weight_only" if scheme == "int8" else scheme)
     if found is None:

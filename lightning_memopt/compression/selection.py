@@ -168,6 +168,8 @@ def _read(parameter: nn.Parameter, held: list[_Place]) -> tuple[Weight | None, s
     kinds = [found for place in held if (found := _kind(place))]
     if is_lazy(parameter):
         return None, f"{type(held[0].owner).__name__} has not seen its first batch, so its shape is not known"
+    if not parameter.numel():
+        return None, "empty"
     if is_compressed(parameter):
         return None, f"a {type(parameter).__name__} of {parameter.dtype}, so it is compressed already"
     if not kinds:

@@ -1,5 +1,7 @@
 """GradualPruning under Lightning: targets at their steps, resuming, and what else may change weights meanwhile."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -24,6 +26,7 @@ from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
 from tests.parity import train
+from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
 from tests.zoo import ZOO
 
 SCHEDULE = PolynomialSparsity(0.2, 0.8, begin_step=2, end_step=12, frequency=3)
@@ -256,6 +259,19 @@ def test_under_every_strategy_all_ranks_prune_the_same_weights_to_the_target(str
     prunable = {weight.name for weight in select_weights(ZOO["encoder"].build()).weights}
     values = torch.tensor([value for name in prunable for value in first[name]])
     assert float((values == 0).float().mean()) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3", "memopt_tp"])
+def test_ranks_train_the_network_that_one_device_prunes_with_the_same_batches_and_clipping(strategy):
+    def fit(ranks: int, **options: Any) -> Outcome:
+        pruning = GradualPruning(ConstantSparsity(0.5), scope="global")
+        return fit_zoo(ZOO["gpt2"], ranks, 6, extra=[pruning], **options)
+
+    (plain,) = run_on_ranks(lambda: fit(1), 1)
+    case = CASES[strategy]
+    for outcome in run_on_ranks(lambda: fit(2, sizes=case.sizes, strategy=case.make()), 2, deadline_seconds=180):
+        assert_same_outcome(plain, outcome)
 
 
 @pytest.mark.distributed

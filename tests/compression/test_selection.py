@@ -109,11 +109,12 @@ def test_what_matches_nothing_is_refused_with_the_names_that_there_are(options, 
         select_weights(net, **options)
 
 
-def test_a_lazy_layer_and_a_quantized_one_are_skipped():
-    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2), nn.Linear(2, 2))
+def test_a_lazy_layer_a_quantized_one_and_an_empty_one_are_skipped():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2), nn.Linear(2, 2), nn.Embedding(0, 2))
     net[2].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     selection = select_weights(net)
     assert [weight.name for weight in selection.weights] == ["0.weight"]
+    assert selection.skipped["3.weight"] == "empty"
     assert "first batch" in selection.skipped["1.weight"] and "torch.int8" in selection.skipped["2.weight"]
 
 
