@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lightning_memopt import compress_command as compress
 from lightning_memopt.__about__ import __version__
 from lightning_memopt.checkpoints import command as consolidate
 from lightning_memopt.demo import command as demo
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_parser(commands)
     consolidate.add_parser(commands)
+    compress.add_parser(commands)
     doctor.add_parser(commands)
     report.add_parser(commands)
     plan.add_parser(commands)

@@ -70,6 +70,22 @@ REFUSED_WHEN_MADE = [
         ("LowBitOptimizer", {"bits": bits}, "bits=.*8, 4 and 'fp8'")
         for bits in (3, "8", None, True, NAN, 8.0, [8], torch.int8)
     ),
+    *(
+        ("PruneOnFitEnd", {"amount": amount}, "amount=.* no share of the weights.*between 0 and 1")
+        for amount in (0, 1, -0.5, 1.5, "0.5", True, None, NAN, [0.5])
+    ),
+    *(
+        ("PruneOnFitEnd", {"amount": 0.5, name: value}, f"{name}=.*class of modules, a pattern")
+        for name in ("include", "exclude")
+        for value in ([], "", 5, [int], nn.Linear(2, 2))
+    ),
+    *(("PruneOnFitEnd", {"amount": 0.5, "pattern": p}, "pattern=.*'n:m'") for p in (5, "2x", "a:b", [2, 4])),
+    *(("PruneOnFitEnd", {"amount": 0.5, "method": m}, "method=.*'magnitude'") for m in ("l1", None, ["random"])),
+    *(("PruneOnFitEnd", {"amount": 0.5, "scope": scope}, "scope=.*'global'") for scope in ("all", None, ["layer"])),
+    *(("GradualPruning", {"schedule": s}, "schedule=.*ConstantSparsity") for s in (0.5, None, lambda step: 0.5)),
+    *(("ClusterWeights", {"n": n}, "n=.*2 to 256") for n in (0, 1, 257, "16", True, None, NAN, 8.0)),
+    *(("ClusterWeights", {"n": 16, "init": init}, r"init=.*'kmeans\+\+'") for init in ("k", None, ["random"])),
+    *(("ClusterWeights", {"n": 16, "begin_step": s}, "begin_step=.*whole number") for s in (-1, "1", True, 1.5)),
     *(("ChunkedLoss", {"head": head}, "head=.*qualified name") for head in (5, "", True, nn.Linear(2, 2))),
     *(
         ("MemoryMonitor", {"every_n_steps": steps}, "every_n_steps=.*at least 1")

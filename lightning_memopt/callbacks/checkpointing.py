@@ -8,9 +8,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_memopt.models.selectors import Selector, as_selectors
 from lightning_memopt.techniques.checkpointing import CheckpointHandle, Recompute, checkpoint_activations
 from lightning_memopt.techniques.checkpointing.policy import Policy
-from lightning_memopt.techniques.checkpointing.selection import Selector, as_selectors
 
 
 class ActivationCheckpointing(Callback):

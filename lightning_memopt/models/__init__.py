@@ -1,1 +1,1 @@
-"""Read a model: where its blocks are and which weights are tied."""
+"""Read a model: where its blocks are, which weights are tied, which submodules a user means."""

@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_memopt.models.selectors import Selector
 from lightning_memopt.techniques.checkpointing.budget import Keep
 from lightning_memopt.techniques.checkpointing.choose import Call, KeepNothing, KeepProducts, KeepWithinBudget
 from lightning_memopt.techniques.checkpointing.overlap import mark_recomputing, refuse_overlap
 from lightning_memopt.techniques.checkpointing.policy import Policy, Recompute
 from lightning_memopt.techniques.checkpointing.profile import draws_random_numbers, is_product
 from lightning_memopt.techniques.checkpointing.replay import Replayable, WrittenBuffers
-from lightning_memopt.techniques.checkpointing.selection import Region, Selector, select_regions
+from lightning_memopt.techniques.checkpointing.selection import Region, select_regions
 
 
 class CheckpointHandle:

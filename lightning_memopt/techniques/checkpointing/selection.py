@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import ceil, isqrt
 
 from torch import nn
 
 from lightning_memopt.models.blocks import find_block_stacks
-
-Selector = str | type[nn.Module]
+from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
 
 @dataclass(frozen=True)
@@ -72,36 +70,17 @@ def select_regions(module: nn.Module, modules: Selector | Sequence[Selector] | N
     return regions
 
 
-def as_selectors(modules: Selector | Sequence[Selector]) -> list[Selector]:
-    """``modules`` as a list.
-
-    Raises:
-        ValueError: It is empty, or holds what is neither a pattern nor a class of modules.
-    """
-    selectors = list(modules) if isinstance(modules, Sequence) and not isinstance(modules, str) else [modules]
-    if not selectors or not all(map(_is_selector, selectors)):
-        raise ValueError(
-            f"modules={modules!r} does not say what to recompute; give a class of modules, a pattern of names "
-            "such as 'model.layers.*', a list of these, or None to find the blocks"
-        )
-    return selectors
-
-
-def _is_selector(value: object) -> bool:
-    return issubclass(value, nn.Module) if isinstance(value, type) else isinstance(value, str) and value != ""
-
-
 def _matching(root: nn.Module, selectors: list[Selector]) -> list[Region]:
     found: dict[str, nn.Module] = {}
     for selector in selectors:
-        matches = {name: m for name, m in root.named_modules() if name and _matches(name, m, selector)}
-        if not matches:
+        matching = {name: m for name, m in root.named_modules() if name and matches(name, m, selector)}
+        if not matching:
             names = [name for name, _ in root.named_modules() if name]
             raise ValueError(
-                f"modules={_show(selector)!r} matches no submodule of {type(root).__name__}; "
+                f"modules={show(selector)!r} matches no submodule of {type(root).__name__}; "
                 f"its submodules are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
-        found |= matches
+        found |= matching
     for name, match in found.items():
         if isinstance(match, nn.ModuleList | nn.ModuleDict):
             raise ValueError(
@@ -110,14 +89,6 @@ def _matching(root: nn.Module, selectors: list[Selector]) -> list[Region]:
             )
     outermost = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
     return [Region(name, match, index=index) for index, (name, match) in enumerate(outermost.items())]
-
-
-def _matches(name: str, module: nn.Module, selector: Selector) -> bool:
-    return fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(module, selector)
-
-
-def _show(selector: Selector) -> str:
-    return selector if isinstance(selector, str) else selector.__name__
 
 
 def _sequentials(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Sequential]]:

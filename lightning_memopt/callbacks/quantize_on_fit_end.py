@@ -1,0 +1,137 @@
+"""Quantize once, when training is over."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_memopt.callbacks.fit_end import Gate, copy_module, require_validation, validate_now
+from lightning_memopt.compression.container import save_compressed
+from lightning_memopt.compression.quantize import Scheme, packing, quantize
+from lightning_memopt.compression.ranges import observe_inputs
+from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.selection import WeightFilter
+from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.models.selectors import Selector
+
+
+class QuantizeOnFitEnd(Callback):
+    """Packs the weights in few bits when ``fit`` ends: of a copy, so that the module and its checkpoints stay usable.
+
+    ``trainer.predict(callback.quantized, ...)`` and ``trainer.test(callback.quantized, ...)`` work, and
+    :func:`~lightning_memopt.compression.container.load_compressed` reads what is written to ``export_path``.
+
+    Args:
+        scheme: ``"int8_weight_only"`` (or ``"int8"``), ``"int8_dynamic"``, ``"int8_static"``, ``"int4_weight_only"``,
+            ``"nf4"``, ``"fp16"`` or ``"bf16"``; see :func:`~lightning_memopt.compression.quantize.quantize`.
+        include: Only these weights: names, patterns or classes of modules. ``None``: all.
+        exclude: Not these.
+        calibration_batches: Batches of the training data that the ranges of ``"int8_static"`` are taken from; they go
+            through ``validation_step``.
+        max_metric_drop: Refuse the result, with a warning, where ``monitor`` becomes worse by more than this.
+        monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
+        mode: ``"max"`` where more of it is better.
+        inplace: Quantize the module itself.
+        export_path: A folder to write the result to.
+
+    Attributes:
+        quantized: The quantized module; ``None`` before, and where it was refused.
+        report: A :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before and after where
+            the module validates.
+        refusal: Why the result was refused; empty where it was not.
+
+    Raises:
+        MisconfigurationException: Before the first step: the scheme is unknown or unsupported here, nothing can be
+            quantized, or validation is needed and there is none.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[QuantizeOnFitEnd("int8")], logger=False)
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme = "int8",
+        *,
+        include: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+        calibration_batches: int = 16,
+        max_metric_drop: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        inplace: bool = False,
+        export_path: str | Path | None = None,
+    ) -> None:
+        self.scheme = scheme
+        self.calibration_batches = calibration_batches
+        self.inplace = inplace
+        self.export_path = export_path
+        self.quantized: pl.LightningModule | None = None
+        self.report: CompressionReport | None = None
+        self.refusal = ""
+        self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
+        if calibration_batches < 1:
+            raise MisconfigurationException(
+                f"QuantizeOnFitEnd: calibration_batches={calibration_batches} sees no data; give 1 or more."
+            )
+        if inplace and self._gate is not None:
+            raise MisconfigurationException(
+                "QuantizeOnFitEnd: inplace=True cannot be refused by max_metric_drop, since the module is rounded by "
+                "then. Leave inplace out."
+            )
+        try:
+            self._which = WeightFilter(include, exclude, embeddings=True)
+            packing(scheme)
+        except ValueError as error:
+            raise MisconfigurationException(f"QuantizeOnFitEnd: {error}") from error
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        try:
+            if self._gate is not None:
+                self._gate = self._gate.resolved(trainer)
+            if self._gate is not None or self.scheme == "int8_static":
+                require_validation(trainer, pl_module)
+            if not is_overridden("configure_model", pl_module):
+                self._which.select(pl_module)
+        except (ValueError, MisconfigurationException) as error:
+            raise MisconfigurationException(f"QuantizeOnFitEnd: {error}") from error
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        validates = is_overridden("validation_step", pl_module) and trainer.val_dataloaders is not None
+        metrics = validate_now(trainer, pl_module) if validates else None
+        before = measure_sizes(pl_module, packed=False)
+        module = pl_module if self.inplace else copy_module(pl_module)
+        ranges = None
+        if self.scheme == "int8_static":
+            with observe_inputs(module) as ranges:
+                batches = self.calibration_batches
+                validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=batches)
+        done = quantize(module, self.scheme, self._which, ranges)
+        module.eval()
+        after = validate_now(trainer, module) if validates else None
+        if self._gate is not None and metrics is not None and after is not None:
+            self.refusal = self._gate.refusal(metrics, after)
+        if not self.refusal:
+            self.quantized = module
+            self._export(trainer)
+        else:
+            rank_zero_warn(f"QuantizeOnFitEnd: {self.refusal}, so the result is dropped. Try a scheme of more bits.")
+        self.report = compression_report(
+            before, module, skipped=done.skipped, metrics_before=metrics, metrics_after=after,
+            export_path=None if self.refusal else self.export_path,
+        )  # fmt: skip
+
+    def _export(self, trainer: pl.Trainer) -> None:
+        if self.export_path is not None and self.quantized is not None:
+            if trainer.is_global_zero:
+                save_compressed(self.quantized, self.export_path)
+            trainer.strategy.barrier("QuantizeOnFitEnd")

@@ -1,0 +1,158 @@
+"""Choose what to prune: score every element, pool scores into units, and take the lowest until the target is met."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_memopt.compression.patterns import NEVER, Elements, as_canonical, as_pattern, from_canonical
+from lightning_memopt.compression.selection import Weight
+from lightning_memopt.parallel.shards import whole_of_shards
+
+Method = Literal["magnitude", "random", "saliency"]
+
+Scope = Literal["layer", "global"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How what is pruned is chosen.
+
+    Attributes:
+        method: ``"magnitude"`` prunes what is smallest, ``"saliency"`` where weight times gradient is (a first-order
+            estimate of what the loss loses, Molchanov et al. 2017, https://arxiv.org/abs/1611.06440), ``"random"``
+            anything.
+        pattern: What is pruned together; see :func:`~lightning_memopt.compression.patterns.as_pattern`.
+        scope: ``"layer"`` prunes the same share of every weight, ``"global"`` the lowest of all.
+        seed: Of ``"random"``.
+
+    Raises:
+        ValueError: One of them is unknown.
+    """
+
+    method: Method = "magnitude"
+    pattern: Any = "elements"
+    scope: Scope = "layer"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method={self.method!r} is none of {', '.join(map(repr, get_args(Method)))}.")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r} is neither 'layer' nor 'global'.")
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
+
+    def check(self, weights: Sequence[Weight], sparsity: float) -> None:
+        """Raise a :class:`ValueError` where ``weights`` cannot be pruned so."""
+        check_sparsity(sparsity)
+        self.pattern.limit(sparsity)
+        for weight in weights:
+            self.pattern.check(weight)
+
+
+def check_sparsity(value: Any, name: str = "amount") -> None:
+    """Raise a :class:`ValueError` where ``value`` is no share between nothing and everything."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(
+            f"{name}={value!r} is no share of the weights to prune; give a number between 0 and 1, for example 0.5 "
+            "for half of them."
+        )
+
+
+@torch.no_grad()
+def choose_pruned(
+    weights: Sequence[Weight], sparsity: float, choice: Choice, before: Callable[[Weight], Tensor] | None = None
+) -> Iterator[tuple[Weight, Tensor]]:
+    """Which elements to prune so that a share ``sparsity`` is, in all: a target, not an addition.
+
+    No more is pruned than that, and ties are broken by position, so that the result depends on the values alone. What
+    is found is exact, without a sort and without the scores of all weights at once: the threshold is narrowed down
+    byte by byte over histograms.
+
+    Args:
+        weights: What to choose from. Sharded ones are gathered one at a time, by all ranks together.
+        sparsity: Share of all their elements (for ``scope="layer"`` of each).
+        choice: How.
+        before: Of a weight, which elements are pruned already, and stay so.
+
+    Returns:
+        Each weight with what to prune of it: bool, of its shape, on its device.
+
+    Raises:
+        ValueError: A gradient is missing for ``"saliency"``.
+    """
+
+    @lru_cache(maxsize=1)  # of a single weight they are read once, of many they would not fit
+    def keys_of(weight: Weight) -> Tensor:
+        return _read_keys(weight, choice, before(weight) if before else None)
+
+    for group in [list(weights)] if choice.scope == "global" else [[weight] for weight in weights]:
+        budget = round(sparsity * sum(weight.parameter.numel() for weight in group))
+        threshold, rest = _find_threshold(group, keys_of, budget)
+        for weight in group:
+            keys = keys_of(weight)
+            units = keys < threshold
+            if threshold != NEVER:
+                size = weight.parameter.numel() // keys.numel()
+                ties = (keys == threshold).view(-1).nonzero().view(-1)[: rest // size]
+                units.view(-1)[ties] = True
+                rest -= len(ties) * size
+            shape = as_canonical(torch.empty(weight.parameter.shape, device="meta"), weight).shape
+            yield weight, from_canonical(choice.pattern.spread(units, shape), weight)
+
+
+def read_whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all ranks together."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    on_mesh: Any = tensor.to(tensor.device_mesh.device_type)  # of offloaded shards
+    return whole_of_shards(on_mesh)
+
+
+def _read_keys(weight: Weight, choice: Choice, pruned: Tensor | None) -> Tensor:
+    """An integer for each unit, ordered as the scores are: 0 for what is pruned already, ``NEVER`` for what stays."""
+    pattern: Elements = choice.pattern
+    units = pattern.pool(as_canonical(_score(weight, choice), weight).float())
+    keys = units.contiguous().view(torch.int32) + 1  # as integers, floats that are not negative keep their order
+    if pruned is not None:
+        keys[pattern.pool(as_canonical(~pruned.to(keys.device), weight).float()) == 0] = 0
+    return pattern.restrict(keys).contiguous()
+
+
+def _score(weight: Weight, choice: Choice) -> Tensor:
+    parameter = weight.parameter
+    if choice.method == "random":
+        # From the name, so that it does not depend on order, ranks, or what was drawn before.
+        generator = torch.Generator().manual_seed(crc32(weight.name.encode()) + choice.seed)
+        return torch.rand(parameter.shape, generator=generator).to(parameter.device)
+    if choice.method == "magnitude":
+        return read_whole(parameter).abs()
+    if parameter.grad is None:
+        raise ValueError(
+            f"{weight.name!r} has no gradient, so its saliency is not known: it is frozen, was not used, or its "
+            "gradient was freed (OptimizerInBackward). Exclude it, or use method='magnitude'."
+        )
+    return (read_whole(parameter).float() * read_whole(parameter.grad).float()).abs()
+
+
+def _find_threshold(group: Sequence[Weight], keys_of: Callable[[Weight], Tensor], budget: int) -> tuple[int, int]:
+    """The key below which all units are pruned, and how many elements may be pruned of units that have it."""
+    prefix, below = 0, 0
+    for shift in (24, 16, 8, 0):
+        histogram = torch.zeros(256, dtype=torch.long)
+        for weight in group:
+            keys = keys_of(weight)
+            within = keys.view(-1) if shift == 24 else keys[keys >> (shift + 8) == prefix]
+            counts = torch.bincount(within >> shift & 255, minlength=256)
+            histogram += counts.cpu() * (weight.parameter.numel() // keys.numel())
+        cumulative = histogram.cumsum(0) + below
+        byte = int(torch.searchsorted(cumulative, budget, right=True))
+        below = int(cumulative[byte - 1]) if byte else below
+        prefix = prefix * 256 + byte
+    return prefix, budget - below

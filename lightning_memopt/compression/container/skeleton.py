@@ -1,0 +1,172 @@
+"""Describe how a module is built, and build it again without its weights."""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_memopt.compression.container.errors import CompressedFileError
+
+Attributes = dict[str, Any]
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The class of ``module``, its hyper-parameters, and the attributes that a module so built has not.
+
+    A shrunk module differs from what its class builds in sizes that modules keep as plain attributes
+    (``in_features``, ``num_heads``). Where nothing can be built to compare with, those of all modules with parameters
+    are recorded.
+    """
+    cls = type(module)
+    arguments = _arguments(module)
+    fresh = _build_on_meta(cls, arguments)
+    others = {} if fresh is None else dict(fresh.named_modules())
+    edits: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        recorded = _plain_attributes(part)
+        if fresh is None:
+            changed = bool(part._parameters)
+        else:
+            known = _plain_attributes(others[name]) if name in others else {}
+            recorded = {key: value for key, value in recorded.items() if key not in known or known[key] != value}
+            changed = bool(recorded) or name not in others or _shapes(part) != _shapes(others[name])
+        if changed:
+            edits[name] = {"attributes": {key: _to_json(value) for key, value in recorded.items()}}
+    return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments, "edits": edits}
+
+
+def build(manifest: Mapping[str, Any], module: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
+    """The module to load into: ``module``, what it returns, or one of the manifest's class; edited as recorded.
+
+    Raises:
+        CompressedFileError: The class cannot be imported, is no module, or cannot be built; an edit does not apply.
+    """
+    if module is None:
+        skeleton = _from_manifest(manifest)
+    else:
+        skeleton = module if isinstance(module, nn.Module) else module()
+        if not isinstance(skeleton, nn.Module):
+            raise ValueError(f"`module` made a {type(skeleton).__name__}, which is no nn.Module.")
+    _configure(skeleton)
+    for name, edit in manifest["edits"].items():
+        _edit(skeleton, name, edit)
+    return skeleton
+
+
+def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
+    path, arguments = manifest.get("class"), manifest.get("arguments")
+    advice = "Give `module`, one built as that which was saved: `load_compressed(path, module=...)`."
+    if not isinstance(path, str) or path.count(":") != 1 or "<" in path:
+        raise CompressedFileError(f"The class {path!r} cannot be imported. {advice}")
+    if not isinstance(arguments, dict):
+        raise CompressedFileError(
+            f"The hyper-parameters of {path} were not saved: they are not plain values. {advice}"
+        )
+    home, _, qualified = path.partition(":")
+    try:
+        cls: Any = import_module(home)
+        for part in qualified.split("."):
+            cls = vars(cls)[part]
+    except Exception as error:  # importing runs whatever that module does
+        raise CompressedFileError(f"The class {path} cannot be imported ({error!r}). {advice}") from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CompressedFileError(f"{path} is no class of nn.Module, so nothing is built from it.")
+    try:
+        return cls(**_from_json(arguments))
+    except Exception as error:
+        raise CompressedFileError(
+            f"{path} cannot be built from its hyper-parameters ({error!r}). {advice}"
+        ) from error
+
+
+def _build_on_meta(cls: type[nn.Module], arguments: Any) -> nn.Module | None:
+    """A module of ``cls`` without memory, or ``None`` where that cannot be had."""
+    if not isinstance(arguments, dict):
+        return None
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            module = cls(**_from_json(arguments))
+            _configure(module)
+            return module
+    except Exception:  # constructors that read values, or need more than hyper-parameters
+        return None
+
+
+def _configure(module: nn.Module) -> None:
+    configure = getattr(module, "configure_model", None)  # Lightning's hook for layers built late
+    if callable(configure):
+        configure()
+
+
+def _arguments(module: nn.Module) -> Any:
+    """What ``save_hyperparameters`` kept of the arguments of the constructor; ``None`` where JSON cannot hold it."""
+    known = dict(getattr(module, "hparams", None) or {})
+    signature = inspect.signature(type(module)).parameters
+    name = getattr(module, "_hparams_name", None)
+    if name and name in signature and name not in known and name != "kwargs":
+        known = {name: known}
+    elif not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+        known = {key: value for key, value in known.items() if key in signature}
+    try:
+        written = _to_json(known)
+        return written if _from_json(json.loads(json.dumps(written, allow_nan=False))) == known else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    held = {**module._parameters, **module._buffers}
+    return {name: tensor.shape for name, tensor in held.items() if tensor is not None}
+
+
+def _plain_attributes(module: nn.Module) -> Attributes:
+    names = (name for name in vars(module) if not name.startswith("_") and name != "training")
+    return {name: value for name in names if _is_plain(value := vars(module)[name])}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return type(value) is tuple and all(map(_is_plain, value))
+    return type(value) in (int, bool, str) or (type(value) is float and math.isfinite(value))
+
+
+def _to_json(value: Any) -> Any:
+    """``value`` with tuples as mappings, which they stay apart from lists by."""
+    if isinstance(value, tuple):
+        return {"tuple": [_to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    return {key: _to_json(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"tuple"} and isinstance(value["tuple"], list):
+        return tuple(map(_from_json, value["tuple"]))
+    return {key: _from_json(item) for key, item in value.items()}
+
+
+def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
+    attributes = edit.get("attributes") if isinstance(edit, dict) else None
+    if not isinstance(attributes, dict) or set(edit) != {"attributes"}:
+        raise CompressedFileError(f"The edit of `{name}` is {edit!r}, which this version does not know.")
+    try:
+        part = skeleton.get_submodule(name)
+    except AttributeError as error:
+        raise CompressedFileError(
+            f"{type(skeleton).__name__} has no module `{name}`, which the saved one had; give one built as it was."
+        ) from error
+    for key, value in attributes.items():
+        if key.startswith("_") or not _is_plain(vars(part).get(key, 0)):
+            raise CompressedFileError(f"`{name}.{key}` is not a plain attribute, so it is not set.")
+        if not _is_plain(value := _from_json(value)):
+            raise CompressedFileError(f"`{name}.{key}` is to be {value!r}, which is no plain value.")
+        setattr(part, key, value)

@@ -1,0 +1,155 @@
+"""A weight that is held in fewer bytes and otherwise acts as the dense one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+
+class PackedWeight(Tensor):
+    """A read-only weight made of plain tensors, its *parts*, that any module can hold in place of a dense one.
+
+    A subclass of tensor and no module, so that the modules of a model, what reads their attributes, and the ties
+    between them, stay as they are: ``nn.Linear``, convolutions, ``nn.Embedding``, ``nn.MultiheadAttention`` and
+    Hugging Face's ``Conv1D`` all work. Linear maps and look-ups are computed from the parts; any other operation sees
+    the dense weight, made for it and dropped.
+
+    Subclasses set ``part_names`` and ``attribute_names`` (JSON values) and define ``pack`` and ``dequantize``.
+    """
+
+    part_names: ClassVar[tuple[str, ...]]
+    attribute_names: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(
+        cls, parts: Mapping[str, Tensor], attributes: Mapping[str, Any], shape: Any, dtype: torch.dtype
+    ) -> Self:
+        """Wrap ``parts`` as a weight of ``shape`` and ``dtype``."""
+        device = parts[cls.part_names[0]].device
+        packed = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
+        for name in cls.part_names:
+            setattr(packed, name, parts[name])
+        for name in cls.attribute_names:
+            setattr(packed, name, attributes[name])
+        return packed
+
+    @classmethod
+    def pack(cls, weight: Tensor, output_dim: int = 0, **attributes: Any) -> Self:
+        """Pack a dense ``weight`` whose outputs lie along ``output_dim``."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The dense weight, of ``self.dtype``."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias``; subclasses do better than to unpack the weight."""
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def transposed_linear(self, x: Tensor, bias: Tensor) -> Tensor:
+        """``x W + bias`` for a matrix ``x``: what ``Conv1D`` computes."""
+        return torch.addmm(bias, x, self.dequantize().to(x.dtype))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of a matrix, as an embedding looks them up."""
+        return self.dequantize()[indices]
+
+    def well_formed(self) -> bool:
+        """Whether the types and shapes of the parts fit the shape of the weight; kernels read beyond them else."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The plain tensors that hold the weight."""
+        return {name: getattr(self, name) for name in self.part_names}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What else is needed to make sense of the parts: values that JSON can hold."""
+        return {name: getattr(self, name) for name in self.attribute_names}
+
+    def map_parts(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Self:
+        """The same weight with ``change`` done to each part."""
+        parts = {name: change(part) for name, part in self.parts.items()}
+        return type(self)(parts, self.attributes, self.shape, dtype or self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self.part_names), (self.attributes, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Self:
+        attributes, dtype = context
+        return cls(parts, attributes, size, dtype)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, bytes={stored_bytes(self)})"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.linear:
+            return _linear(*args, **kwargs)
+        if function is F.embedding and kwargs.get("max_norm") is None:
+            return _embedding(*args, **kwargs)
+        if function in (torch.addmm, Tensor.addmm) and not kwargs and isinstance(args[2], PackedWeight):
+            return args[2].transposed_linear(args[1], args[0])
+        if function in (F.multi_head_attention_forward, Tensor.__getitem__):
+            # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
+            # the length) would be a view, and views of a wrapper do not exist in inference mode.
+            args, kwargs = dense((args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default):
+            return args[0].map_parts(function)
+        if function is aten._to_copy.default:
+            # Parts have types of their own: a change of type is only that of what they stand for.
+            moved = {key: kwargs[key] for key in ("device", "non_blocking") if key in kwargs}
+            return args[0].map_parts(lambda part: part.to(copy=True, **moved), kwargs.get("dtype"))
+        if function is aten.copy_.default and isinstance(args[0], PackedWeight):
+            return _copy(args[0], args[1])
+        args, kwargs = dense((args, kwargs))
+        return function(*args, **kwargs)
+
+
+def dense(tree: Any) -> Any:
+    """``tree`` (nested containers, tensors) with every packed weight unpacked."""
+    return tree_map_only(PackedWeight, lambda weight: weight.dequantize(), tree)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """The bytes that ``tensor`` takes: those of its parts where it is packed."""
+    if isinstance(tensor, PackedWeight):
+        return sum(part.nbytes for part in tensor.parts.values())
+    return tensor.nbytes
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return weight.linear(dense(x), dense(bias))
+    return F.linear(dense(x), weight, dense(bias))
+
+
+def _embedding(input: Tensor, weight: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+    # Padding, scaling and sparsity are about gradients, and there are none.
+    return weight.rows(input) if isinstance(weight, PackedWeight) else F.embedding(input, weight)
+
+
+def _copy(target: PackedWeight, source: Tensor) -> PackedWeight:
+    if type(source) is not type(target) or source.attributes != target.attributes:
+        raise ValueError(
+            f"A {type(target).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. "
+            "Load the weights before they are packed, or with `load_state_dict(..., assign=True)`."
+        )
+    for name, part in target.parts.items():
+        part.copy_(getattr(source, name))
+    return target

@@ -1,0 +1,116 @@
+"""Weights in 16 or 4 bits of floating point."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_memopt.compression.packed.base import PackedWeight
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HalfWeight(PackedWeight):
+    """A weight stored in fp16 or bf16 for a module that computes in another type.
+
+    Linear maps by a bf16 weight are computed in bf16, which processors are fast at; fp16 is widened first, since
+    they are slow at that.
+
+    Attributes:
+        values: fp16 or bf16, of the weight's shape.
+        kind: ``"fp16"`` or ``"bf16"``.
+    """
+
+    part_names = ("values",)
+    attribute_names = ("kind",)
+    values: Tensor  # type: ignore[assignment]
+    kind: str
+
+    @classmethod
+    def pack(cls, weight: Tensor, output_dim: int = 0, *, kind: str = "bf16", **_: Any) -> Self:
+        """Round each element to 16 bits; beyond fp16's range, to its largest."""
+        dtype = HALVES[kind]
+        largest = torch.finfo(dtype).max
+        values = weight.detach().clamp(-largest, largest).to(dtype)
+        return cls({"values": values}, {"kind": kind}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether the values are of the type and shape that they should be."""
+        return self.values.shape == self.shape and self.values.dtype is HALVES[self.kind]
+
+    def dequantize(self) -> Tensor:
+        """The values, widened."""
+        return self.values.to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """In 16 bits where the device is fast at it."""
+        if self.kind == "fp16" and x.device.type == "cpu":
+            return super().linear(x, bias)
+        product = F.linear(x.to(self.values.dtype), self.values).to(x.dtype)
+        return product if bias is None else product + bias
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Widen the rows that are looked up and no others."""
+        return self.values[indices].to(self.dtype)
+
+
+class NF4Weight(PackedWeight):
+    """The 4-bit "normal float" of QLoRA (https://arxiv.org/abs/2305.14314), packed and unpacked by bitsandbytes.
+
+    Attributes:
+        values: uint8, two elements in a byte.
+        absmax: fp32, the largest magnitude of each 64 elements.
+    """
+
+    part_names = ("values", "absmax")
+    values: Tensor  # type: ignore[assignment]
+    absmax: Tensor
+    BLOCK = 64
+
+    @classmethod
+    def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
+        """Round each element to the nearest of 16 levels, spaced as a normal distribution is."""
+        operators = _bitsandbytes()
+        values, absmax = operators.quantize_4bit(weight.detach().float().contiguous(), cls.BLOCK, "nf4", torch.uint8)
+        return cls({"values": values, "absmax": absmax}, {}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether there are bytes for all elements and a magnitude for each block."""
+        types = (self.values.dtype, self.absmax.dtype) == (torch.uint8, torch.float32)
+        blocks = -(-self.numel() // self.BLOCK)
+        return types and self.values.numel() == -(-self.numel() // 2) and self.absmax.numel() == blocks
+
+    def dequantize(self) -> Tensor:
+        """The levels times the magnitude of their block."""
+        dense = _bitsandbytes().dequantize_4bit(
+            self.values, self.absmax, self.BLOCK, "nf4", list(self.shape), torch.float32
+        )
+        return dense.to(self.dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Unpack the rows that are looked up and no others, where rows are whole blocks."""
+        count, width = self.shape
+        if width % self.BLOCK:
+            return super().rows(indices)
+        chosen = indices.flatten()
+        dense = _bitsandbytes().dequantize_4bit(
+            self.values.view(count, -1)[chosen].reshape(-1, 1),
+            self.absmax.view(count, -1)[chosen].flatten(),
+            self.BLOCK,
+            "nf4",
+            [len(chosen), width],
+            torch.float32,
+        )
+        return dense.view(*indices.shape, width).to(self.dtype)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401  (registers the operators)
+    except ImportError as error:
+        raise ImportError(
+            "nf4 weights are packed and unpacked by bitsandbytes, which is not installed; "
+            "`pip install 'lightning-memopt[quantize]'`."
+        ) from error
+    return torch.ops.bitsandbytes

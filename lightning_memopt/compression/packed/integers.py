@@ -1,0 +1,134 @@
+"""Weights in 8 or 4 bits: integers with a scale for each output, or for each group of inputs."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_memopt.compression.packed.base import PackedWeight
+
+GROUP = 32
+"""Inputs that share a scale and a minimum in 4 bits: 0.5 + 4/32 bytes an element."""
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Int8Weight(PackedWeight):
+    """Symmetric 8-bit integers with an fp32 scale for each output (row of a linear layer, channel, row of a table).
+
+    Attributes:
+        values: int8, of the weight's shape, in -127..127.
+        scale: fp32, of the weight's shape with 1 everywhere but in the dimension of the outputs.
+        inputs: Round the inputs of linear maps to 8 bits too, and multiply integers: ``"dynamic"`` scales each row by
+            its largest magnitude, a number is the largest magnitude expected of all; ``None`` leaves inputs alone.
+    """
+
+    part_names = ("values", "scale")
+    attribute_names = ("inputs",)
+    values: Tensor  # type: ignore[assignment]
+    scale: Tensor
+    inputs: float | str | None
+
+    @classmethod
+    def pack(cls, weight: Tensor, output_dim: int = 0, *, inputs: float | str | None = None, **_: Any) -> Self:
+        """Round each output's weights to the nearest multiple of its largest magnitude / 127."""
+        others = [dim for dim in range(weight.dim()) if dim != output_dim]
+        scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(TINY) / 127
+        values = (weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
+        return cls({"values": values, "scale": scale}, {"inputs": inputs}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether there is a scale for each output, or each input, or one for all."""
+        fits = all(n in (1, size) for n, size in zip(self.scale.shape, self.shape, strict=True))
+        types = self.values.dtype == torch.int8 and self.scale.dtype == torch.float32 and self._inputs_known()
+        return fits and types and self.values.shape == self.shape
+
+    def dequantize(self) -> Tensor:
+        """The integers times their scales."""
+        return (self.values * self.scale).to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply by the integers and scale the result, which has fewer elements than the weight."""
+        if self.scale.shape[0] != self.values.shape[0]:
+            return super().linear(x, bias)
+        return self._product(x, self.values.t(), self.scale.t(), bias)
+
+    def transposed_linear(self, x: Tensor, bias: Tensor) -> Tensor:
+        """As :meth:`linear`, for a weight that is stored (in, out)."""
+        if self.scale.shape[1] != self.values.shape[1]:
+            return super().transposed_linear(x, bias)
+        return self._product(x, self.values, self.scale, bias)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Unpack the rows that are looked up and no others."""
+        if self.scale.shape[0] != self.values.shape[0]:
+            return super().rows(indices)
+        return (self.values[indices] * self.scale[indices]).to(self.dtype)
+
+    def _inputs_known(self) -> bool:
+        return self.inputs in (None, "dynamic") or (type(self.inputs) is float and 0 < self.inputs < float("inf"))
+
+    def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        if self.inputs is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            row_scale = input_scale(rows, self.inputs)
+            integers = (rows / row_scale).round().clamp(-127, 127).to(torch.int8)
+            product = torch._int_mm(integers, values).float() * row_scale
+            product = product.reshape(*x.shape[:-1], -1)
+        else:
+            product = x @ values.to(x.dtype)
+        product = (product * scale).to(x.dtype)
+        return product if bias is None else product + bias
+
+
+def input_scale(rows: Tensor, inputs: float | str) -> Tensor:
+    """What one step of the 8 bits of the inputs is worth: for each row, or for all."""
+    if inputs == "dynamic":
+        return rows.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY) / 127
+    return torch.tensor(float(inputs) / 127, device=rows.device)
+
+
+class Int4Weight(PackedWeight):
+    """Unsigned 4-bit integers, two in a byte, with a scale and a minimum in fp16 for each group of 32 elements.
+
+    Groups run along the weight as it is laid out, with zeros at its end where it is no multiple of 32.
+
+    Attributes:
+        values: uint8, ``(groups, 16)``: the elements of a group in its low halves, then in its high halves.
+        scale: fp16, ``(groups, 1)``.
+        minimum: fp16, ``(groups, 1)``.
+    """
+
+    part_names = ("values", "scale", "minimum")
+    values: Tensor  # type: ignore[assignment]
+    scale: Tensor
+    minimum: Tensor  # type: ignore[assignment]
+
+    @classmethod
+    def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
+        """Round each element to the nearest of 16 levels between its group's extremes."""
+        flat = weight.detach().float().flatten()
+        groups = F.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+        minimum = groups.amin(1, keepdim=True).half()
+        scale = ((groups.amax(1, keepdim=True) - minimum.float()) / 15).half().clamp_min(torch.finfo(torch.half).tiny)
+        levels = ((groups - minimum.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+        low, high = levels.chunk(2, dim=1)
+        parts = {"values": low | (high << 4), "scale": scale, "minimum": minimum}
+        return cls(parts, {}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether there are groups for all elements and a scale and a minimum for each."""
+        count = -(-self.numel() // GROUP)
+        types = (self.values.dtype, self.scale.dtype, self.minimum.dtype) == (torch.uint8, torch.half, torch.half)
+        return (
+            types
+            and self.values.shape == (count, GROUP // 2)
+            and self.scale.shape == self.minimum.shape == (count, 1)
+        )
+
+    def dequantize(self) -> Tensor:
+        """The levels that the integers stand for."""
+        levels = torch.cat([self.values & 15, self.values >> 4], dim=1)
+        flat = (levels * self.scale.float() + self.minimum.float()).flatten()
+        return flat[: self.numel()].view(self.shape).to(self.dtype)

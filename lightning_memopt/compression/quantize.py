@@ -1,0 +1,145 @@
+"""Hold the weights of a module in few bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_memopt.compression.packed import (
+    HalfWeight,
+    Int4Weight,
+    Int8Weight,
+    NF4Weight,
+    PackedWeight,
+    stored_bytes,
+)  # fmt: skip
+from lightning_memopt.compression.selection import Weight, WeightFilter
+
+Scheme = Literal[
+    "int8", "int8_weight_only", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp16", "bf16", "fp8"
+]
+
+_PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
+    "int8_weight_only": (Int8Weight, {}),
+    "int8_dynamic": (Int8Weight, {"inputs": "dynamic"}),
+    "int8_static": (Int8Weight, {}),  # with the range of each layer's inputs, once it is known
+    "int4_weight_only": (Int4Weight, {}),
+    "nf4": (NF4Weight, {}),
+    "fp16": (HalfWeight, {"kind": "fp16"}),
+    "bf16": (HalfWeight, {"kind": "bf16"}),
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What :func:`quantize` did.
+
+    Attributes:
+        packed: Names of the parameters that are packed now, tied ones by each name.
+        skipped: Of every other parameter, why it is as it was.
+        bytes_before: Bytes of the module's parameters and buffers before.
+        bytes_after: And now.
+    """
+
+    packed: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def quantize(
+    module: nn.Module,
+    scheme: Scheme = "int8_weight_only",
+    which: WeightFilter | None = None,
+    input_ranges: Mapping[str, float] | None = None,
+) -> Quantized:
+    """Pack the weights of ``module``, in place, where that makes them smaller.
+
+    Linear layers, Hugging Face's ``Conv1D``, convolutions, embeddings and the projections of
+    ``nn.MultiheadAttention`` are packed; ties stay ties. Biases, norms and recurrent layers stay as they are.
+
+    Args:
+        module: A trained module. It can predict afterwards, not train.
+        scheme: ``"int8_weight_only"`` (``"int8"``), ``"int4_weight_only"``, ``"nf4"``, ``"fp16"`` and ``"bf16"``
+            store weights so and compute in the type of the inputs; ``"int8_dynamic"`` and ``"int8_static"`` round the
+            inputs of linear layers too and multiply integers.
+        which: Which weights; ``None``: all, embeddings too.
+        input_ranges: For ``"int8_static"``: by name of a module, the largest magnitude of its inputs
+            (:func:`~lightning_memopt.compression.ranges.observe_inputs`).
+
+    Raises:
+        ValueError: The scheme is unknown or not to be had on this hardware, or nothing became smaller.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+        >>> done = quantize(net, "int8")
+        >>> done.packed, done.bytes_after < 0.27 * done.bytes_before
+        (['0.weight', '2.weight'], True)
+    """
+    cls, options = packing(scheme)
+    selection = (which or WeightFilter(embeddings=True)).select(module)
+    skipped, names, before = dict(selection.skipped), [], module_bytes(module)
+    for weight in selection.weights:
+        reason = _why_not(weight)
+        if not reason:
+            chosen = dict(options)
+            if scheme == "int8_static" and weight.kind in ("linear", "conv1d"):
+                # A layer that calibration did not reach has its weights rounded and no inputs.
+                chosen["inputs"] = (input_ranges or {}).get(weight.module_name)
+            packed = cls.pack(weight.parameter, weight.output_dim, **chosen)
+            if stored_bytes(packed) < stored_bytes(weight.parameter):
+                _replace(module, weight, packed)
+                names += [weight.name, *weight.tied]
+                continue
+            reason = f"would take {stored_bytes(packed)} bytes instead of {stored_bytes(weight.parameter)}"
+        skipped[weight.name] = reason
+    after = module_bytes(module)
+    if after >= before:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        raise ValueError(
+            f"{type(module).__name__} would have {after:,} bytes as {scheme} and has {before:,}: nothing in it "
+            f"becomes smaller ({reasons}). Leave it as it is."
+        )
+    return Quantized(names, skipped, before, after)
+
+
+def packing(scheme: str) -> tuple[type[PackedWeight], dict[str, Any]]:
+    """The class and the options that weights are packed with.
+
+    Raises:
+        ValueError: There is no such scheme, or not here.
+    """
+    if scheme == "fp8":
+        raise ValueError(
+            "scheme='fp8' needs products of 8-bit floats, which processors and GPUs before Ada and Hopper "
+            "lack, and which are not implemented here for others; use 'int8_weight_only' or 'int8_dynamic', of the "
+            "same bytes."
+        )
+    found = _PACKINGS.get("int8_weight_only" if scheme == "int8" else scheme)
+    if found is None:
+        raise ValueError(f"scheme={scheme!r} is not known; possible are {', '.join(map(repr, get_args(Scheme)))}.")
+    if scheme == "nf4":
+        NF4Weight.pack(torch.zeros(1, NF4Weight.BLOCK))  # says that bitsandbytes is missing, before hours of training
+    return found
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of ``module``, tied ones once."""
+    return sum(map(stored_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values()))
+
+
+def _why_not(weight: Weight) -> str:
+    if weight.kind == "recurrent":
+        return f"the fused kernel of {type(weight.module).__name__} reads dense weights only"
+    if "forward" in vars(weight.module):
+        return "its forward is replaced on the instance"
+    return "" if weight.parameter.element_size() > 1 else f"is {weight.parameter.dtype} already"
+
+
+def _replace(module: nn.Module, weight: Weight, packed: PackedWeight) -> None:
+    parameter = nn.Parameter(packed, requires_grad=False)
+    for name in (weight.name, *weight.tied):
+        owner, _, key = name.rpartition(".")
+        module.get_submodule(owner)._parameters[key] = parameter

@@ -1,0 +1,126 @@
+"""ClusterWeights under Lightning: at the end, while training goes on, resumed, and with pruning."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_memopt import ClusterWeights, ConstantSparsity, GradualPruning
+from lightning_memopt.compression.masks import find_sparsity
+from lightning_memopt.compression.selection import select_weights
+from tests.distributed import run_on_ranks
+from tests.parity import train
+from tests.zoo import ZOO
+
+
+def _most_values(module: torch.nn.Module) -> int:
+    return max(len(weight.parameter.unique()) for weight in select_weights(module).weights)
+
+
+class _Watch(pl.Callback):
+    def __init__(self) -> None:
+        self.values: dict[int, int] = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.values[trainer.global_step] = _most_values(module)
+
+
+@pytest.mark.parametrize("name", ["mlp", "late_mlp", "gpt2", "cnn", "lstm", "gan"])
+def test_at_the_end_every_weight_has_n_values_after_plain_training(name):
+    entry, clustering = ZOO[name], ClusterWeights(16)
+    plain = train(entry.build(), entry.loader(3), steps=3)
+    run = train(entry.build(), entry.loader(3), steps=3, callbacks=[clustering])
+    assert run.losses == plain.losses
+    assert _most_values(plain.module) > 16 >= _most_values(run.module)
+    assert clustering.report.disk_bytes_after < clustering.report.disk_bytes_before
+
+
+def test_from_its_step_on_values_are_shared_and_train():
+    entry, watch = ZOO["encoder"], _Watch()
+    run = train(entry.build(), entry.loader(10), steps=10, callbacks=[watch, ClusterWeights(8, begin_step=4)])
+    assert all((values <= 8) == (step >= 4) for step, values in watch.values.items())
+    stopped = train(entry.build(), entry.loader(10), steps=4, callbacks=[ClusterWeights(8, begin_step=4)])
+    assert not torch.equal(run.weights["head.weight"].unique(), stopped.weights["head.weight"].unique())
+
+
+def test_after_gradual_pruning_what_is_pruned_stays_zero():
+    entry, watch = ZOO["mlp"], _Watch()
+    callbacks = [GradualPruning(ConstantSparsity(0.75, begin_step=2)), ClusterWeights(8, begin_step=4), watch]
+    run = train(entry.build(), entry.loader(10), steps=10, callbacks=callbacks)
+    assert set(find_sparsity(run.module).values()) == {0.75} and _most_values(run.module) <= 8
+
+
+def test_averaged_weights_end_clustered_too():
+    entry, callbacks = ZOO["mlp"], [ClusterWeights(8, begin_step=2), EMAWeightAveraging(decay=0.5)]
+    assert _most_values(train(entry.build(), entry.loader(6), steps=6, callbacks=callbacks).module) <= 8
+
+
+class _Saves(pl.Callback):
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("begin_step", [3, 7])
+def test_a_resumed_run_gives_the_weights_of_the_whole_one_bit_for_bit(tmp_path, begin_step):
+    entry = ZOO["mlp"]
+
+    class SameBatches(type(entry.build())):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(self.batches[self.trainer.global_step], batch_idx)
+
+    def fit(*callbacks, **options):
+        torch.manual_seed(0)
+        module = SameBatches(0.0)
+        module.batches = list(entry.loader(10))
+        callbacks = [*callbacks, ClusterWeights(8, begin_step=begin_step)]
+        return train(module, entry.loader(10), steps=10, callbacks=callbacks, **options).weights
+
+    whole = fit(_Saves(tmp_path / "five.ckpt"))
+    torch.testing.assert_close(fit(ckpt_path=tmp_path / "five.ckpt"), whole, rtol=0, atol=0)
+
+
+def _train_on_two(strategy: str, begin_step: int | None) -> tuple[int, list[float]]:
+    entry, clustering = ZOO["encoder"], ClusterWeights(8, begin_step=begin_step)
+    options = {"callbacks": [clustering], "devices": 2, "strategy": strategy}
+    run = train(entry.build(), entry.loader(4), steps=2, **options)
+    return _most_values(run.module), run.weights["head.weight"].flatten().tolist()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "begin_step"), [("memopt_ddp", 1), ("memopt_zero3", None)])
+def test_replicas_share_the_same_values_and_shards_are_clustered_when_they_are_whole(strategy, begin_step):
+    first, second = run_on_ranks(_train_on_two, 2, strategy, begin_step, deadline_seconds=120)
+    assert first == second and first[0] <= 8
+
+
+@pytest.mark.distributed
+def test_values_that_train_are_refused_where_weights_are_sharded():
+    def fit() -> str:
+        with pytest.raises(MisconfigurationException) as refusal:
+            _train_on_two("memopt_zero3", 1)
+        return str(refusal.value)
+
+    for message in run_on_ranks(fit, 2, deadline_seconds=120):
+        assert "is not whole on this rank under DataParallelStrategy" in message
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClusterWeights(1), "n=1 is no number of clusters"),
+        (lambda: ClusterWeights(16, "means"), "init='means' is none of"),
+        (lambda: ClusterWeights(16, begin_step=-1), "begin_step=-1 is no number"),
+        (
+            lambda: train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[ClusterWeights(4, include="a")]),
+            "include='a'",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(make, message):
+    with pytest.raises(MisconfigurationException, match=f"ClusterWeights: {message}"):
+        make()

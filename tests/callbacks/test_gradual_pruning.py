@@ -1,0 +1,326 @@
+"""GradualPruning under Lightning: targets at their steps, resuming, and what else may change weights meanwhile."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.utils import prune
+
+from lightning_memopt import (
+    ConstantSparsity,
+    GradientAccumulation,
+    GradualPruning,
+    HalfPrecision,
+    LowBitOptimizer,
+    MicroBatching,
+    MixedPrecision,
+    OptimizerInBackward,
+    PolynomialSparsity,
+    measure_memory,
+    predict_memory,
+)
+from lightning_memopt.compression.masks import find_sparsity
+from lightning_memopt.compression.selection import select_weights
+from tests.distributed import run_on_ranks
+from tests.parity import train
+from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
+from tests.zoo import ZOO
+
+SCHEDULE = PolynomialSparsity(0.2, 0.8, begin_step=2, end_step=12, frequency=3)
+
+
+def _share(module: torch.nn.Module) -> float:
+    weights = [weight.parameter for weight in select_weights(module).weights]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+class _Watch(pl.Callback):
+    """The share of zeros after each optimizer step, as another callback sees it."""
+
+    def __init__(self) -> None:
+        self.shares: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.shares[trainer.global_step] = _share(module)
+
+
+@pytest.mark.parametrize("name", ["late_mlp", "encoder", "lstm", "gpt2", "cnn", "captioner"])
+def test_after_every_step_exactly_the_share_of_the_schedule_is_zero(name):
+    entry, watch = ZOO[name], _Watch()
+    run = train(
+        entry.build(), entry.loader(14), steps=14, callbacks=[watch, GradualPruning(SCHEDULE, scope="global")]
+    )
+    assert watch.shares == pytest.approx({step: SCHEDULE.at(step) for step in range(1, 15)}, abs=1e-3)
+    assert _share(run.module) == pytest.approx(0.8, abs=1e-3)
+    assert list(run.weights) == list(entry.build().state_dict()) or name == "late_mlp"
+
+
+def test_two_optimizers_stepped_by_hand_count_their_steps_together_as_lightning_does():
+    entry, watch = ZOO["gan"], _Watch()
+    schedule = ConstantSparsity(0.5, begin_step=4)
+    run = train(entry.build(), entry.loader(4), steps=8, callbacks=[watch, GradualPruning(schedule)])
+    assert watch.shares == pytest.approx({2: 0.0, 4: 0.5, 6: 0.5, 8: 0.5})
+    assert all(share == 0.5 for share in find_sparsity(run.module).values())
+
+
+def test_a_constant_mask_trains_the_network_that_torch_prunes_with_clipping_and_momentum():
+    entry = ZOO["mlp"]
+    theirs = entry.build()
+    for layer in (theirs.net[0], theirs.net[3], theirs.net[5]):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    options = {"gradient_clip_val": 0.1, "steps": 10}
+    plain = train(theirs, entry.loader(10), **options)
+    ours = train(entry.build(), entry.loader(10), callbacks=[GradualPruning(ConstantSparsity(0.5))], **options)
+    torch.testing.assert_close(ours.losses, plain.losses, rtol=1e-6, atol=0)
+    for index in (0, 3, 5):
+        prune.remove(theirs.net[index], "weight")
+        torch.testing.assert_close(ours.module.net[index].weight, theirs.net[index].weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "memopt fp16", "memopt bf16 kahan"])
+def test_precisions_accumulation_and_clipping_leave_the_share_exact(precision):
+    entry, watch = ZOO["encoder"], _Watch()
+    plugins = {"memopt fp16": MixedPrecision("fp16"), "memopt bf16 kahan": HalfPrecision("bf16", rounding="kahan")}
+    options = {"plugins": [plugins[precision]]} if precision in plugins else {"precision": precision}
+    run = train(
+        entry.build(), entry.loader(28), steps=14, callbacks=[watch, GradualPruning(SCHEDULE)],
+        gradient_clip_val=0.5, accumulate_grad_batches=2, **options,
+    )  # fmt: skip
+    assert run.trainer.global_step == 14
+    assert watch.shares == pytest.approx({0: 0} | {step: SCHEDULE.at(step) for step in range(1, 15)}, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[OptimizerInBackward], [LowBitOptimizer], [OptimizerInBackward, LowBitOptimizer], [GradientAccumulation]],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_other_techniques_around_the_step_leave_the_share_exact_in_either_order(others, first):
+    entry = ZOO["gpt2"]
+    arguments = {GradientAccumulation: [2], MicroBatching: [3]}
+    rest = [kind(*arguments.get(kind, [])) for kind in others]
+    pruning = [GradualPruning(ConstantSparsity(0.5, begin_step=1))]
+    run = train(entry.build(), entry.loader(6), steps=3, callbacks=pruning + rest if first else rest + pruning)
+    assert run.trainer.global_step == 3 and _share(run.module) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_pruned_too_in_validation_in_checkpoints_and_at_the_end(first, tmp_path):
+    seen = []
+
+    class Validating(type(ZOO["mlp"].build())):
+        def validation_step(self, batch, batch_idx):
+            seen.append(_share(self))
+
+    entry = ZOO["mlp"]
+    averaging, pruning = EMAWeightAveraging(decay=0.9), GradualPruning(ConstantSparsity(0.5, begin_step=3))
+    trainer = _trainer(8, pruning, averaging) if first else _trainer(8, averaging, pruning)
+    trainer.num_sanity_val_steps = 0
+    module = Validating(0.0)
+    trainer.fit(module, entry.loader(4), entry.loader(1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert seen == [pytest.approx(0.5, abs=1e-3)] * 2
+    assert _share(module) == pytest.approx(0.5, abs=1e-3)
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]["net.3.weight"]
+    assert float((saved == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_stochastic_weight_averaging_ends_with_pruned_weights(first):
+    entry = ZOO["mlp"]
+    callbacks = [
+        GradualPruning(ConstantSparsity(0.5, begin_step=3)),
+        StochasticWeightAveraging(1e-3, swa_epoch_start=1),
+    ]
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=callbacks if first else callbacks[::-1],
+    )  # fmt: skip
+    module = entry.build()
+    trainer.fit(module, entry.loader(4))
+    assert _share(module) == pytest.approx(0.5, abs=1e-3)
+
+
+def _trainer(steps: int, *callbacks, **options) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks), **options,
+    )  # fmt: skip
+
+
+class _Saves(pl.Callback):
+    def __init__(self, path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("method", "step"), [("magnitude", 5), ("saliency", 7), ("random", 1)])
+def test_a_run_resumed_in_mid_schedule_gives_the_weights_of_the_whole_one_bit_for_bit(tmp_path, method, step):
+    entry = ZOO["encoder"]
+
+    class SameBatches(type(entry.build())):
+        """Sees the batches of the whole run again after resuming, whatever Lightning skips."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(self.batches[self.trainer.global_step], batch_idx)
+
+    def fit(*callbacks, **options):
+        torch.manual_seed(0)
+        module = SameBatches(0.0)
+        module.batches = list(entry.loader(14))
+        pruning = GradualPruning(SCHEDULE, method, scope="global")
+        _trainer(14, *callbacks, pruning, gradient_clip_val=0.5).fit(module, entry.loader(14), **options)
+        assert pruning.sparsity == pytest.approx(0.8, abs=1e-3)
+        return module.state_dict()
+
+    # The checkpoint is written by a callback that comes before.
+    whole = fit(_Saves(tmp_path / "some.ckpt", step))
+    saved = torch.load(tmp_path / "some.ckpt", weights_only=True)
+    (state,) = [state for key, state in saved["callbacks"].items() if key.startswith("GradualPruning")]
+    assert not [name for name in saved["state_dict"] if "mask" in name]
+    bits = sum(mask.nbytes for mask in state["masks"].values())
+    assert bits <= sum(tensor.nbytes for tensor in saved["state_dict"].values()) / 32 + 100
+    resumed = fit(ckpt_path=tmp_path / "some.ckpt")
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_after_training_raised_the_masks_are_still_in_a_checkpoint_and_the_optimizer_is_free(tmp_path):
+    class Failing(type(ZOO["mlp"].build())):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 6:
+                raise RuntimeError("broken batch")
+            return super().training_step(batch, batch_idx)
+
+    trainer = _trainer(10, GradualPruning(ConstantSparsity(0.5, begin_step=3)))
+    with pytest.raises(RuntimeError, match="broken batch"):
+        trainer.fit(Failing(0.0), ZOO["mlp"].loader(10))
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    states = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"].values()
+    assert [list(state["masks"]) for state in states if "masks" in state] == [
+        ["net.0.weight", "net.3.weight", "net.5.weight"]
+    ]
+
+
+def test_the_report_has_the_share_over_what_was_pruned_and_the_bytes_of_a_sparse_export():
+    entry, pruning = ZOO["gpt2"], GradualPruning(ConstantSparsity(0.8, begin_step=1))
+    run = train(entry.build(), entry.loader(2), steps=2, callbacks=[pruning])
+    assert pruning.report.eligible_sparsity == pruning.sparsity == pytest.approx(_share(run.module))
+    assert pruning.report.disk_bytes_after < 0.5 * pruning.report.disk_bytes_before
+    assert run.trainer.callback_metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_prediction_counts_the_bits_of_the_masks_and_agrees_with_what_is_measured():
+    entry = ZOO["mlp"]
+
+    def peak(measure, *callbacks):
+        return measure(entry.build(), entry.batch(), callbacks=callbacks).peak_bytes
+
+    pruning = GradualPruning(ConstantSparsity(0.5))
+    bits = sum(weight.parameter.numel() for weight in select_weights(entry.build()).weights)
+    plain, predicted = peak(predict_memory), peak(predict_memory, pruning)
+    assert plain + bits / 8 <= predicted <= plain + bits / 8 + 1024
+    assert predicted == pytest.approx(peak(measure_memory, pruning), rel=0.05)
+
+
+def test_a_second_fit_with_the_same_callback_starts_anew():
+    entry, pruning = ZOO["mlp"], GradualPruning(ConstantSparsity(0.5, begin_step=3))
+    for _ in range(2):
+        watch = _Watch()
+        train(entry.build(), entry.loader(5), steps=5, callbacks=[watch, pruning])
+        assert watch.shares == pytest.approx({1: 0, 2: 0, 3: 0.5, 4: 0.5, 5: 0.5}, abs=1e-3)
+
+
+def test_a_schedule_that_training_does_not_reach_the_end_of_is_said_at_the_start():
+    entry = ZOO["mlp"]
+    with pytest.warns(UserWarning, match=r"ends at step 12, and training after 4: .* pruned to .* not to 80.0%"):
+        train(entry.build(), entry.loader(4), steps=4, callbacks=[GradualPruning(SCHEDULE)])
+
+
+def _train_sharded(strategy: str) -> dict[str, list[float]]:
+    entry = ZOO["encoder"]
+    module, watch = entry.build(), GradualPruning(SCHEDULE, scope="global")
+    run = train(module, entry.loader(14, batch_size=4), steps=14, callbacks=[watch], devices=2, strategy=strategy)
+    assert watch.sparsity == pytest.approx(0.8, abs=1e-3)
+    return {name: weight.flatten().tolist() for name, weight in run.weights.items() if weight.ndim > 1}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "memopt_ddp", "memopt_zero3", "memopt_tp"])
+def test_under_every_strategy_all_ranks_prune_the_same_weights_to_the_target(strategy):
+    first, second = run_on_ranks(_train_sharded, 2, strategy, deadline_seconds=180)
+    assert first == second
+    prunable = {weight.name for weight in select_weights(ZOO["encoder"].build()).weights}
+    values = torch.tensor([value for name in prunable for value in first[name]])
+    assert float((values == 0).float().mean()) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3", "memopt_tp"])
+def test_ranks_train_the_network_that_one_device_prunes_with_the_same_batches_and_clipping(strategy):
+    def fit(ranks: int, **options: Any) -> Outcome:
+        pruning = GradualPruning(ConstantSparsity(0.5), scope="global")
+        return fit_zoo(ZOO["gpt2"], ranks, 6, extra=[pruning], **options)
+
+    (plain,) = run_on_ranks(lambda: fit(1), 1)
+    case = CASES[strategy]
+    for outcome in run_on_ranks(lambda: fit(2, sizes=case.sizes, strategy=case.make()), 2, deadline_seconds=180):
+        assert_same_outcome(plain, outcome)
+
+
+@pytest.mark.distributed
+def test_pipeline_stages_are_refused_by_name_before_the_first_step():
+    def fit() -> str:
+        with pytest.raises(MisconfigurationException) as refusal:
+            _train_sharded("memopt_pp")
+        return str(refusal.value)
+
+    messages = run_on_ranks(fit, 2, deadline_seconds=120)
+    assert all("is on another pipeline stage" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradualPruning(ConstantSparsity(0.5), "l0"), "GradualPruning: method='l0' is none of"),
+        (lambda: GradualPruning(SCHEDULE, pattern="2:4"), "sparsity of 0.8 is not that of 2:4, which is 0.5"),
+        (
+            lambda: GradualPruning(ConstantSparsity(0.5), "saliency"),
+            "needs gradients, and the schedule prunes before",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_when_they_are_given(make, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "pruning", "message"),
+    [
+        ("mlp", lambda: GradualPruning(SCHEDULE, include="nett"), "include='nett' matches no parameter of MLP"),
+        (
+            "late_mlp",
+            lambda: GradualPruning(SCHEDULE, include="nett"),
+            "include='nett' matches no parameter of LateMLP",
+        ),
+        ("cnn", lambda: GradualPruning(ConstantSparsity(0.5), pattern="2:4"), "'stem.weight' has 1 inputs, which 4"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_by_name_before_the_first_step(name, pruning, message):
+    trainer = _trainer(2, pruning())
+    with pytest.raises(MisconfigurationException, match=f"GradualPruning: {message}"):
+        trainer.fit(ZOO[name].build(), ZOO[name].loader(2))
+    assert trainer.global_step == 0
+
+
+def test_saliency_beside_the_optimizer_in_the_backward_is_refused():
+    pruning = GradualPruning(ConstantSparsity(0.5, begin_step=1), "saliency")
+    with pytest.raises(MisconfigurationException, match="OptimizerInBackward frees them"):
+        _trainer(2, pruning, OptimizerInBackward()).fit(ZOO["mlp"].build(), ZOO["mlp"].loader(2))

@@ -1,0 +1,198 @@
+"""QuantizeOnFitEnd under Lightning: the copy predicts, the original stays, the gate judges."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Accuracy
+
+from lightning_memopt import QuantizeOnFitEnd, load_compressed
+from lightning_memopt.callbacks.fit_end import validate_now
+from lightning_memopt.compression.packed import PackedWeight
+from tests.parity import train
+from tests.zoo import ZOO
+
+
+class Classifier(pl.LightningModule):
+    """Learns the sign of a sum; counts how often Lightning sets it up."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.head = nn.Linear(width, 2)
+        self.accuracy = Accuracy("multiclass", num_classes=2)
+        self.setups: list[str] = []
+
+    def setup(self, stage):
+        self.setups.append(stage)
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("val_accuracy", self.accuracy)
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def _loader(seed: int = 0) -> DataLoader:
+    x = torch.randn(256, 16, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=32)
+
+
+def _trainer(*callbacks, **options) -> pl.Trainer:
+    options = {"max_epochs": 3, "logger": False, "enable_checkpointing": False} | options
+    return pl.Trainer(
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **options
+    )
+
+
+def _fit(callback, module=None, *others, **options):
+    torch.manual_seed(0)
+    module = module or Classifier()
+    trainer = _trainer(callback, *others, **options)
+    trainer.fit(module, _loader(), _loader(1))
+    return trainer, module
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp16", "bf16"])
+def test_the_copy_tests_predicts_and_loads_and_the_original_is_as_plain_training_leaves_it(scheme, tmp_path):
+    callback = QuantizeOnFitEnd(scheme, max_metric_drop=0.05, monitor="val_accuracy", export_path=tmp_path / "net")
+    trainer, module = _fit(callback)
+    torch.manual_seed(0)
+    plain = Classifier()
+    _trainer().fit(plain, _loader(), _loader(1))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[key], value)
+
+    quantized = callback.quantized
+    assert isinstance(quantized.net[2].weight, PackedWeight) and not callback.refusal
+    assert callback.report.ratio < (0.55 if scheme.endswith("16") else 0.32)
+    assert callback.report.metrics_before["val_accuracy"] > 0.9
+    tested = trainer.test(quantized, _loader(1), verbose=False)[0]
+    assert tested["val_accuracy"] == pytest.approx(callback.report.metrics_after["val_accuracy"])
+    predicted = torch.cat(trainer.predict(quantized, _loader(1)))
+    loaded = torch.cat(trainer.predict(load_compressed(tmp_path / "net"), _loader(1)))
+    assert torch.equal(predicted, loaded)
+    assert not torch.equal(predicted, torch.cat(trainer.predict(module, _loader(1))))
+
+
+def test_the_best_checkpoint_is_reloaded_and_tested_as_without_the_callback(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
+    callback = QuantizeOnFitEnd("int8", max_metric_drop=0.02)
+    trainer, module = _fit(callback, None, checkpoint, enable_checkpointing=True)
+    best = trainer.test(module, _loader(1), ckpt_path="best", verbose=False)[0]["val_accuracy"]
+    assert best == pytest.approx(float(checkpoint.best_model_score))
+    assert Classifier.load_from_checkpoint(checkpoint.best_model_path).net[2].weight.dtype is torch.float32
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, _loader(), _loader(1))  # and training goes on
+    assert trainer.current_epoch == 4
+
+
+def test_validating_at_the_end_leaves_the_metrics_and_the_state_of_the_trainer_alone():
+    seen = {}
+
+    class Looks(pl.Callback):
+        def on_fit_end(self, trainer, module):
+            before = dict(trainer.callback_metrics)
+            trained = {name: part.training for name, part in module.named_modules()}
+            hooks = dict(vars(module))
+            seen["metrics"] = validate_now(trainer, module)
+            seen["callback"] = {name: float(value) for name, value in before.items()}
+            assert dict(trainer.callback_metrics) == before
+            assert {name: part.training for name, part in module.named_modules()} == trained
+            assert vars(module).keys() == hooks.keys() and module.trainer is trainer
+            assert trainer.state.fn == "fit"
+
+    _, module = _fit(Looks())
+    assert seen["metrics"]["val_accuracy"] == pytest.approx(seen["callback"]["val_accuracy"])
+    assert seen["metrics"]["val_loss"] == pytest.approx(seen["callback"]["val_loss"])
+    assert module.setups == ["fit"]
+
+
+def test_a_result_that_loses_too_much_is_dropped_with_a_warning_and_the_original_kept(tmp_path):
+    callback = QuantizeOnFitEnd(
+        "int4_weight_only", max_metric_drop=0.0, monitor="val_loss", mode="min", export_path=tmp_path / "net"
+    )
+    with pytest.warns(UserWarning, match=r"val_loss went from .* the result is dropped"):
+        trainer, module = _fit(callback)
+    assert callback.quantized is None and "val_loss" in callback.refusal
+    assert not (tmp_path / "net").exists()
+    assert trainer.test(module, _loader(1), verbose=False)[0]["val_accuracy"] > 0.9
+
+
+def test_in_place_the_module_itself_is_packed():
+    callback = QuantizeOnFitEnd("int8", inplace=True)
+    _, module = _fit(callback)
+    assert callback.quantized is module and isinstance(module.head.weight, PackedWeight)
+
+
+@pytest.mark.parametrize("name", ["metrics_mlp", "encoder", "gpt2", "llama", "cnn", "gan", "late_mlp", "lstm"])
+def test_modules_of_the_zoo_are_quantized_after_training_as_they_are_without(name):
+    entry = ZOO[name]
+    callback = QuantizeOnFitEnd("int8")
+    plain = train(entry.build(), entry.loader(batches=3), steps=3)
+    run = train(entry.build(), entry.loader(batches=3), steps=3, callbacks=[callback])
+    assert list(run.weights) == list(plain.weights)
+    assert all(torch.equal(run.weights[key], plain.weights[key]) for key in plain.weights)
+    assert callback.report.bytes_after < callback.report.bytes_before
+    assert callback.quantized is not run.module
+
+
+class NoValidation(Classifier):
+    validation_step = pl.LightningModule.validation_step
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "options", "match"),
+    [
+        (lambda: QuantizeOnFitEnd("int8", max_metric_drop=0.1), Classifier, {}, "name it with monitor="),
+        (lambda: QuantizeOnFitEnd("int8_static"), NoValidation, {}, "NoValidation has no validation_step"),
+        (lambda: QuantizeOnFitEnd("int8_static"), Classifier, {"limit_val_batches": 0}, "without validation data"),
+        (lambda: QuantizeOnFitEnd("int8", include="nothing*"), Classifier, {}, "nothing"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_first_step(make, module, options, match):
+    stepped = []
+
+    class Steps(pl.Callback):
+        def on_train_batch_start(self, *_):
+            stepped.append(1)
+
+    with pytest.raises(MisconfigurationException, match=f"QuantizeOnFitEnd: .*{match}"):
+        _fit(make(), module(), Steps(), **options)
+    assert not stepped
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"scheme": "int2"}, "possible are"),
+        ({"scheme": "fp8"}, "fp8"),
+        ({"calibration_batches": 0}, "sees no data"),
+        ({"max_metric_drop": -1.0}, "at least 0"),
+        ({"max_metric_drop": 0.1, "inplace": True}, "cannot be refused"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused_when_they_are_given(options, match):
+    with pytest.raises(MisconfigurationException, match=match):
+        QuantizeOnFitEnd(**options)

@@ -1,0 +1,157 @@
+"""What is saved comes back: any module of the zoo, packed, sparse, shrunk or tied."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt import load_compressed
+from lightning_memopt.compression.container import CompressedFileError, save_compressed
+from lightning_memopt.compression.packed import HalfWeight, Int4Weight, Int8Weight, NF4Weight
+from tests.zoo import ZOO
+
+
+class Net(pl.LightningModule):
+    """Built from hyper-parameters, with a tied head and a buffer."""
+
+    def __init__(self, width: int = 64, sizes: tuple = (3, 4), scale: float = 1.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.embed = nn.Embedding(50, width)
+        self.hidden = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.head = nn.Linear(width, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("positions", torch.arange(width), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.embed(x)))
+
+
+class TakesAModule(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def _bytes(folder):
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_module_of_the_zoo_comes_back_bit_for_bit(name, tmp_path):
+    module = ZOO[name].build()
+    if name == "late_mlp":
+        module.configure_model()
+    loaded = load_compressed(save_compressed(module, tmp_path / "net"), ZOO[name].build)
+    expected = module.state_dict()
+    assert list(loaded.state_dict()) == list(expected)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[key]) and value.dtype == expected[key].dtype
+    assert not loaded.training
+
+
+def test_a_module_that_saves_its_hyper_parameters_is_built_from_the_folder_alone(tmp_path):
+    module = Net(width=32, scale=0.5).eval()
+    loaded = load_compressed(save_compressed(module, tmp_path / "net"))
+    assert type(loaded) is Net and loaded.hparams == {"width": 32, "sizes": (3, 4), "scale": 0.5}
+    assert loaded.head.weight is loaded.embed.weight
+    assert loaded.hidden[0].weight.requires_grad
+    x = torch.randint(0, 50, (4,))
+    assert torch.equal(loaded(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "part"),
+    [(Int8Weight, {}, 0.32), (Int4Weight, {}, 0.25), (NF4Weight, {}, 0.24), (HalfWeight, {"kind": "bf16"}, 0.55)],
+)
+def test_packed_and_tied_weights_come_back_packed_and_tied_and_small(cls, options, part, tmp_path):
+    module = Net(width=256).eval()
+    dense = _bytes(save_compressed(module, tmp_path / "dense"))
+    for layer in (module.embed, module.hidden[0]):
+        layer.weight = nn.Parameter(cls.pack(layer.weight, **options), requires_grad=False)
+    module.head.weight = module.embed.weight
+    folder = save_compressed(module, tmp_path / "packed")
+    loaded = load_compressed(folder)
+    assert type(loaded.head.weight) is cls and loaded.head.weight is loaded.embed.weight
+    x = torch.randint(0, 50, (4,))
+    assert torch.equal(loaded(x), module(x))
+    assert _bytes(folder) < part * dense
+
+
+def test_a_sparse_module_is_small_on_disk_and_exact(tmp_path):
+    module = nn.Linear(512, 512)
+    dense = _bytes(save_compressed(module, tmp_path / "dense"))
+    with torch.no_grad():
+        module.weight[torch.rand(512, 512) < 0.8] = 0
+    folder = save_compressed(module, tmp_path / "sparse")
+    assert _bytes(folder) < 0.25 * dense
+    assert torch.equal(load_compressed(folder, nn.Linear(512, 512)).weight, module.weight)
+
+
+@pytest.mark.parametrize("given", [None, lambda: Net(64)])
+def test_a_shrunk_module_loads_without_what_shrank_it(given, tmp_path):
+    module = Net(width=64).eval()
+    first, norm = module.hidden[0], module.hidden[1]
+    keep = torch.arange(0, 64, 2)
+    module.hidden[0] = nn.Linear(64, 32)
+    module.hidden[0].load_state_dict({"weight": first.weight[keep], "bias": first.bias[keep]})
+    module.hidden[1] = nn.BatchNorm1d(32).eval()
+    module.hidden[1].running_mean.copy_(norm.running_mean[keep])
+    module.hidden.append(nn.Identity())
+    del module.hidden[3]
+    module.head = nn.Linear(32, 50, bias=False)
+    loaded = load_compressed(save_compressed(module, tmp_path / "net"), given)
+    assert loaded.hidden[0].out_features == loaded.hidden[1].num_features == loaded.head.in_features == 32
+    x = torch.randint(0, 50, (4,))
+    assert torch.equal(loaded(x), module(x))
+
+
+def test_saving_over_an_older_folder_replaces_it_and_a_foreign_folder_is_refused(tmp_path):
+    save_compressed(nn.Linear(4, 2), tmp_path / "net")
+    newer = nn.Linear(4, 2)
+    save_compressed(newer, tmp_path / "net")
+    assert torch.equal(load_compressed(tmp_path / "net", nn.Linear(4, 2)).weight, newer.weight)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="holds something else"):
+        save_compressed(newer, tmp_path / "home")
+    assert [file.name for file in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["home", "net"]
+
+
+def test_a_module_that_json_cannot_describe_asks_for_one_to_load_into(tmp_path):
+    module = TakesAModule(nn.Linear(4, 2))
+    folder = save_compressed(module, tmp_path / "net")
+    with pytest.raises(CompressedFileError, match=r"TakesAModule cannot be built .* `load_compressed\(path, module="):
+        load_compressed(folder)
+    loaded = load_compressed(folder, lambda: TakesAModule(nn.Linear(4, 2)))
+    assert torch.equal(loaded.inner.weight, module.inner.weight)
+
+
+def test_the_wrong_module_is_refused_by_what_differs(tmp_path):
+    folder = save_compressed(nn.Sequential(nn.Linear(4, 2)), tmp_path / "net")
+    with pytest.raises(CompressedFileError, match=r"lacks \['1.bias', '1.weight'\]"):
+        load_compressed(folder, nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)))
+    with pytest.raises(CompressedFileError, match=r"`0.weight` has shape \[2, 4\] in the folder and \[2, 3\]"):
+        load_compressed(folder, nn.Sequential(nn.Linear(3, 2)))
+
+
+def test_a_tensor_of_a_foreign_class_is_refused_when_it_is_saved(tmp_path):
+    class Foreign(torch.Tensor):
+        pass
+
+    module = nn.Linear(4, 2)
+    module.register_buffer("odd", torch.zeros(2).as_subclass(Foreign))
+    with pytest.raises(ValueError, match="`odd` is a Foreign"):
+        save_compressed(module, tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_names_versions_and_no_paths(tmp_path):
+    manifest = json.loads((save_compressed(Net(), tmp_path / "net") / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert manifest["ties"] == {"head.weight": "embed.weight"}

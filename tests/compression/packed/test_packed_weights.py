@@ -1,0 +1,125 @@
+"""Packed weights in every kind of module that has a weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_memopt.compression.packed import HalfWeight, Int4Weight, Int8Weight, NF4Weight, stored_bytes
+
+PACKINGS = {
+    "int8": (Int8Weight, {}, 40, 0.26),
+    "int8 dynamic": (Int8Weight, {"inputs": "dynamic"}, 38, 0.26),
+    "int8 static": (Int8Weight, {"inputs": 4.5}, 35, 0.26),
+    "int4": (Int4Weight, {}, 19, 0.16),
+    "nf4": (NF4Weight, {}, 16, 0.15),
+    "bf16": (HalfWeight, {"kind": "bf16"}, 48, 0.5),
+    "fp16": (HalfWeight, {"kind": "fp16"}, 68, 0.5),
+}
+"""Class, options, the least ratio of signal to noise in dB, and bytes as a part of those of fp32."""
+
+
+def _attention_inputs():
+    x = torch.randn(2, 7, 64)
+    return x, x, x
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(64, 48), lambda: (torch.randn(8, 5, 64),), ["weight"]),
+    "conv1d": (lambda: Conv1D(48, 64), lambda: (torch.randn(8, 5, 64),), ["weight"]),
+    "conv2d": (lambda: nn.Conv2d(16, 8, 3), lambda: (torch.randn(2, 16, 8, 8),), ["weight"]),
+    "embedding": (lambda: nn.Embedding(100, 64, padding_idx=0), lambda: (torch.randint(0, 100, (2, 3)),), ["weight"]),
+    "attention": (lambda: nn.MultiheadAttention(64, 4), _attention_inputs, ["in_proj_weight", "out_proj.weight"]),
+    "encoder layer": (
+        lambda: nn.TransformerEncoderLayer(64, 4, 128, batch_first=True),
+        lambda: (torch.randn(2, 7, 64),),
+        ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"],
+    ),
+}
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _packed(module, names, cls, options):
+    packed = copy.deepcopy(module)
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        part = packed.get_submodule(owner)
+        weight = cls.pack(getattr(part, key), int(isinstance(part, Conv1D)), **options)
+        setattr(part, key, nn.Parameter(weight, requires_grad=False))
+    return packed
+
+
+def _signal_to_noise(expected, actual):
+    return float(20 * torch.log10(expected.norm() / (expected - actual).norm()))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_module_computes_nearly_the_same_with_its_weights_packed(packing, kind):
+    torch.manual_seed(0)
+    cls, options, least, part = PACKINGS[packing]
+    make, inputs, names = MODULES[kind]
+    module, x = make().eval(), inputs()
+    packed = _packed(module, names, cls, options)
+    with torch.no_grad():
+        expected, actual = _first(module(*x)), _first(packed(*x))
+        again = _first(copy.deepcopy(packed).to("cpu", torch.float32)(*x))
+        compiled = _first(torch.compile(packed, backend="aot_eager")(*x))
+    torch._dynamo.reset()
+    assert type(actual) is torch.Tensor
+    assert least < _signal_to_noise(expected, actual) < 100
+    torch.testing.assert_close(again, actual, rtol=0, atol=0)
+    # Rounding the inputs can turn the last bit of a sum that was added in another order into a whole step.
+    assert torch.equal(compiled, actual) or _signal_to_noise(actual, compiled) > least + 5
+    torch.testing.assert_close(_first(packed(*x)), actual)  # with gradients on
+    for name in names:
+        assert stored_bytes(packed.get_parameter(name)) < (part + 0.02) * module.get_parameter(name).nbytes
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_state_dict_of_packed_weights_loads_in_place_and_by_assignment(packing):
+    cls, options, *_ = PACKINGS[packing]
+    first, second = (_packed(nn.Linear(64, 48), ["weight"], cls, options) for _ in range(2))
+    x = torch.randn(3, 64)
+    assert not torch.equal(first(x), second(x))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    third = nn.Linear(64, 48)
+    third.load_state_dict(first.state_dict(), assign=True)
+    assert torch.equal(first(x), third(x))
+
+
+def test_dense_values_are_not_rounded_silently_into_a_packed_weight():
+    packed = _packed(nn.Linear(8, 4), ["weight"], Int8Weight, {})
+    with pytest.raises(RuntimeError, match="Int8Weight cannot be filled from a"):
+        packed.load_state_dict(nn.Linear(8, 4).state_dict())
+
+
+def test_the_largest_weight_of_each_output_is_exact_in_8_bits_whatever_the_others_are():
+    weight = torch.randn(6, 16) * torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 0.0])[:, None]
+    packed = Int8Weight.pack(weight).dequantize()
+    largest = weight.abs().argmax(1, keepdim=True)
+    torch.testing.assert_close(packed.gather(1, largest), weight.gather(1, largest))
+    assert ((packed - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+
+
+def test_zeros_stay_zero_in_8_bits_and_nf4():
+    weight = torch.randn(64, 64) * (torch.rand(64, 64) > 0.8)
+    for cls in (Int8Weight, NF4Weight):
+        assert (cls.pack(weight).dequantize()[weight == 0] == 0).all()
+
+
+def test_looking_up_rows_gives_those_of_the_dense_table():
+    table, indices = torch.randn(30, 64), torch.tensor([[3, 3], [29, 0]])
+    for cls, options, *_ in PACKINGS.values():
+        packed = cls.pack(table, **options)
+        torch.testing.assert_close(packed.rows(indices), packed.dequantize()[indices])
+
+
+def test_values_beyond_the_range_of_fp16_become_its_largest_and_not_infinite():
+    assert HalfWeight.pack(torch.full((2, 2), 1e6), kind="fp16").dequantize().isfinite().all()

@@ -1,0 +1,111 @@
+"""Quantizing modules: what is packed, what is skipped and why, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt.compression.packed import Int8Weight, PackedWeight
+from lightning_memopt.compression.quantize import module_bytes, quantize
+from lightning_memopt.compression.ranges import observe_inputs
+from lightning_memopt.compression.selection import WeightFilter
+from tests.zoo import ZOO
+
+SCHEMES = {"int8": 0.27, "int8_dynamic": 0.27, "int4_weight_only": 0.17, "nf4": 0.16, "fp16": 0.51, "bf16": 0.51}
+"""The largest part of fp32's bytes that a module of large linear layers has."""
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_large_linear_layers_take_as_many_bits_as_the_scheme_says(scheme):
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+    done = quantize(net, scheme)
+    assert done.packed == ["0.weight", "2.weight"]
+    assert set(done.skipped) == {"0.bias", "2.bias"}
+    assert done.bytes_after == module_bytes(net) < SCHEMES[scheme] * done.bytes_before
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("gan", "late_mlp")])
+def test_every_module_of_the_zoo_computes_nearly_the_same_loss_in_fewer_bytes(name, scheme):
+    entry = ZOO[name]
+    module, batch = entry.build().eval(), entry.batch()
+    module.log = module.log_dict = lambda *_, **__: None
+    expected = module.training_step(batch, 0)
+    quantized = copy.deepcopy(module)
+    done = quantize(quantized, scheme)
+    actual = quantized.training_step(batch, 0)
+    expected, actual = (float(x["loss"] if isinstance(x, dict) else x) for x in (expected, actual))
+    assert actual == pytest.approx(expected, rel=0.08 if "4" in scheme else 0.005)
+    assert done.bytes_after < done.bytes_before
+
+
+def test_the_head_of_gpt2_stays_tied_and_its_conv1d_layers_are_packed():
+    module = ZOO["gpt2"].build()
+    done = quantize(module, "int8")
+    model = module.model
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert type(model.lm_head.weight) is Int8Weight
+    assert "model.transformer.h.0.attn.c_attn.weight" in done.packed
+    assert {"model.lm_head.weight", "model.transformer.wte.weight"} <= set(done.packed)
+    assert done.bytes_after < 0.4 * done.bytes_before
+
+
+def test_recurrent_layers_are_skipped_by_name_with_the_reason():
+    module = ZOO["lstm"].build()
+    done = quantize(module, "int8")
+    assert "fused kernel of LSTM" in done.skipped["lstm.weight_ih_l0"]
+    assert not isinstance(module.lstm.weight_ih_l0, PackedWeight)
+
+
+def test_weights_that_would_not_become_smaller_stay_and_say_so():
+    net = nn.Sequential(nn.Linear(1, 64), nn.Linear(64, 64))
+    done = quantize(net, "int8")
+    assert done.skipped["0.weight"] == "would take 320 bytes instead of 256"
+    assert done.packed == ["1.weight"]
+
+
+def test_a_module_that_would_grow_is_refused():
+    with pytest.raises(ValueError, match="nothing in it becomes smaller"):
+        quantize(nn.Sequential(nn.Linear(1, 64)), "int8")
+
+
+def test_include_and_exclude_say_which():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    assert quantize(net, "int8", WeightFilter(include=["0", "1"], exclude="1")).packed == ["0.weight"]
+
+
+def test_quantizing_twice_leaves_what_is_packed():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantize(net, "int8", WeightFilter(include="0"))
+    first = net[0].weight
+    assert quantize(net, "bf16").packed == ["1.weight"]
+    assert net[0].weight is first
+
+
+def test_static_ranges_make_the_product_of_integers_and_inputs_beyond_them_are_cut():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(32, 64)
+    expected = net(x)
+    with observe_inputs(net) as ranges:
+        net(x)
+    assert ranges == {"0": float(x.abs().max())}
+    quantize(net, "int8_static", input_ranges=ranges)
+    assert (net(x) - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(net(100 * x.abs() + 10), net(torch.full_like(x, float(x.abs().max()))))
+
+
+@pytest.mark.parametrize(("scheme", "match"), [("int3", "possible are 'int8'"), ("fp8", "use 'int8_weight_only'")])
+def test_schemes_that_there_are_not_are_refused_with_those_that_there_are(scheme, match):
+    with pytest.raises(ValueError, match=match):
+        quantize(nn.Linear(64, 64), scheme)
+
+
+def test_packed_modules_give_no_gradients_to_their_weights_and_pass_them_on_to_inputs():
+    net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64, requires_grad=True)
+    net(x).sum().backward()
+    expected, x.grad = x.grad.clone(), None
+    quantize(net, "int8")
+    net(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0.05, atol=0.05)
+    assert net[0].weight.grad is None and net[0].bias.grad is not None
