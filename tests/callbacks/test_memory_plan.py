@@ -54,7 +54,7 @@ def test_a_plan_that_was_wrong_is_made_again_once(tmp_path, monkeypatch):
         if len(calls) > 1:
             return make(trainer, module, batch, budget, **options)
         plain = make(trainer, module, batch, "1GiB", **options)  # takes more than the budget and does not say so
-        too_small = replace(plain.plans[0], peak_bytes=plain.plans[0].peak_bytes // 2)
+        too_small = replace(plain.plans[0], peak_bytes=plain.plans[0].peak_bytes * 4 // 5)
         return replace(plain, plans=(too_small,), budget_bytes=TIGHT)
 
     monkeypatch.setattr(plan, "make_plan", optimistic)
