@@ -10,6 +10,7 @@ from lightning_memopt.__about__ import __version__
 from lightning_memopt.checkpoints import command as consolidate
 from lightning_memopt.demo import command as demo
 from lightning_memopt.doctor import command as doctor
+from lightning_memopt.memory import command as report
 from lightning_memopt.planning import command as plan
 
 USAGE_ERROR = 2
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_parser(commands)
     consolidate.add_parser(commands)
     doctor.add_parser(commands)
+    report.add_parser(commands)
     plan.add_parser(commands)
     options = parser.parse_args(arguments)
     # torch 2.13's profiler writes two lines each time it starts; it reads its log level once, when torch is loaded.
