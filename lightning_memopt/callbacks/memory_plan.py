@@ -17,10 +17,10 @@ from typing_extensions import override
 from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.planning.devices import DeviceModel
+from lightning_memopt.planning.first_batch import batch_of
 from lightning_memopt.planning.plan import Plan, PlanResult, describe_failure, plan
 from lightning_memopt.planning.space import Layout
 from lightning_memopt.planning.written import result_as_dict
-from lightning_memopt.strategies.sample_batch import batch_of
 
 WRONG_BY = 0.05
 """Relative error of a predicted peak from which on it is planned again."""

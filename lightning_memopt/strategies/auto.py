@@ -8,9 +8,9 @@ from typing_extensions import override
 
 from lightning_memopt.callbacks.memory_plan import MemoryPlan
 from lightning_memopt.planning.devices import DeviceModel
+from lightning_memopt.planning.first_batch import batch_of
 from lightning_memopt.planning.plan import PlanResult
 from lightning_memopt.strategies.data_parallel import DataParallelStrategy
-from lightning_memopt.strategies.sample_batch import batch_of
 
 
 class AutoStrategy(DataParallelStrategy):
