@@ -18,8 +18,8 @@ def validate_now(
     """Run the validation loop of ``module`` within ``on_fit_end`` and return what it logs.
 
     A trainer of its own runs it, without loggers, callbacks and checkpoints, so that those of ``trainer``, its
-    metrics and its progress are not touched. ``setup``, ``teardown`` and ``prepare_data`` of the module are not called
-    again. Under several ranks all must call it; each validates its part and the mean is returned.
+    metrics and its progress are not touched. ``setup``, ``teardown`` and ``prepare_data`` of the module are not
+    called again. Under several ranks all must call it; each validates its part and the mean is returned.
 
     Args:
         trainer: The trainer that is at the end of ``fit``.

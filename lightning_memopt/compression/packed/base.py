@@ -30,7 +30,7 @@ class PackedWeight(Tensor):
     ) -> Self:
         """Wrap ``parts`` as a weight of ``shape`` and ``dtype``."""
         device = parts[cls.part_names[0]].device
-        packed = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        packed = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
         for name in cls.part_names:
             setattr(packed, name, parts[name])
         for name in cls.attribute_names:
@@ -42,7 +42,7 @@ class PackedWeight(Tensor):
         """Pack a dense ``weight`` whose outputs lie along ``output_dim``."""
         raise NotImplementedError
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The dense weight, of ``self.dtype``."""
         raise NotImplementedError
 
@@ -144,7 +144,7 @@ def _embedding(input: Tensor, weight: Tensor, *unused: Any, **also_unused: Any) 
 
 
 def _copy(target: PackedWeight, source: Tensor) -> PackedWeight:
-    if type(source) is not type(target) or source.attributes != target.attributes:  # type: ignore[attr-defined]
+    if type(source) is not type(target) or source.attributes != target.attributes:
         raise ValueError(
             f"A {type(target).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. "
             "Load the weights before they are packed, or with `load_state_dict(..., assign=True)`."
