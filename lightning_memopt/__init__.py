@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
     from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
     from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd as PruneOnFitEnd
+    from lightning_memopt.callbacks.quantization_aware import QuantizationAwareTraining as QuantizationAwareTraining
     from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd as QuantizeOnFitEnd
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
@@ -73,6 +74,7 @@ _HOME = {
     "PipelineParallelStrategy": "strategies.pipeline",
     "PolynomialSparsity": "compression.schedules",
     "PruneOnFitEnd": "callbacks.prune_on_fit_end",
+    "QuantizationAwareTraining": "callbacks.quantization_aware",
     "QuantizeOnFitEnd": "callbacks.quantize_on_fit_end",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",

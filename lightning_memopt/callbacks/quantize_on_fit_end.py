@@ -88,7 +88,7 @@ class QuantizeOnFitEnd(Callback):
             self._which = WeightFilter(include, exclude, embeddings=True)
             packing(scheme)
         except ValueError as error:
-            raise MisconfigurationException(f"QuantizeOnFitEnd: {error}") from error
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -102,7 +102,7 @@ class QuantizeOnFitEnd(Callback):
             if not is_overridden("configure_model", pl_module):
                 self._which.select(pl_module)
         except (ValueError, MisconfigurationException) as error:
-            raise MisconfigurationException(f"QuantizeOnFitEnd: {error}") from error
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,11 +110,7 @@ class QuantizeOnFitEnd(Callback):
         metrics = validate_now(trainer, pl_module) if validates else None
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy_module(pl_module)
-        ranges = None
-        if self.scheme == "int8_static":
-            with observe_inputs(module) as ranges:
-                batches = self.calibration_batches
-                validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=batches)
+        ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
         done = quantize(module, self.scheme, self._which, ranges)
         module.eval()
         after = validate_now(trainer, module) if validates else None
@@ -124,11 +120,20 @@ class QuantizeOnFitEnd(Callback):
             self.quantized = module
             self._export(trainer)
         else:
-            rank_zero_warn(f"QuantizeOnFitEnd: {self.refusal}, so the result is dropped. Try a scheme of more bits.")
+            rank_zero_warn(
+                f"{type(self).__name__}: {self.refusal}, so the result is dropped. Try a scheme of more bits."
+            )
         self.report = compression_report(
             before, module, skipped=done.skipped, metrics_before=metrics, metrics_after=after,
             export_path=None if self.refusal else self.export_path,
         )  # fmt: skip
+
+    def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        if self.scheme != "int8_static":
+            return {}
+        with observe_inputs(module) as ranges:
+            validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=self.calibration_batches)
+        return ranges
 
     def _export(self, trainer: pl.Trainer) -> None:
         if self.export_path is not None and self.quantized is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_memopt.compression.packed import (
     HalfWeight,
@@ -30,6 +30,10 @@ _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
     "fp16": (HalfWeight, {"kind": "fp16"}),
     "bf16": (HalfWeight, {"kind": "bf16"}),
 }
+
+
+CLUSTERS = 256
+"""A weight of no more distinct values is taken to be clustered."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,14 @@ def quantize(
         >>> done.packed, done.bytes_after < 0.27 * done.bytes_before
         (['0.weight', '2.weight'], True)
     """
-    cls, options = packing(scheme)
+    packing(scheme)
     selection = (which or WeightFilter(embeddings=True)).select(module)
     skipped, names, before = dict(selection.skipped), [], module_bytes(module)
     for weight in selection.weights:
-        reason = _why_not(weight)
+        reason = why_not(weight)
         if not reason:
-            chosen = dict(options)
-            if scheme == "int8_static" and weight.kind in ("linear", "conv1d"):
-                # A layer that calibration did not reach has its weights rounded and no inputs.
-                chosen["inputs"] = (input_ranges or {}).get(weight.module_name)
-            packed = cls.pack(weight.parameter, weight.output_dim, **chosen)
+            # A layer that calibration did not reach has its weights rounded and no inputs.
+            packed = pack_weight(weight.parameter, weight, scheme, (input_ranges or {}).get(weight.module_name))
             if stored_bytes(packed) < stored_bytes(weight.parameter):
                 _replace(module, weight, packed)
                 names += [weight.name, *weight.tied]
@@ -130,7 +131,19 @@ def module_bytes(module: nn.Module) -> int:
     return sum(map(stored_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values()))
 
 
-def _why_not(weight: Weight) -> str:
+def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: float | None = None) -> PackedWeight:
+    """Pack ``parameter`` as ``weight`` is to be: one scale for all of it where it is clustered, and stays so."""
+    cls, options = packing(scheme)
+    if scheme == "int8_static" and weight.kind in ("linear", "conv1d"):
+        options = {**options, "inputs": input_range}
+    if cls is Int8Weight:
+        # With a scale for each output, one value of a cluster would become as many as there are outputs.
+        options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and len(torch.unique(parameter)) <= CLUSTERS}
+    return cls.pack(parameter, weight.output_dim, **options)
+
+
+def why_not(weight: Weight) -> str:
+    """Why ``weight`` cannot be packed; empty where it can."""
     if weight.kind == "recurrent":
         return f"the fused kernel of {type(weight.module).__name__} reads dense weights only"
     if "forward" in vars(weight.module):

@@ -13,6 +13,7 @@ from torchmetrics import Accuracy
 from lightning_memopt import QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.packed import PackedWeight
+from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
 
@@ -156,6 +157,18 @@ def test_modules_of_the_zoo_are_quantized_after_training_as_they_are_without(nam
     assert all(torch.equal(run.weights[key], plain.weights[key]) for key in plain.weights)
     assert callback.report.bytes_after < callback.report.bytes_before
     assert callback.quantized is not run.module
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "memopt_zero3"])
+def test_two_ranks_quantize_the_same_whole_module_and_one_writes_it(strategy, tmp_path):
+    from tests.callbacks.quantize_on_two_ranks import quantize
+
+    first, second = run_on_ranks(quantize, 2, strategy, tmp_path, deadline_seconds=180)
+    assert first == second and first[1] > 0.85
+    loaded = load_compressed(tmp_path / "net").net[2].weight
+    assert [*loaded.dequantize().flatten().tolist(), loaded.inputs] == first[0]
+    torch.testing.assert_close(torch.tensor(first[0][:-1]), torch.tensor(first[2]), rtol=0, atol=0.02)
 
 
 class NoValidation(Classifier):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import PackedWeight
+from lightning_memopt.compression.packed.hardware import is_fast_in
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -14,8 +15,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class HalfWeight(PackedWeight):
     """A weight stored in fp16 or bf16 for a module that computes in another type.
 
-    Linear maps by a bf16 weight are computed in bf16, which processors are fast at; fp16 is widened first, since
-    they are slow at that.
+    Linear maps are computed in 16 bits where the device is fast at that, and otherwise by the widened weight.
 
     Attributes:
         values: fp16 or bf16, of the weight's shape.
@@ -45,7 +45,7 @@ class HalfWeight(PackedWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """In 16 bits where the device is fast at it."""
-        if self.kind == "fp16" and x.device.type == "cpu":
+        if not is_fast_in(self.values.dtype, x.device):
             return super().linear(x, bias)
         product = F.linear(x.to(self.values.dtype), self.values).to(x.dtype)
         return product if bias is None else product + bias

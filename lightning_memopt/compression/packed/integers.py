@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import PackedWeight
+from lightning_memopt.compression.packed.hardware import multiply_integers
 
 GROUP = 32
 """Inputs that share a scale and a minimum in 4 bits: 0.5 + 4/32 bytes an element."""
@@ -31,9 +32,11 @@ class Int8Weight(PackedWeight):
     inputs: float | str | None
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, *, inputs: float | str | None = None, **_: Any) -> Self:
-        """Round each output's weights to the nearest multiple of its largest magnitude / 127."""
-        others = [dim for dim in range(weight.dim()) if dim != output_dim]
+    def pack(
+        cls, weight: Tensor, output_dim: int = 0, *, inputs: float | str | None = None, whole: bool = False, **_: Any
+    ) -> Self:
+        """Round to multiples of the largest magnitude / 127: of that of each output; ``whole``: of that of all."""
+        others = [dim for dim in range(weight.dim()) if whole or dim != output_dim]
         scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(TINY) / 127
         values = (weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
         return cls({"values": values, "scale": scale}, {"inputs": inputs}, weight.shape, weight.dtype)
@@ -50,21 +53,22 @@ class Int8Weight(PackedWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by the integers and scale the result, which has fewer elements than the weight."""
-        if self.scale.shape[0] != self.values.shape[0]:
+        if self.scale.shape[1] != 1:
             return super().linear(x, bias)
         return self._product(x, self.values.t(), self.scale.t(), bias)
 
     def transposed_linear(self, x: Tensor, bias: Tensor) -> Tensor:
         """As :meth:`linear`, for a weight that is stored (in, out)."""
-        if self.scale.shape[1] != self.values.shape[1]:
+        if self.scale.shape[0] != 1:
             return super().transposed_linear(x, bias)
         return self._product(x, self.values, self.scale, bias)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Unpack the rows that are looked up and no others."""
-        if self.scale.shape[0] != self.values.shape[0]:
+        if self.scale.shape[1] != 1:
             return super().rows(indices)
-        return (self.values[indices] * self.scale[indices]).to(self.dtype)
+        scale = self.scale.expand(len(self.values), 1)
+        return (self.values[indices] * scale[indices]).to(self.dtype)
 
     def _inputs_known(self) -> bool:
         return self.inputs in (None, "dynamic") or (type(self.inputs) is float and 0 < self.inputs < float("inf"))
@@ -74,7 +78,7 @@ class Int8Weight(PackedWeight):
             rows = x.reshape(-1, x.shape[-1])
             row_scale = input_scale(rows, self.inputs)
             integers = (rows / row_scale).round().clamp(-127, 127).to(torch.int8)
-            product = torch._int_mm(integers, values).float() * row_scale
+            product = multiply_integers(integers, values) * row_scale
             product = product.reshape(*x.shape[:-1], -1)
         else:
             product = x @ values.to(x.dtype)

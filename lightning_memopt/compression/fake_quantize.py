@@ -1,0 +1,120 @@
+"""Train with the rounding that quantization will do: forward as if packed, backward as if not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_memopt.compression.packed.integers import input_scale
+from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
+from lightning_memopt.compression.selection import Weight, WeightFilter
+from lightning_memopt.models.linears import read_linear
+
+MOMENTUM = 0.05
+"""Share of the newest batch in the moving average of a range."""
+
+
+class FakeQuantization:
+    """Rounds weights, and inputs where the scheme does, whenever their layers run, until :meth:`remove`.
+
+    The rounded weight is put before the parameter for as long as its layer's ``forward`` runs, so that parameter
+    names, ``state_dict`` and optimizer stay as they are. Gradients pass the rounding unchanged (the straight-through
+    estimator, https://arxiv.org/abs/1308.3432). The grid is that of
+    :func:`~lightning_memopt.compression.quantize.quantize`: what is trained is what comes out.
+
+    Args:
+        module: The module that trains.
+        scheme: As for :func:`~lightning_memopt.compression.quantize.quantize`.
+        which: Which weights; ``None``: all, embeddings too.
+
+    Attributes:
+        enabled: Whether anything is rounded now.
+        observing: Whether the ranges of ``"int8_static"`` follow the inputs; a moving average of the largest
+            magnitude of each training batch.
+        ranges: By name of a layer, that magnitude.
+
+    Raises:
+        ValueError: The scheme is unknown, or no weight is left.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        scheme: Scheme,
+        which: WeightFilter | None = None,
+        ranges: Mapping[str, float] | None = None,
+    ) -> None:
+        self.enabled = self.observing = True
+        self.ranges = dict(ranges or {})
+        self._scheme = scheme
+        self._inputs = packing(scheme)[1].get("inputs") if scheme != "int8_static" else "static"
+        self._handles: list[RemovableHandle] = []
+        # What shadows a parameter has to be gone before anything else reads it, so each layer takes its own away.
+        carriers: dict[nn.Module, list[tuple[nn.Module, str, Weight]]] = {}
+        names: dict[nn.Module, str] = {}
+        for weight in (which or WeightFilter(embeddings=True)).select(module).weights:
+            if why_not(weight):
+                continue
+            for name in (weight.name, *weight.tied):
+                owner, _, key = name.rpartition(".")
+                carrier, part = _carrier(module, owner)
+                carriers.setdefault(carrier, []).append((part, key, weight))
+                names[carrier] = owner
+        for carrier, shadows in carriers.items():
+            self._hook(names[carrier], carrier, shadows)
+
+    def remove(self) -> None:
+        """Take the rounding away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str, carrier: nn.Module, shadows: list[tuple[nn.Module, str, Weight]]) -> None:
+        rounds_inputs = self._inputs is not None and read_linear(carrier) is not None
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if rounds_inputs and self.observing and carrier.training:
+                self._observe(name, inputs[0])
+            if not self.enabled:
+                return None
+            for part, key, weight in shadows:
+                vars(part)[key] = self._round_weight(part._parameters[key], weight)
+            if not rounds_inputs or (self._inputs == "static" and name not in self.ranges):
+                return None
+            known = self.ranges[name] if self._inputs == "static" else "dynamic"
+            return _round_inputs(inputs[0], known), *inputs[1:]
+
+        def after(*_: Any) -> None:
+            for part, key, _weight in shadows:
+                vars(part).pop(key, None)
+
+        self._handles.append(carrier.register_forward_pre_hook(before))
+        self._handles.append(carrier.register_forward_hook(after, always_call=True))
+
+    def _round_weight(self, parameter: Any, weight: Weight) -> Tensor:
+        with torch.no_grad():
+            rounded = pack_weight(parameter, weight, self._scheme).dequantize()
+        return parameter + (rounded - parameter).detach()
+
+    def _observe(self, name: str, x: Any) -> None:
+        if self._inputs == "static" and isinstance(x, Tensor) and x.numel():
+            largest = float(x.detach().abs().amax())
+            if 0 < largest < float("inf"):
+                self.ranges[name] = largest + (1 - MOMENTUM) * (self.ranges.get(name, largest) - largest)
+
+
+def _carrier(module: nn.Module, owner: str) -> tuple[nn.Module, nn.Module]:
+    """The module whose ``forward`` reads the weights of ``owner``, and that module itself."""
+    part = module.get_submodule(owner)
+    parent = module.get_submodule(owner.rpartition(".")[0])
+    return (parent if isinstance(parent, nn.MultiheadAttention) else part), part
+
+
+def _round_inputs(x: Tensor, inputs: float | str) -> Tensor:
+    with torch.no_grad():
+        scale = input_scale(x, inputs)
+        rounded = ((x / scale).round().clamp(-127, 127) * scale).to(x.dtype)
+        inside = (x.abs() <= 127.5 * scale).to(x.dtype)  # what is cut off does not learn
+    return x * inside + (rounded - x * inside).detach()

@@ -1,0 +1,26 @@
+"""What the tests of QuantizeOnFitEnd run on each of two ranks."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_memopt import QuantizeOnFitEnd
+from tests.callbacks.test_quantize_on_fit_end import Classifier, _loader
+
+
+def quantize(strategy: str, folder: Path) -> tuple[list[float], float, list[float]]:
+    """The quantized layer, the metric after, and the layer of the original, as this rank has them."""
+    torch.manual_seed(0)
+    module = Classifier()
+    callback = QuantizeOnFitEnd(
+        "int8_static", max_metric_drop=0.2, monitor="val_accuracy", calibration_batches=2, export_path=folder / "net"
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=3, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(module, _loader(), _loader(1))
+    weight = callback.quantized.net[2].weight
+    values = [*weight.dequantize().flatten().tolist(), weight.inputs]
+    return values, callback.report.metrics_after["val_accuracy"], module.net[2].weight.flatten().tolist()

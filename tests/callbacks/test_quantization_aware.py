@@ -1,0 +1,162 @@
+"""QuantizationAwareTraining under Lightning: what is trained is what comes out, zeros and clusters included."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_memopt import (
+    ClusterWeights,
+    ConstantSparsity,
+    GradualPruning,
+    QuantizationAwareTraining,
+    QuantizeOnFitEnd,
+    load_compressed,
+)
+from lightning_memopt.callbacks.fit_end import copy_module
+from lightning_memopt.compression.fake_quantize import FakeQuantization
+from lightning_memopt.compression.packed import PackedWeight
+from lightning_memopt.compression.quantize import quantize
+from tests.callbacks.test_quantize_on_fit_end import Classifier, _fit, _loader, _trainer
+from tests.parity import train
+from tests.zoo import ZOO
+
+SCHEMES = ["int8", "int8_dynamic", "int4_weight_only", "nf4"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["encoder", "gpt2", "llama", "vit", "cnn"])
+def test_the_forward_in_training_is_that_of_the_quantized_module(name, scheme):
+    entry = ZOO[name]
+    module, batch = entry.build().eval(), entry.batch()
+    module.log = lambda *_, **__: None
+    plain = float(module.training_step(batch, 0))
+    fake = FakeQuantization(module, scheme)
+    trained = module.training_step(batch, 0)
+    trained.backward()
+    fake.remove()
+    assert float(module.training_step(batch, 0)) == plain
+    assert all(p.grad is not None for n, p in module.named_parameters() if "pooler" not in n)
+    assert not any(name in vars(part) for part in module.modules() for name in part._parameters)
+    quantize(module, scheme)
+    assert float(trained) == pytest.approx(
+        float(module.training_step(batch, 0)), rel=1e-3 if "dynamic" in scheme else 1e-5
+    )
+    assert float(trained) != plain
+
+
+def test_gradients_pass_the_rounding_unchanged():
+    net, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(16, 8)
+    net(x).sum().backward()
+    expected = net[0].weight.grad.clone()
+    net.zero_grad()
+    FakeQuantization(net, "int8")
+    net(x).sum().backward()
+    torch.testing.assert_close(net[0].weight.grad, expected)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "int8_static"])
+def test_training_goes_on_and_the_copy_is_what_was_trained(scheme, tmp_path):
+    callback = QuantizationAwareTraining(scheme, start_step=4, export_path=tmp_path / "net")
+    trainer, module = _fit(callback)
+    assert isinstance(callback.quantized.head.weight, PackedWeight)
+    assert not isinstance(module.head.weight, PackedWeight) and not module.head._forward_pre_hooks
+    assert callback.report.metrics_after["val_accuracy"] > 0.9
+    predicted = torch.cat(trainer.predict(callback.quantized, _loader(1)))
+    assert torch.equal(predicted, torch.cat(trainer.predict(load_compressed(tmp_path / "net"), _loader(1))))
+    if scheme == "int8_static":
+        assert callback.quantized.head.weight.inputs > 0
+
+
+def test_fine_tuning_for_4_bits_loses_less_than_fine_tuning_and_rounding_afterwards():
+    torch.manual_seed(1)
+    trained = Classifier(128)
+    _trainer(max_epochs=6).fit(trained, _loader(), _loader(1))
+    losses = []
+    for callback in (QuantizeOnFitEnd("nf4"), QuantizationAwareTraining("nf4")):
+        module = copy_module(trained)
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=1e-2)
+        torch.manual_seed(0)
+        _trainer(callback, max_epochs=4).fit(module, _loader(), _loader())
+        losses.append(callback.report.metrics_after["val_loss"])
+    assert losses[1] < 0.95 * losses[0]
+
+
+class _Watch(pl.Callback):
+    def __init__(self, callback) -> None:
+        self.callback, self.seen = callback, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        fake = self.callback._fake
+        self.seen.append((fake.enabled, fake.observing, fake.ranges["head"]))
+
+
+def test_rounding_starts_and_ranges_freeze_at_their_steps():
+    callback = QuantizationAwareTraining("int8_static", start_step=3, freeze_observers_step=6)
+    watch = _Watch(callback)
+    _fit(callback, None, watch, max_epochs=-1, max_steps=9)
+    assert [enabled for enabled, *_ in watch.seen] == [False] * 3 + [True] * 6
+    assert [observing for _, observing, _ in watch.seen] == [True] * 6 + [False] * 3
+    ranges = [value for *_, value in watch.seen]
+    assert len(set(ranges[:6])) == 6 and len(set(ranges[5:])) == 1
+
+
+def test_before_its_first_step_training_is_plain():
+    entry = ZOO["gpt2"]
+    plain = train(entry.build(), entry.loader(batches=4), steps=4)
+    callback = QuantizationAwareTraining("int8", start_step=100, convert_on_fit_end=False)
+    run = train(entry.build(), entry.loader(batches=4), steps=4, callbacks=[callback])
+    assert all(torch.equal(run.weights[key], plain.weights[key]) for key in plain.weights)
+    assert callback.quantized is None
+
+
+def test_resuming_has_the_ranges_of_the_uninterrupted_run(tmp_path):
+    def run(steps, **options):
+        torch.manual_seed(0)
+        callback = QuantizationAwareTraining("int8_static")
+        trainer = _trainer(callback, max_epochs=-1, max_steps=steps)
+        module = Classifier()
+        trainer.fit(module, _loader(), _loader(1), **options)
+        return trainer, module, callback
+
+    _, whole, expected = run(16)
+    trainer, *_ = run(8)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, module, callback = run(16, ckpt_path=tmp_path / "half.ckpt")
+    assert callback._ranges == expected._ranges
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "nf4"])
+def test_with_gradual_pruning_the_zeros_stay_zeros(scheme):
+    callback = QuantizationAwareTraining(scheme)
+    _, module = _fit(callback, None, GradualPruning(ConstantSparsity(0.75, begin_step=4)))
+    for name, packed in callback.quantized.named_parameters():
+        if isinstance(packed, PackedWeight):
+            zeros = module.get_parameter(name) == 0
+            assert zeros.float().mean() == pytest.approx(0.75, abs=0.02)
+            assert (packed.dequantize()[zeros] == 0).all()
+
+
+def test_with_clustering_the_clusters_stay_clusters():
+    callback = QuantizationAwareTraining("int8")
+    _, module = _fit(ClusterWeights(16, begin_step=12), Classifier(128), callback)
+    packed = callback.quantized.net[2].weight
+    assert len(torch.unique(module.net[2].weight)) <= 16
+    assert len(torch.unique(packed.values)) <= 16 and packed.scale.numel() == 1
+    assert callback.report.metrics_after["val_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"scheme": "bf16"}, "Use QuantizeOnFitEnd"),
+        ({"start_step": -1}, "start_step"),
+        ({"freeze_observers_step": -2}, "freeze_observers_step"),
+        ({"scheme": "int9"}, "possible are"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(options, match):
+    with pytest.raises(MisconfigurationException, match=match):
+        QuantizationAwareTraining(**options)
