@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("lightning-memopt", "torch", "lightning", "transformers", "bitsandbytes", "torchao")
+PACKAGES = ("lightning-memopt", "torch", "lightning", "transformers", "bitsandbytes", "torchao", "torch-pruning")
 
 
 def environment_record() -> dict[str, Any]:

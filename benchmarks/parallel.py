@@ -122,16 +122,30 @@ def _start(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
 
 
 def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
-    """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory."""
-    shares = []
-    with RankGroup(train, "memopt_pp", size, "waiting", ranks=RANKS) as group:
+    """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory.
+
+    The same of a loop by hand says how much of it is the schedule's and this machine's.
+    """
+    shares: dict[str, list[float]] = {"ours": [], "by_hand": []}
+    with (
+        RankGroup(train, "memopt_pp", size, "waiting", ranks=RANKS) as ours,
+        RankGroup(loop_by_hand, "memopt_pp", size, "waiting", ranks=RANKS) as by_hand,
+    ):
         for step in range(WARM_UP + pairs):
-            clocks = group.ask("go")
-            if step >= WARM_UP:
-                shares.append(1 - sum(computed for _, computed in clocks) / sum(wall for wall, _ in clocks))
+            for name, group in (("ours", ours), ("by_hand", by_hand)):
+                clocks = group.ask("go")
+                if step >= WARM_UP:
+                    shares[name].append(1 - sum(computed for _, computed in clocks) / sum(wall for wall, _ in clocks))
+    share, share_by_hand = median(shares["ours"]), median(shares["by_hand"])
     # Narayanan et al. 2021 (https://arxiv.org/abs/2104.04473), section 2.2: of m + p - 1 slots, p - 1 are idle.
     theory = (RANKS - 1) / (size.micro_batches + RANKS - 1)
-    return {"ratio": median(shares) / theory, "idle_share": median(shares), "theory": theory, "pairs": pairs}
+    return {
+        "ratio": share / theory,
+        "idle_share": share,
+        "by_hand_ratio": share_by_hand / theory,
+        "theory": theory,
+        "pairs": pairs,
+    }
 
 
 def _once(strategy: str, size: Size, kind: str, method: str = "fork") -> float:

@@ -11,6 +11,7 @@ from by_hand import BY_HAND
 from paired import TakeTurns
 from parallel_workload import Size
 from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from workers import Channel
 
 import lightning_memopt as memopt
@@ -75,12 +76,11 @@ class ShareOfWaiting(pl.Callback):
     def on_train_batch_start(self, *arguments: Any) -> None:
         """Wait for the word to go, and start both clocks."""
         self.channel.receive()
-        self._since = (time.perf_counter(), time.thread_time())
+        self._since = _clocks()
 
     def on_before_optimizer_step(self, *arguments: Any) -> None:
         """Report what both clocks say."""
-        wall, computed = self._since
-        self.channel.send((time.perf_counter() - wall, time.thread_time() - computed))
+        self.channel.send(tuple(after - before for before, after in zip(self._since, _clocks(), strict=True)))
 
 
 def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
@@ -121,13 +121,30 @@ def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
     trainer.fit(module, workload.loader(batch))
 
 
-def loop_by_hand(channel: Channel, strategy: str, size: Size) -> None:
-    """Run the loop by hand that does what ``strategy`` does."""
+def loop_by_hand(channel: Channel, strategy: str, size: Size, kind: str = "turns") -> None:
+    """Run the loop by hand that does what ``strategy`` does.
+
+    Args:
+        channel: To the parent.
+        strategy: One of this package's names.
+        size: Of the workload.
+        kind: ``"turns"``, or ``"waiting"``: what :class:`ShareOfWaiting` reports.
+    """
     workload.be_quiet()
     dist.init_process_group("gloo")
     step = BY_HAND[strategy](size)
+    before_optimizer = [_clocks()]
+    register_optimizer_step_pre_hook(lambda *_: before_optimizer.append(_clocks()))
     while True:
         channel.receive()
-        since = time.perf_counter()
+        since = _clocks()
         step()
-        channel.send(time.perf_counter() - since)
+        if kind == "turns":
+            channel.send(time.perf_counter() - since[0])
+        else:
+            channel.send(tuple(after - before for before, after in zip(since, before_optimizer.pop(), strict=True)))
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds on the wall, and seconds that this thread has computed."""
+    return time.perf_counter(), time.thread_time()

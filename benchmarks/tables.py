@@ -117,12 +117,48 @@ def parity_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"torch {results['torch']}, gloo, {results['measured_at']}."]) + "\n"
 
 
+def compression_table(results: dict[str, Any]) -> str:
+    """Recipes of compression by task, other libraries' below ours.
+
+    Args:
+        results: What ``compression.py`` wrote.
+    """
+    lines = [
+        "| task | recipe | on disk (target) | in memory | metric before, after | drop (target) "
+        "| speed at 1, at 32 (target) | met | notes |",
+        "|---|---|---|---:|---|---|---|:-:|---|",
+    ]
+    for row in sorted(results["rows"].values(), key=lambda row: (row["task"], not row["is_ours"])):
+        start = f"| {row['task']} | {row['title'] if row['is_ours'] else '*' + row['title'] + '*'} |"
+        if "error" in row:
+            lines.append(
+                f"{start} {row['error'].replace('|', '/')} | | | | | {'**no**' if row['is_ours'] else ''} | |"
+            )
+            continue
+        targets = row["targets"]
+        size, drop, speed = (targets[key] for key in ("disk_ratio", "drop", "speedup_at_32"))
+        unit = "points" if row["metric"].endswith("accuracy") else "% perplexity"
+        notes = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in row["notes"].items())
+        cells = [
+            f"{row['disk_ratio']:.3f}" + ("" if size is None else f" (≤ {size:.2f})"),
+            f"{row['memory_ratio']:.3f}",
+            f"{row['metric_before']:.4f}, {row['metric_after']:.4f}",
+            f"{row['drop']:.2f} {unit}" + ("" if drop is None else f" (≤ {drop:.1f})"),
+            f"{row['speedup_at_1']:.2f}, {row['speedup_at_32']:.2f}" + ("" if speed is None else f" (≥ {speed:.1f})"),
+            {True: "yes", False: "**no**", None: ""}[row["met"]],
+            notes,
+        ]
+        lines.append(f"{start} {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _provenance(results)]) + "\n"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
     "demo": demo_table,
     "parallel": parallel_table,
     "parity": parity_table,
+    "compression": compression_table,
 }
 """How each results file is drawn, by its name."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.cluster_weights import ClusterWeights as ClusterWeights
     from lightning_memopt.callbacks.gradual_pruning import GradualPruning as GradualPruning
     from lightning_memopt.callbacks.low_bit import LowBitOptimizer as LowBitOptimizer
+    from lightning_memopt.callbacks.memory_plan import MemoryPlan as MemoryPlan
     from lightning_memopt.callbacks.micro_batching import MicroBatching as MicroBatching
     from lightning_memopt.callbacks.monitor import MemoryMonitor as MemoryMonitor
     from lightning_memopt.callbacks.offload import ActivationOffload as ActivationOffload
@@ -27,14 +28,21 @@ if TYPE_CHECKING:
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.compression.container import load_compressed as load_compressed
+    from lightning_memopt.compression.onnx import export_onnx as export_onnx
+    from lightning_memopt.compression.report import CompressionReport as CompressionReport
+    from lightning_memopt.compression.report import compression_report as compression_report
     from lightning_memopt.compression.schedules import ConstantSparsity as ConstantSparsity
     from lightning_memopt.compression.schedules import PolynomialSparsity as PolynomialSparsity
+    from lightning_memopt.compression.sensitivity import scan_sensitivity as scan_sensitivity
+    from lightning_memopt.compression.structured import prune_structured as prune_structured
     from lightning_memopt.memory.report import MemoryReport as MemoryReport
     from lightning_memopt.memory.track import track_memory as track_memory
+    from lightning_memopt.planning.plan import plan as plan
     from lightning_memopt.planning.predict import measure_memory as measure_memory
     from lightning_memopt.planning.predict import predict_memory as predict_memory
     from lightning_memopt.precision.half import HalfPrecision as HalfPrecision
     from lightning_memopt.precision.mixed import MixedPrecision as MixedPrecision
+    from lightning_memopt.strategies.auto import AutoStrategy as AutoStrategy
     from lightning_memopt.strategies.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_memopt.strategies.data_parallel import DataParallelStrategy as DataParallelStrategy
     from lightning_memopt.strategies.hybrid import HybridStrategy as HybridStrategy
@@ -46,8 +54,10 @@ _HOME = {
     "ActivationCheckpointing": "callbacks.checkpointing",
     "ActivationOffload": "callbacks.offload",
     "AtomicCheckpointIO": "strategies.checkpoint_io",
+    "AutoStrategy": "strategies.auto",
     "ChunkedLoss": "callbacks.chunked_loss",
     "ClusterWeights": "callbacks.cluster_weights",
+    "CompressionReport": "compression.report",
     "ConstantSparsity": "compression.schedules",
     "DataParallelStrategy": "strategies.data_parallel",
     "GradientAccumulation": "callbacks.accumulation",
@@ -56,6 +66,7 @@ _HOME = {
     "HybridStrategy": "strategies.hybrid",
     "LowBitOptimizer": "callbacks.low_bit",
     "MemoryMonitor": "callbacks.monitor",
+    "MemoryPlan": "callbacks.memory_plan",
     "MemoryReport": "memory.report",
     "MicroBatching": "callbacks.micro_batching",
     "MixedPrecision": "precision.mixed",
@@ -67,11 +78,16 @@ _HOME = {
     "QuantizeOnFitEnd": "callbacks.quantize_on_fit_end",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
+    "compression_report": "compression.report",
+    "export_onnx": "compression.onnx",
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",
     "load_compressed": "compression.container",
     "measure_memory": "planning.predict",
+    "plan": "planning.plan",
     "predict_memory": "planning.predict",
+    "prune_structured": "compression.structured",
+    "scan_sensitivity": "compression.sensitivity",
     "track_memory": "memory.track",
 }
 

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"memopt_{name}_offload": (_DATA, {"shard": shard, "offload": True}) for name, shard in _ZERO.items()},
     "memopt_tp": ("tensor:TensorParallelStrategy", {}),
     "memopt_hybrid": ("hybrid:HybridStrategy", {}),
+    "memopt_auto": ("auto:AutoStrategy", {}),
 }
 
 
@@ -42,10 +43,11 @@ def _register() -> None:
 
     for name, (path, options) in STRATEGIES.items():
         if name not in StrategyRegistry:
-            StrategyRegistry.register(name, partial(_make, path), description="lightning_memopt", **options)
+            StrategyRegistry.register(name, partial(make_strategy, path), description="lightning_memopt", **options)
 
 
-def _make(path: str, **options: Any) -> Any:
+def make_strategy(path: str, **options: Any) -> Any:
+    """Make the strategy at ``path``, one of those in :data:`STRATEGIES`."""
     module, _, name = path.partition(":")
     return getattr(import_module(f"lightning_memopt.strategies.{module}"), name)(**options)
 

@@ -96,6 +96,7 @@ def _rank_main(
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    faulthandler.enable()  # on this rank's stderr, which the test's report shows, if a signal ends it
     faulthandler.dump_traceback_later(0.9 * deadline)  # where a hanging rank hangs, on its stderr
     _end_after(deadline + 5)  # if the parent was killed and cannot
     try:

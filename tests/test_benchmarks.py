@@ -95,6 +95,18 @@ def test_a_row_of_the_single_device_benchmark_runs_at_toy_size(tmp_path):
     assert full["memory"]["predicted_peak_bytes"] == pytest.approx(full["memory"]["peak_bytes"], rel=0.02)
 
 
+def test_a_row_of_the_compression_benchmark_runs_at_toy_size_and_is_drawn(tmp_path):
+    path = tmp_path / "compression.json"
+    arguments = ("--quick", "--runs", "2", "--only", "digits_cnn.structured", "--only", "digits_cnn.torch_prune")
+    _script("compression.py", *arguments, "--out", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    ours, peer = rows["digits_cnn.structured"], rows["digits_cnn.torch_prune"]
+    assert ours["memory_ratio"] < 0.3 and ours["targets"]["disk_ratio"] == 0.35 and ours["met"] in (True, False)
+    assert peer["memory_ratio"] == 1 and peer["notes"]["training_memory_ratio"] > 1.9 and peer["met"] is None
+    drawn = tables.rewrite("<!-- table:compression -->\n<!-- /table -->\n", tmp_path)
+    assert "| 50% of the structure, fine-tuned |" in drawn and "| *torch.nn.utils.prune, 80% global* |" in drawn
+
+
 def test_toy_figures_may_not_replace_the_real_ones():
     ran = _script("single_device.py", "--quick", check=False)
     assert ran.returncode == 2 and "--quick needs --out" in ran.stderr

@@ -47,6 +47,7 @@ TECHNIQUES = {
     "optimizer_in_backward": Technique(lambda: [memopt.OptimizerInBackward()]),
     "low_bit_optimizer": Technique(lambda: [memopt.LowBitOptimizer(8)], exact=False),
     "chunked_loss": Technique(lambda: [memopt.ChunkedLoss()]),
+    "gradual_pruning": Technique(lambda: [memopt.GradualPruning(memopt.ConstantSparsity(0.3))], exact=False),
     "monitor": Technique(lambda: [memopt.MemoryMonitor(every_n_steps=5)]),
     "mixed_bf16": Technique(plugins=lambda: [memopt.MixedPrecision("bf16")], exact=False),
     "mixed_fp16": Technique(plugins=lambda: [memopt.MixedPrecision("fp16")], exact=False),

@@ -7,15 +7,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
 from lightning_memopt.compression.report import CompressionReport, compression_report
 from lightning_memopt.compression.schedules import check_step
 from lightning_memopt.compression.selection import Selection, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
@@ -72,6 +75,7 @@ class ClusterWeights(Callback):
         self._clusters: Clusters | None = None
         self._state: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
+        self._predicted: list[Tensor] = []
 
     @property
     @override
@@ -89,6 +93,10 @@ class ClusterWeights(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         weights = self._select(pl_module).weights
         if self.begin_step is None:
+            return
+        if holds_fakes(pl_module):
+            bits = (self.n - 1).bit_length()
+            self._predicted = [empty_packed(weight.parameter, bits) for weight in weights]
             return
         parted = [w.name for w in weights if isinstance(w.parameter, DTensor) or w.parameter.is_meta]
         if parted:
@@ -118,6 +126,8 @@ class ClusterWeights(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if holds_fakes(pl_module):
+            return
         # The strategy has made the weights whole, and weight averaging, if any, has written them.
         before, selection = measure_sizes(pl_module, packed=False), self._select(pl_module)
         if self._state:
@@ -159,6 +169,7 @@ class ClusterWeights(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._predicted.clear()
         if self._clusters is not None:
             self._state = self._clusters.state_dict()  # a checkpoint may yet be saved
             self._clusters = None

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
 from lightning_memopt.compression.report import CompressionReport, compression_report
 from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
 from lightning_memopt.compression.selection import Selection, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
@@ -74,6 +76,7 @@ class GradualPruning(Callback):
         self._masks: Masks | None = None
         self._restored: dict[str, torch.Tensor] = {}
         self._hooks: list[RemovableHandle] = []
+        self._predicted: list[torch.Tensor] = []
         try:
             self._which = WeightFilter(include, exclude, embeddings)
             check_schedule(schedule)
@@ -117,11 +120,15 @@ class GradualPruning(Callback):
                 f"GradualPruning: {away[0]!r} is on another pipeline stage, and targets are of the whole model. Use "
                 "a strategy without pipeline stages, or PruneOnFitEnd."
             )
-        self._masks = Masks(weights)
+        if holds_fakes(pl_module):
+            self._predicted = [empty_packed(weight.parameter, bits=1) for weight in weights]
+        else:
+            self._masks = Masks(weights)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._masks is not None
+        if self._masks is None:
+            return
         try:
             self._masks.load_state_dict(self._restored)
         except ValueError as error:
@@ -174,6 +181,8 @@ class GradualPruning(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if holds_fakes(pl_module):
+            return
         # Not only in `on_train_end`, where weight averaging may come later. The strategy has made the weights whole.
         apply_masks(pl_module, self._restored)
         self.report = compression_report(
@@ -226,4 +235,5 @@ class GradualPruning(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._predicted.clear()
         self._masks = None

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
+from lightning_memopt.memory.command import MEASURED, PREDICTED
 from lightning_memopt.memory.html import SampledStep, render_html
 from lightning_memopt.memory.postmortem import examine, write_post_mortem
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, format_bytes
@@ -45,7 +46,8 @@ class MemoryMonitor(Callback):
     Each sample goes to all loggers of the trainer (``memory/peak_bytes`` and ``memory/<category>_bytes``, bytes, of
     rank zero) and to the progress bar (``peak_MiB``, from 10 GiB ``peak_GiB``). When training ends, also by Ctrl-C or
     an error, rank zero writes into ``dirpath`` the highest of the samples: ``memory_timeline.png`` (needs the
-    ``plot`` extra), ``memory_report.html`` and ``memory_report.json``. After an out-of-memory error each rank where
+    ``plot`` extra), ``memory_report.html``, ``memory_report.json`` and, where there is a prediction,
+    ``memory_predicted.json``: ``lightning-memopt report`` compares them. After an out-of-memory error each rank where
     it happened writes a post-mortem instead, ``out_of_memory.txt``, ``.json`` and ``.html``; then the error goes on.
 
     Args:
@@ -217,7 +219,11 @@ class MemoryMonitor(Callback):
             each = ", ".join(f"rank {rank}: {format_bytes(peak)}" for rank, peak in enumerate(peaks_by_rank))
             remarks.append(f"Highest peak of all ranks: {format_bytes(max(peaks_by_rank))} ({each}).")
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "memory_report.json").write_text(self.highest.to_json(), encoding="utf-8")
+        (self._folder / MEASURED).write_text(self.highest.to_json(), encoding="utf-8")
+        # A folder may have been used before: another run's prediction must not stand beside this one's measurement.
+        (self._folder / PREDICTED).unlink(missing_ok=True)
+        if self.predicted is not None:
+            (self._folder / PREDICTED).write_text(self.predicted.to_json(), encoding="utf-8")
         page = render_html(reports, title="Memory of this training run", history=self.history, remarks=remarks)
         (self._folder / "memory_report.html").write_text(page, encoding="utf-8")
         try:

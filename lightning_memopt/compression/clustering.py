@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memopt.compression.bits import pack_bits, unpack_bits
 from lightning_memopt.compression.codecs import LARGEST_CODEBOOK
-from lightning_memopt.compression.selection import Weight, select_weights
+from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 
 Init = Literal["kmeans++", "density", "linear", "random"]
 
@@ -162,7 +162,7 @@ def apply_clusters(module: nn.Module, state: Mapping[str, Mapping[str, Any]]) ->
     """Let elements share values as in :meth:`Clusters.state_dict`, of parameters that are still there and plain."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, entry in state.items():
-        if name in parameters and parameters[name].is_floating_point():
+        if name in parameters and not is_compressed(parameters[name]):
             _share(parameters[name], _Members(entry["indices"], entry["n"], entry["keeps_zero"]))
 
 

@@ -4,13 +4,14 @@ An encoding is ``"dense"``, a way to say where the zeros are, ``"codebook"``, or
 
 ========================  ==========================================================================================
 ``"bitmask"``             a bit for each element, and the elements that are not zero
+``"signed-bitmask"``      the same, where many zeros are -0.0, as products with a mask are: a bit more for each zero
 ``"2:4@1"`` and the like  of every 4 elements along dimension 1 the 2 that may be non-zero, and which two these are,
                           as a number below C(4, 2): 0.75 bits an element
 ``"codebook"``            at most 256 distinct values, and for each element the number of its value, in as few bits as
                           count them
 ========================  ==========================================================================================
 
-Elements are compared as bits, so that -0.0 is not zero and every NaN keeps its payload.
+Elements are compared as bits, so that -0.0 is told from 0.0 and every NaN keeps its payload.
 """
 
 import re
@@ -23,7 +24,7 @@ from math import comb, prod
 import torch
 from torch import Tensor
 
-from lightning_memopt.compression.bits import pack_bits, packed_bytes, unpack_bits
+from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes, unpack_bits
 from lightning_memopt.compression.patterns import GROUPS
 
 LARGEST_CODEBOOK = 256
@@ -31,10 +32,7 @@ LARGEST_CODEBOOK = 256
 COST_OF_A_TENSOR = 128
 """Bytes that a further tensor costs in a file: its name, type, shape and offsets."""
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By element size, the integer type as which elements are compared."""
-
-_ENCODING = re.compile(r"dense|(?:(bitmask|[1-7]:[48]@\d)(?:\+(codebook))?)|(codebook)")
+_ENCODING = re.compile(r"dense|(?:((?:signed-)?bitmask|[1-7]:[48]@\d)(?:\+(codebook))?)|(codebook)")
 
 
 @dataclass(frozen=True)
@@ -83,19 +81,19 @@ def encode(tensor: Tensor) -> Encoded:
         )
     tensor = tensor.detach().cpu().contiguous()
     shape, dtype = tuple(tensor.shape), tensor.dtype
-    if not tensor.numel() or tensor.element_size() not in _BITS:
+    if not tensor.numel() or tensor.element_size() not in INTEGERS:
         return Encoded("dense", {"values": tensor}, shape, dtype)
-    bits = tensor.view(_BITS[tensor.element_size()])
-    positions, rest = _split_sparse(bits)
-    whole, rest_coded = _split_codebook(bits), _split_codebook(rest) if positions else None
+    bits = tensor.view(INTEGERS[tensor.element_size()])
+    sparse, zeros, rest = _split_sparse(bits)
+    whole, rest_coded = _split_codebook(bits), _split_codebook(rest) if sparse else None
     candidates = [("dense", {"values": tensor})]
-    if positions:
-        candidates.append((positions[0], {"positions": positions[1], "values": rest.view(dtype)}))
+    if sparse:
+        candidates.append((sparse, {**zeros, "values": rest.view(dtype)}))
     if whole:
         candidates.append(("codebook", {"indices": whole[0], "values": whole[1].view(dtype)}))
-    if positions and rest_coded:
-        tensors = {"positions": positions[1], "indices": rest_coded[0], "values": rest_coded[1].view(dtype)}
-        candidates.append((f"{positions[0]}+codebook", tensors))
+    if sparse and rest_coded:
+        tensors = {**zeros, "indices": rest_coded[0], "values": rest_coded[1].view(dtype)}
+        candidates.append((f"{sparse}+codebook", tensors))
     encoding, tensors = min(candidates, key=lambda candidate: _cost(candidate[1]))
     return Encoded(encoding, tensors, shape, dtype)
 
@@ -111,7 +109,8 @@ def decode(encoded: Encoded) -> Tensor:
     """
     tensors, count = encoded.tensors, prod(encoded.shape)
     sparse, codebook = _parse(encoded.encoding)
-    expected = {"values"} | ({"positions"} if sparse else set()) | ({"indices"} if codebook else set())
+    expected = {"values", *(["positions"] if sparse else []), *(["indices"] if codebook else [])}
+    expected |= {"signs"} if sparse == "signed-bitmask" else set()
     if tensors.keys() != expected or any(size < 0 for size in encoded.shape):
         raise ValueError(
             f"{encoded.encoding!r} of shape {encoded.shape} has {', '.join(sorted(expected))}, not "
@@ -128,7 +127,8 @@ def decode(encoded: Encoded) -> Tensor:
     if len(bits) != stored:
         raise ValueError(f"{encoded.encoding!r} of shape {encoded.shape} needs {stored} values, not {len(bits)}.")
     if mask is not None:
-        bits = _spread(sparse, mask, bits, encoded.shape)
+        full = _spread(sparse, mask, bits, encoded.shape)
+        bits = _restore_signs(full, mask, tensors["signs"]) if "signs" in tensors else full
     return bits.view(encoded.dtype).reshape(encoded.shape)
 
 
@@ -137,9 +137,9 @@ def _cost(tensors: dict[str, Tensor]) -> int:
 
 
 def _as_bits(values: Tensor) -> torch.dtype:
-    if values.element_size() not in _BITS:
+    if values.element_size() not in INTEGERS:
         raise ValueError(f"Elements of {values.dtype} are stored densely only.")
-    return _BITS[values.element_size()]
+    return INTEGERS[values.element_size()]
 
 
 def _parse(encoding: str) -> tuple[str, bool]:
@@ -147,8 +147,8 @@ def _parse(encoding: str) -> tuple[str, bool]:
     parts = _ENCODING.fullmatch(encoding)
     if parts is None:
         raise ValueError(
-            f"{encoding!r} is no encoding that this version knows: dense, bitmask, n:m@dimension, codebook, or one "
-            "of the middle two with +codebook."
+            f"{encoding!r} is no encoding that this version knows: dense, bitmask, signed-bitmask, "
+            "n:m@dimension, codebook, or one of the three in the middle with +codebook."
         )
     return parts[1] or "", bool(parts[2] or parts[3])
 
@@ -156,26 +156,44 @@ def _parse(encoding: str) -> tuple[str, bool]:
 # Zeros
 
 
-def _split_sparse(bits: Tensor) -> tuple[tuple[str, Tensor] | None, Tensor]:
-    """The best way to say where zeros are, with what it stores, and the elements that remain; or ``None`` and all."""
-    mask = bits != 0
-    non_zero = int(mask.count_nonzero())
-    size = bits.element_size()
-    sizes = {"bitmask": packed_bytes(mask.numel(), 1) + non_zero * size}
+def _split_sparse(bits: Tensor) -> tuple[str, dict[str, Tensor], Tensor]:
+    """The best way to say where zeros are, with what it stores, and the elements that remain; or ``""`` and all."""
+    mask, size = bits != 0, bits.element_size()
+    is_signed_zero = bits == _sign_bit(bits)
+    non_zero, signed = int(mask.count_nonzero()), int(is_signed_zero.count_nonzero())
+    zeros = mask.numel() - non_zero + signed
+    bitmask_bytes = packed_bytes(mask.numel(), 1)
+    sizes = {"bitmask": bitmask_bytes + non_zero * size}
+    if signed:
+        sizes["signed-bitmask"] = bitmask_bytes + packed_bytes(zeros, 1) + (non_zero - signed) * size
     for kept, length, dimension in _find_groups(mask, non_zero):
         groups = mask.numel() // length
         index_bytes = packed_bytes(groups, _index_bits(kept, length))
         sizes[f"{kept}:{length}@{dimension}"] = index_bytes + groups * kept * size
     best = min(sizes, key=sizes.__getitem__)
     if sizes[best] >= bits.nbytes:
-        return None, bits
+        return "", {}, bits
     if best == "bitmask":
-        return (best, pack_bits(mask, 1)), bits[mask]
+        return best, {"positions": pack_bits(mask, 1)}, bits[mask]
+    if best == "signed-bitmask":
+        mask &= ~is_signed_zero
+        return best, {"positions": pack_bits(mask, 1), "signs": pack_bits(is_signed_zero[~mask], 1)}, bits[mask]
     kept, length, dimension = map(int, re.findall(r"\d", best))
     rows = bits.movedim(dimension, -1).reshape(-1, length)
     numbers = _subset_numbers(kept, length)[_row_codes(rows != 0)]
     remaining = rows.gather(1, _subsets(kept, length)[numbers.long()])
-    return (best, pack_bits(numbers, _index_bits(kept, length))), remaining.reshape(-1)
+    return best, {"positions": pack_bits(numbers, _index_bits(kept, length))}, remaining.reshape(-1)
+
+
+def _sign_bit(bits: Tensor) -> int:
+    """The integer of which only the highest bit is set: -0.0 of every floating-point type that has one."""
+    return torch.iinfo(bits.dtype).min or 128
+
+
+def _restore_signs(full: Tensor, mask: Tensor, packed: Tensor) -> Tensor:
+    signs = unpack_bits(packed, 1, len(mask) - int(mask.count_nonzero())).bool()
+    full[~mask] = torch.where(signs, _sign_bit(full), 0).to(full.dtype)
+    return full
 
 
 def _find_groups(mask: Tensor, non_zero: int) -> Iterator[tuple[int, int, int]]:
@@ -219,7 +237,7 @@ def _row_codes(rows: Tensor) -> Tensor:
 def _unpack_positions(sparse: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask of a bitmask, or the numbers of the choices of groups."""
     count = prod(shape)
-    if sparse == "bitmask":
+    if sparse.endswith("bitmask"):
         return unpack_bits(packed, 1, count).bool()
     kept, length, dimension = map(int, re.findall(r"\d", sparse))
     if dimension >= len(shape) or shape[dimension] % length:
@@ -231,11 +249,11 @@ def _unpack_positions(sparse: str, packed: Tensor, shape: tuple[int, ...]) -> Te
 
 
 def _stored(sparse: str, mask: Tensor, shape: tuple[int, ...]) -> int:
-    return int(mask.count_nonzero()) if sparse == "bitmask" else len(mask) * int(sparse[0])
+    return int(mask.count_nonzero()) if sparse.endswith("bitmask") else len(mask) * int(sparse[0])
 
 
 def _spread(sparse: str, mask: Tensor, bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if sparse == "bitmask":
+    if sparse.endswith("bitmask"):
         full = bits.new_zeros(prod(shape))
         full[mask] = bits
         return full

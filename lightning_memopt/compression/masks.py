@@ -9,13 +9,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memopt.compression.bits import pack_bits, packed_bytes, unpack_bits
+from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes, unpack_bits
 from lightning_memopt.compression.choose import Choice, choose_pruned, read_whole
-from lightning_memopt.compression.selection import Weight, select_weights
+from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 from lightning_memopt.parallel.shards import shards_of_whole
 
-PIECE = 2**22
-"""Elements whose mask is unpacked at a time (a multiple of 8)."""
+PIECE = 2**18
+"""Elements whose mask is unpacked at a time (a multiple of 8): few enough for a processor's cache."""
 
 
 def prune_weights(
@@ -73,7 +73,7 @@ def apply_masks(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set to zero what the masks of :meth:`Masks.state_dict` prune, of parameters that are still there and plain."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, packed in state.items():
-        if name in parameters and parameters[name].is_floating_point():
+        if name in parameters and not is_compressed(parameters[name]):
             _clear(parameters[name], packed.to(parameters[name].device))
 
 
@@ -196,10 +196,16 @@ class Masks:
 def _clear(tensor: Tensor, packed: Tensor) -> None:
     """Zero the elements of ``tensor``, of a shard what it has, whose bit is set; +0.0, not the -0.0 of a product."""
     values = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    if not values.is_contiguous():
-        values.masked_fill_(unpack_bits(packed, 1, values.numel()).bool().view(values.shape), 0)
+    bits = values.view(INTEGERS[values.element_size()])
+    if not bits.is_contiguous():
+        bits.bitwise_and_(_kept(packed, bits.numel(), bits.dtype).view(bits.shape))
         return
-    flat = values.view(-1)
+    flat = bits.view(-1)
     for start in range(0, len(flat), PIECE):
         piece = flat[start : start + PIECE]
-        piece.masked_fill_(unpack_bits(packed[start // 8 : (start + len(piece) + 7) // 8], 1, len(piece)).bool(), 0)
+        piece.bitwise_and_(_kept(packed[start // 8 : (start + len(piece) + 7) // 8], len(piece), piece.dtype))
+
+
+def _kept(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """All bits set for what is kept, none for what is pruned: an "and" is several times faster than a masked fill."""
+    return unpack_bits(packed, 1, count).view(torch.int8).sub_(1).to(dtype)

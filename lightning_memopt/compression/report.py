@@ -136,8 +136,12 @@ class CompressionReport:
         table.add_row("zeros, of all weights", "", f"{self.sparsity:.1%}", "")
         if self.eligible_sparsity is not None:
             table.add_row("zeros, of the weights to be pruned", "", f"{self.eligible_sparsity:.1%}", "")
+        by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            table.add_row(f"left alone: {name}", "", reason, "")
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            table.add_row(f"left alone: {names[0]}{others}", "", reason, "")
         return table
 
 

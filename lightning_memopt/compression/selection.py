@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
@@ -129,6 +131,12 @@ class WeightFilter:
         return select_weights(module, self.include, self.exclude, embeddings=self.embeddings)
 
 
+def is_compressed(parameter: Tensor) -> bool:
+    """Whether ``parameter`` stands for numbers that it does not hold: quantized by whatever library."""
+    is_wrapper = is_traceable_wrapper_subclass(parameter) and not isinstance(parameter, DTensor)
+    return is_wrapper or not parameter.is_floating_point()
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a parameter is registered: its name, its owner, and the modules around it from the root inward."""
@@ -160,8 +168,10 @@ def _read(parameter: nn.Parameter, held: list[_Place]) -> tuple[Weight | None, s
     kinds = [found for place in held if (found := _kind(place))]
     if is_lazy(parameter):
         return None, f"{type(held[0].owner).__name__} has not seen its first batch, so its shape is not known"
-    if not parameter.is_floating_point():
-        return None, f"holds {parameter.dtype}, so it is compressed already"
+    if not parameter.numel():
+        return None, "empty"
+    if is_compressed(parameter):
+        return None, f"a {type(parameter).__name__} of {parameter.dtype}, so it is compressed already"
     if not kinds:
         return None, _why_not(parameter, held[0])
     kind: Kind = "embedding" if "embedding" in kinds else kinds[0]

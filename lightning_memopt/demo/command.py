@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
     from lightning_memopt.demo import show
     from lightning_memopt.demo.bar import step_bar
+    from lightning_memopt.demo.compress import compress
     from lightning_memopt.demo.data import standard_library
     from lightning_memopt.demo.run import run as train
 
@@ -67,9 +68,18 @@ def run(options: argparse.Namespace) -> int:
             for name, on in runs.items()
         )
     console.print(show.table(plain, other, title="One step of the same training, and what it led to"))
+    report = compress(other, preset, corpus, seed=options.seed, folder=options.out)
+    console.print("Then half of its weights are set to zero, the rest packed in 8 bits, written and read back:")
+    console.print(report)
     picture = show.write_picture([plain, other], options.out)
     results = show.write_results(
-        [plain, other], options.out, preset_name=options.preset, preset=preset, steps=steps, seed=options.seed
+        [plain, other],
+        options.out,
+        compression=report,
+        preset_name=options.preset,
+        preset=preset,
+        steps=steps,
+        seed=options.seed,
     )
     if picture is None:
         console.print("No picture: matplotlib is not installed (pip install 'lightning-memopt[plot]').")

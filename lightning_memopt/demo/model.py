@@ -61,6 +61,7 @@ class GPT(pl.LightningModule):
         self, layers: int, width: int, heads: int, context: int, learning_rate: float = 1e-3, warmup: int = 10
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()  # so that what it became can be loaded by itself
         self.learning_rate = learning_rate
         self.warmup = warmup
         self.embedding = nn.Embedding(VOCABULARY, width)

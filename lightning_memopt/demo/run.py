@@ -40,6 +40,7 @@ class Outcome:
         seconds_per_step: Median over the steps of the training, without the first few.
         training_losses: Loss of each step, in nats per byte.
         validation_loss: On the held-out files after the last step, in nats per byte.
+        module: As it was trained.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Outcome:
     seconds_per_step: float
     training_losses: tuple[float, ...]
     validation_loss: float
+    module: GPT
 
 
 def run(
@@ -73,11 +75,10 @@ def run(
         progress: Told of every step.
     """
     batches = Windows(corpus.training, preset.context + 1, steps * preset.batch_size, seed)
-    held_out = Windows(corpus.held_out, preset.context + 1, preset.validation_batches * preset.batch_size, seed)
-    training, validation = (DataLoader(data, batch_size=preset.batch_size) for data in (batches, held_out))
+    training = DataLoader(batches, batch_size=preset.batch_size)
     batch: Tensor = next(iter(training))
 
-    with _quiet_lightning():
+    with quiet_lightning():
         progress(name, 0, "memory of one step, predicted")
         predicted = memopt.predict_memory(_build(preset, seed), batch, callbacks=callbacks(techniques, preset))
         progress(name, 0, "memory of one step, measured")
@@ -98,11 +99,21 @@ def run(
         )
         progress(name, 0, "training")
         trainer.fit(module, training)
-        validation_loss = trainer.validate(module, validation, verbose=False)[0]["val_loss"]
+        validation_loss = validate(module, preset, corpus, seed)
     timed = watch.seconds[WARM_UP_STEPS:] or watch.seconds
     return Outcome(
-        name, tuple(techniques), measured, predicted, median(timed), tuple(watch.losses), float(validation_loss)
+        name, tuple(techniques), measured, predicted, median(timed), tuple(watch.losses), validation_loss, module
     )
+
+
+def validate(module: GPT, preset: Preset, corpus: Corpus, seed: int) -> float:
+    """Loss on the held-out files, in nats per byte."""
+    held_out = Windows(corpus.held_out, preset.context + 1, preset.validation_batches * preset.batch_size, seed)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    loader = DataLoader(held_out, batch_size=preset.batch_size)
+    return float(trainer.validate(module, loader, verbose=False)[0]["val_loss"])
 
 
 def _build(preset: Preset, seed: int) -> GPT:
@@ -138,7 +149,7 @@ class _Watch(Callback):
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's banners out of the demo's own output."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 import lightning_memopt as memopt
+from lightning_memopt.compression.report import CompressionReport
 from lightning_memopt.demo.presets import Preset
 from lightning_memopt.demo.run import Outcome
 from lightning_memopt.memory.plots import plot_timelines
@@ -53,7 +54,14 @@ def table(plain: Outcome, other: Outcome, *, title: str) -> Table:
 
 
 def write_results(
-    outcomes: Sequence[Outcome], folder: Path, *, preset_name: str, preset: Preset, steps: int, seed: int
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    *,
+    compression: CompressionReport,
+    preset_name: str,
+    preset: Preset,
+    steps: int,
+    seed: int,
 ) -> Path:
     """Write what was run and found as JSON and return where it is."""
     record = {
@@ -67,6 +75,7 @@ def write_results(
         },
         "threads": torch.get_num_threads(),
         "runs": [_as_record(outcome) for outcome in outcomes],
+        "compression": json.loads(compression.to_json()),
     }
     path = folder / RESULTS
     path.write_text(json.dumps(record, indent=1))

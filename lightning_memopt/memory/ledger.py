@@ -9,8 +9,6 @@ from typing import Literal, NamedTuple
 
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, Phase, TimelinePoint
 
-_TIMELINE_POINTS = 1000
-
 
 class Moment(NamedTuple):
     """When something happened.
@@ -144,8 +142,10 @@ class Ledger:
                 since = first.since._replace(time=released.since.time)
                 accumulation.result.states[0] = first._replace(since=since)
 
-    def report(self, *, source: Literal["measured", "predicted"], device: str, notes: Sequence[str]) -> MemoryReport:
-        """Replay the books and say where the peak is and what was held then."""
+    def report(
+        self, *, source: Literal["measured", "predicted"], device: str, notes: Sequence[str], points: int = 1000
+    ) -> MemoryReport:
+        """Replay the books and say where the peak is and what was held then, in at most ``points`` of a timeline."""
         for holding in self.holdings:
             _settle_category(holding)
         steps = sorted(_steps(self.holdings), key=lambda step: step[1].since.time)
@@ -156,7 +156,7 @@ class Ledger:
         by_category: Counter[str] = Counter()
         total = peak_bytes = 0
         at_peak = held.copy()
-        points: list[TimelinePoint] = []
+        timeline: list[TimelinePoint] = []
         for count, (before, now) in enumerate(steps, start=1):
             for state, sign in ((before, -1), (now, 1)):
                 if state is not None:
@@ -166,7 +166,7 @@ class Ledger:
             if count < opening:
                 continue
             snapshot = {category: by_category[category] for category in CATEGORIES}
-            points.append(TimelinePoint(now.since.phase, now.since.module, snapshot))
+            timeline.append(TimelinePoint(now.since.phase, now.since.module, snapshot))
             if total > peak_bytes:
                 peak_bytes, at_peak = total, held.copy()
         owners: Counter[str] = Counter()
@@ -178,7 +178,7 @@ class Ledger:
             peak_bytes=peak_bytes,
             by_category=categories,
             by_submodule={owner: size for owner, size in sorted(owners.items()) if size},
-            timeline=tuple(_thin(points)),
+            timeline=tuple(_thin(timeline, points)),
             source=source,
             device=device,
             notes=tuple(notes),
@@ -201,8 +201,8 @@ def _steps(holdings: Iterable[Holding]) -> Iterable[tuple[State | None, State]]:
             before = state
 
 
-def _thin(points: Sequence[TimelinePoint]) -> Iterable[TimelinePoint]:
-    """At most ``_TIMELINE_POINTS`` runs of neighbours, of each run the largest point, so that peaks stay."""
-    run_length = max(1, ceil(len(points) / _TIMELINE_POINTS))
-    for start in range(0, len(points), run_length):
-        yield max(points[start : start + run_length], key=lambda point: point.total_bytes)
+def _thin(timeline: Sequence[TimelinePoint], most: int) -> Iterable[TimelinePoint]:
+    """At most so many runs of neighbours, of each run the largest point, so that peaks stay."""
+    run_length = max(1, ceil(len(timeline) / most))
+    for start in range(0, len(timeline), run_length):
+        yield max(timeline[start : start + run_length], key=lambda point: point.total_bytes)

@@ -32,6 +32,8 @@ class track_memory:
     Args:
         *tracked: Modules, optimizers and tensors, also nested in dicts, lists and tuples; anything else in the
             containers is skipped. Give the optimizers to have the state that they already hold counted.
+        timeline_points: The most points that the report's timeline has; where there are more, the largest of each run
+            of neighbours.
 
     Raises:
         ValueError: An argument is no module, optimizer, tensor or container.
@@ -46,7 +48,8 @@ class track_memory:
         288
     """
 
-    def __init__(self, *tracked: Any) -> None:
+    def __init__(self, *tracked: Any, timeline_points: int = 1000) -> None:
+        self._timeline_points = timeline_points
         self._take(tracked)
         self._notes: list[str] = []
         self._workspace: Workspace | None = None
@@ -111,7 +114,9 @@ class track_memory:
         if self._report is None:
             notes = self._notes + (self._workspace.notes() if self._workspace is not None else [])
             source: Literal["measured", "predicted"] = "measured" if self._workspace is None else "predicted"
-            self._report = self._tracker.ledger.report(source=source, device=self._device_type, notes=notes)
+            self._report = self._tracker.ledger.report(
+                source=source, device=self._device_type, notes=notes, points=self._timeline_points
+            )
         return self._report
 
     def restart(self, *tracked: Any) -> None:

@@ -15,3 +15,8 @@ def is_fake(tensor: torch.Tensor) -> bool:
         (True, False)
     """
     return isinstance(tensor, FakeTensor) or isinstance(tensor.data, FakeTensor)
+
+
+def holds_fakes(module: torch.nn.Module) -> bool:
+    """Whether parameters of ``module`` are fake: what it does is being predicted."""
+    return any(is_fake(parameter) for parameter in module.parameters())

@@ -8,7 +8,9 @@ classes, so code outside them is not seen.
 import ast
 import inspect
 import textwrap
+from contextlib import suppress
 from functools import cache
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -32,9 +34,8 @@ def find_weight_reads(module: nn.Module) -> dict[str, str]:
         {}
     """
     reads: dict[str, str] = {}
-    reads_of: Any = _reads_of_class  # classes are hashable, which mypy does not see
     for prefix, submodule in module.named_modules():
-        for path in reads_of(type(submodule)):
+        for path in _reads_of_class(type(submodule)):
             name = f"{prefix}.{path}" if prefix else path
             try:
                 module.get_submodule(name)
@@ -44,22 +45,31 @@ def find_weight_reads(module: nn.Module) -> dict[str, str]:
     return reads
 
 
+def _reads_of_class(cls: type) -> set[str]:
+    # torch's own modules are handled by kind
+    theirs = ("torch", "builtins", "lightning", "pytorch_lightning")
+    bases: list[Any] = [base for base in cls.__mro__ if base.__module__.split(".")[0] not in theirs]
+    return set().union(*(_reads_in(base) for base in bases))
+
+
 @cache
-def _reads_of_class(cls: type) -> frozenset[str]:
+def _reads_in(cls: type) -> frozenset[str]:
+    """Of the methods that ``cls`` itself defines. Only what names a parameter is parsed: that is what takes time."""
     paths: set[str] = set()
-    for base in cls.__mro__:
-        if base.__module__.split(".")[0] in ("torch", "builtins", "lightning", "pytorch_lightning"):
-            continue  # torch's own modules are handled by kind
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
+    for name, value in vars(cls).items():
+        method: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        function = inspect.unwrap(method)
+        if not isinstance(function, FunctionType) or any(word in name for word in _BEFORE_TRAINING):
             continue
-        for function in ast.walk(tree):
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and not any(
-                word in function.name for word in _BEFORE_TRAINING
-            ):
-                paths |= _reads_of_function(function)
+        if not _names_in(function.__code__).isdisjoint(_PARAMETERS):
+            with suppress(OSError, TypeError, SyntaxError):
+                paths |= _reads_of_function(ast.parse(textwrap.dedent(inspect.getsource(function))))
     return frozenset(paths)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def _reads_of_function(function: ast.AST) -> set[str]:

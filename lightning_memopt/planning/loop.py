@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
+from lightning_memopt.planning.operators import OperatorLog
 
 _MAX_BATCHES = 1000
 """A loop that takes more batches than this for two optimizer steps is taken for one that never steps."""
@@ -51,8 +52,9 @@ class StayInPlace(SingleDeviceStrategy):
 class _MeasureSecondStep(Callback):
     """Lets the report begin before the second optimizer step and end after it, and then ends the fit."""
 
-    def __init__(self, tracker: track_memory) -> None:
+    def __init__(self, tracker: track_memory, log: OperatorLog | None) -> None:
         self._tracker = tracker
+        self._log = log
         self._steps_before: int | None = None
         self.is_done = False
 
@@ -62,16 +64,26 @@ class _MeasureSecondStep(Callback):
         if self._steps_before is None and trainer.global_step > 0:
             self._steps_before = trainer.global_step
             self._tracker.restart(module, list(trainer.optimizers), batch)
+            if self._log is not None:
+                self._log.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if not self.is_done and self._steps_before is not None and trainer.global_step > self._steps_before:
             self._tracker.end_report()
+            if self._log is not None:
+                self._log.stop()
             self.is_done = True
             trainer.should_stop = True
 
 
 def run_second_step(
-    module: pl.LightningModule, batch: Any, callbacks: Sequence[Callback], trainer_options: dict[str, Any]
+    module: pl.LightningModule,
+    batch: Any,
+    callbacks: Sequence[Callback],
+    trainer_options: dict[str, Any],
+    *,
+    log: OperatorLog | None = None,
+    timeline_points: int = 1000,
 ) -> MemoryReport:
     """Fit ``module`` on ``batch`` until its second optimizer step is done, and report that step.
 
@@ -83,12 +95,14 @@ def run_second_step(
         batch: One batch of its training loader.
         callbacks: For the trainer.
         trainer_options: Arguments of ``pl.Trainer``, over those that keep it quiet.
+        log: Lists the operators of that step; the caller has entered it.
+        timeline_points: The most points that the report's timeline has.
 
     Raises:
         ValueError: The loop does not step an optimizer.
     """
-    with _silence(), track_memory(module, _trackable(batch)) as tracker:
-        watcher = _MeasureSecondStep(tracker)
+    with _silence(), track_memory(module, _trackable(batch), timeline_points=timeline_points) as tracker:
+        watcher = _MeasureSecondStep(tracker, log)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
         trainer.fit(module, _SameBatch(batch))
     if not watcher.is_done:

@@ -3,14 +3,16 @@
 import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,6 +28,7 @@ from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
 from lightning_memopt.planning.loop import StayInPlace, run_second_step
+from lightning_memopt.planning.operators import OperatorLog
 
 _PACKAGE = Path(__file__).parents[1]
 Module = pl.LightningModule | Callable[[], pl.LightningModule]
@@ -106,6 +109,25 @@ def predict_memory(
         >>> less = predict_memory(module, batch, callbacks=[memopt.ActivationCheckpointing("full")])
         >>> saved_bytes = plain.peak_bytes - less.peak_bytes
     """
+    return predict_step(module, batch, callbacks=callbacks, plugins=plugins, **trainer_options)
+
+
+def predict_step(
+    module: Module,
+    batch: Any,
+    *,
+    callbacks: Sequence[Callback] = (),
+    plugins: Sequence[Any] = (),
+    log: OperatorLog | None = None,
+    timeline_points: int = 1000,
+    rank_strategy: Strategy | None = None,
+    **trainer_options: Any,
+) -> MemoryReport:
+    """As :func:`predict_memory`.
+
+    ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, and ``rank_strategy`` makes it
+    that of one rank of many (:func:`~lightning_memopt.planning.ranks.one_of_many`).
+    """
     _check_options(trainer_options)
     if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":
         raise ValueError(
@@ -125,12 +147,14 @@ def predict_memory(
         metrics = silence_metrics(own)
         options = trainer_options | {
             "accelerator": "cpu",
-            "devices": 1,
-            "strategy": StayInPlace(device=torch.device("cpu")),
+            "devices": 1 if rank_strategy is None else dist.get_world_size(),
+            "strategy": rank_strategy or StayInPlace(device=torch.device("cpu")),
             "plugins": _copies(plugins),
         }
-        with _explain_reads_of_values(own), mode, KnownValues():
-            report = run_second_step(own, own_batch, _copies(callbacks), options)
+        with _explain_reads_of_values(own), mode, log or nullcontext(), KnownValues():
+            report = run_second_step(
+                own, own_batch, _copies(callbacks), options, log=log, timeline_points=timeline_points
+            )
     notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []
     return replace(report, notes=(*report.notes, *notes))
 

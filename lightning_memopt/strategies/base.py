@@ -1,8 +1,7 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
-import os
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Generator, Hashable
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -30,34 +29,26 @@ from lightning_memopt.parallel.agreement import (
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
-from lightning_memopt.parallel.verdict import RankFailure
-from lightning_memopt.parallel.watch import RankWatch
-from lightning_memopt.strategies.saving import SavingStrategy
 from lightning_memopt.strategies.termination import stopping_together
+from lightning_memopt.strategies.watched import WatchedStrategy
 
 
-class MemoptStrategy(SavingStrategy):
+class MemoptStrategy(WatchedStrategy):
     """Processes, process groups and devices as Lightning's ``DDPStrategy`` has them; the rest is the subclass's.
 
     Args:
-        silent_seconds: A rank whose process gives no sign of life for so long has failed, and all ranks end with an
-            error that names it; see :class:`~lightning_memopt.parallel.watch.RankWatch`.
-        stuck_seconds: Likewise for a rank that lives and that all others have waited for for so long; ``None``: only
-            when ``timeout`` ends a collective, since a long validation on one rank looks the same.
-        **options: ``save="full"``, ``"sharded"`` or ``"async"`` (see
-            :class:`~lightning_memopt.strategies.saving.SavingStrategy`), and what Lightning's ``DDPStrategy`` takes:
-            ``cluster_environment``, ``checkpoint_io``,
-            ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
+        **options: ``silent_seconds`` and ``stuck_seconds`` (see
+            :class:`~lightning_memopt.strategies.watched.WatchedStrategy`), ``save="full"``, ``"sharded"`` or
+            ``"async"`` (see :class:`~lightning_memopt.strategies.saving.SavingStrategy`), and what Lightning's
+            ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``,
+            ``process_group_backend``, ``timeout``, ``start_method``.
     """
 
-    def __init__(self, *, silent_seconds: float = 30, stuck_seconds: float | None = None, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         # Searching for unused parameters costs a walk over the graph per step; not searching hangs or fails at the
         # first module that has one.
         super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, **options)
-        self._failed = False
-        self._batch: int | None = None
         self._undo_patches = ExitStack()
-        self._watch = RankWatch(silent_seconds, stuck_seconds)
 
     # What subclasses say of themselves
 
@@ -133,17 +124,7 @@ class MemoptStrategy(SavingStrategy):
 
     @override
     def setup_environment(self) -> None:
-        if (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0"
-        ):
-            # https://github.com/pytorch/pytorch/issues/135712: the addresses of the processes before are still there.
-            rank_zero_warn(
-                "torchrun shares its store with the ranks, and restarted ones find each other's old addresses in it: "
-                "the restart fails to connect. Run torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set."
-            )
         super().setup_environment()
-        self._watch.start()
         assert self.lightning_module is not None
         self._undo_patches.enter_context(stopping_together(self.lightning_module.trainer))
 
@@ -181,29 +162,11 @@ class MemoptStrategy(SavingStrategy):
         return self.lightning_module is not None and any(p.is_meta for p in self.lightning_module.parameters())
 
     @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._failed = True
-        failure = self._watch.explain(exception)
-        if failure is not None:
-            self._raise(failure, exception)
-
-    @override
     def teardown(self) -> None:
         self._undo_patches.close()
         self.undo(gather=not self._failed)
         super().teardown()
         self._watch.stop()
-
-    def _raise(self, failure: RankFailure, echo: BaseException) -> None:
-        """Raise ``failure`` in place of ``echo``, having done what Lightning does after this hook."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        for logger in trainer.loggers:
-            logger.finalize("failed")
-        trainer._teardown()
-        trainer.state.stage = None
-        raise failure from echo
 
     def _patch_precision_plugin(self) -> None:
         """Let gradients be clipped and unscaled as those of one model, whatever the precision plugin is."""
@@ -255,26 +218,6 @@ class MemoptStrategy(SavingStrategy):
         with self.precision_plugin.predict_step_context():
             return self._run_step("predict_step", *args, **kwargs)
 
-    @override
-    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._enter("backward", self._batch)
-        return super().backward(closure_loss, *args, **kwargs)
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        def then_step() -> Any:
-            result = closure()
-            self._enter("optimizer step", self._batch)
-            return result
-
-        result = super().optimizer_step(optimizer, then_step, *args, **kwargs)
-        self._enter("what follows the optimizer step", self._batch)
-        return result
-
-    def _enter(self, phase: str, batch: int | None) -> None:
-        self._batch = batch
-        self._watch.enter(phase if batch is None else f"{phase} of batch {batch}")
-
     def _run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if not self.splits_module:
             return self.run_step(name, *args, **kwargs)
@@ -293,14 +236,6 @@ class MemoptStrategy(SavingStrategy):
         finally:
             if not is_users:
                 vars(module).pop("forward", None)  # Lightning's redirection leaves the bound method behind
-
-    # Checkpoints
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        self._watch.enter(f"saving of {filepath}")
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._watch.enter("what follows saving a checkpoint")
 
     # What ranks tell each other
 

@@ -5,8 +5,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_memopt.planning.first_batch import batch_of
 
 _LOOPS = {
     TrainerFn.FITTING: ("fit_loop", "training_step"),
@@ -30,16 +30,4 @@ def sample_batch(trainer: pl.Trainer) -> tuple[str, Any] | None:
         return None
     with isolate_rng():
         loaders = combined.iterables if loop_name == "fit_loop" else combined.flattened[0]
-        batch = tree_map(_first, loaders, is_leaf=_is_loader)
-        return step, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _is_loader(item: Any) -> bool:
-    return hasattr(item, "__iter__") and not isinstance(item, list | tuple | dict)
-
-
-def _first(loader: Any) -> Any:
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
-        count = min(loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
-        return loader.collate_fn([loader.dataset[index] for index in range(count)])
-    return next(iter(loader))
+        return step, trainer.strategy.batch_to_device(batch_of(loaders), dataloader_idx=0)

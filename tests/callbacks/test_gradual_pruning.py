@@ -1,5 +1,7 @@
 """GradualPruning under Lightning: targets at their steps, resuming, and what else may change weights meanwhile."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -13,14 +15,18 @@ from lightning_memopt import (
     GradualPruning,
     HalfPrecision,
     LowBitOptimizer,
+    MicroBatching,
     MixedPrecision,
     OptimizerInBackward,
     PolynomialSparsity,
+    measure_memory,
+    predict_memory,
 )
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
 from tests.parity import train
+from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
 from tests.zoo import ZOO
 
 SCHEDULE = PolynomialSparsity(0.2, 0.8, begin_step=2, end_step=12, frequency=3)
@@ -94,7 +100,8 @@ def test_precisions_accumulation_and_clipping_leave_the_share_exact(precision):
 @pytest.mark.parametrize("first", [True, False])
 def test_other_techniques_around_the_step_leave_the_share_exact_in_either_order(others, first):
     entry = ZOO["gpt2"]
-    rest = [kind({0: 2}) if kind is GradientAccumulation else kind() for kind in others]
+    arguments = {GradientAccumulation: [2], MicroBatching: [3]}
+    rest = [kind(*arguments.get(kind, [])) for kind in others]
     pruning = [GradualPruning(ConstantSparsity(0.5, begin_step=1))]
     run = train(entry.build(), entry.loader(6), steps=3, callbacks=pruning + rest if first else rest + pruning)
     assert run.trainer.global_step == 3 and _share(run.module) == pytest.approx(0.5, abs=1e-3)
@@ -209,6 +216,19 @@ def test_the_report_has_the_share_over_what_was_pruned_and_the_bytes_of_a_sparse
     assert run.trainer.callback_metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
 
 
+def test_prediction_counts_the_bits_of_the_masks_and_agrees_with_what_is_measured():
+    entry = ZOO["mlp"]
+
+    def peak(measure, *callbacks):
+        return measure(entry.build(), entry.batch(), callbacks=callbacks).peak_bytes
+
+    pruning = GradualPruning(ConstantSparsity(0.5))
+    bits = sum(weight.parameter.numel() for weight in select_weights(entry.build()).weights)
+    plain, predicted = peak(predict_memory), peak(predict_memory, pruning)
+    assert plain + bits / 8 <= predicted <= plain + bits / 8 + 1024
+    assert predicted == pytest.approx(peak(measure_memory, pruning), rel=0.05)
+
+
 def test_a_second_fit_with_the_same_callback_starts_anew():
     entry, pruning = ZOO["mlp"], GradualPruning(ConstantSparsity(0.5, begin_step=3))
     for _ in range(2):
@@ -239,6 +259,30 @@ def test_under_every_strategy_all_ranks_prune_the_same_weights_to_the_target(str
     prunable = {weight.name for weight in select_weights(ZOO["encoder"].build()).weights}
     values = torch.tensor([value for name in prunable for value in first[name]])
     assert float((values == 0).float().mean()) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3", "memopt_tp"])
+def test_ranks_train_the_network_that_one_device_prunes_with_the_same_batches_and_clipping(strategy):
+    def fit(ranks: int, **options: Any) -> Outcome:
+        pruning = GradualPruning(ConstantSparsity(0.5), scope="global")
+        return fit_zoo(ZOO["gpt2"], ranks, 6, extra=[pruning], **options)
+
+    (plain,) = run_on_ranks(lambda: fit(1), 1)
+    case = CASES[strategy]
+    for outcome in run_on_ranks(lambda: fit(2, sizes=case.sizes, strategy=case.make()), 2, deadline_seconds=180):
+        assert_same_outcome(plain, outcome)
+
+
+@pytest.mark.distributed
+def test_pipeline_stages_are_refused_by_name_before_the_first_step():
+    def fit() -> str:
+        with pytest.raises(MisconfigurationException) as refusal:
+            _train_sharded("memopt_pp")
+        return str(refusal.value)
+
+    messages = run_on_ranks(fit, 2, deadline_seconds=120)
+    assert all("is on another pipeline stage" in message for message in messages)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import PruneOnFitEnd
+from lightning_memopt import ConstantSparsity, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd
 from lightning_memopt.compression.codecs import encode
+from lightning_memopt.compression.container import load_compressed
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
+from lightning_memopt.compression.sizes import plain_values
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
@@ -98,6 +100,170 @@ def test_under_every_strategy_each_rank_has_the_whole_module_pruned_alike(strate
     assert float((values == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
 
 
+class _Learning(type(ZOO["mlp"].build())):
+    """Fits its batches well, so that pruning has something to lose."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def _learn(*callbacks, module=None, epochs: int = 5) -> pl.Trainer:
+    entry = ZOO["mlp"]
+    torch.manual_seed(0)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module or _Learning(0.0), entry.loader(20), entry.loader(4))
+    return trainer
+
+
+def test_the_report_has_the_metrics_of_the_modules_own_validation_before_and_after():
+    pruning = PruneOnFitEnd(0.9)
+    trainer = _learn(pruning)
+    report = pruning.report
+    assert report.metrics_before["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    assert report.metrics_after["val_loss"] > report.metrics_before["val_loss"] + 0.05
+    checked = trainer.validate(trainer.lightning_module, ZOO["mlp"].loader(4), verbose=False)
+    assert checked[0]["val_loss"] == pytest.approx(report.metrics_after["val_loss"])
+
+
+@pytest.mark.parametrize(("allowed", "is_refused"), [(1e-3, True), (10.0, False)])
+def test_a_metric_that_would_become_worse_than_allowed_leaves_the_module_as_it_was(tmp_path, allowed, is_refused):
+    pruning = PruneOnFitEnd(
+        0.9, max_metric_drop=allowed, monitor="val_loss", mode="min", export_path=tmp_path / "small"
+    )
+    if is_refused:
+        with pytest.warns(UserWarning, match=r"val_loss went from .* so the module is left as it is"):
+            trainer = _learn(pruning)
+    else:
+        trainer = _learn(pruning)
+    assert bool(pruning.refusal) == is_refused
+    assert bool(find_sparsity(trainer.lightning_module)) != is_refused
+    assert (tmp_path / "small").exists() != is_refused
+    assert pruning.report.metrics_after["val_loss"] > pruning.report.metrics_before["val_loss"]
+
+
+def test_what_is_exported_is_small_and_is_the_pruned_module(tmp_path):
+    pruning = PruneOnFitEnd(0.8, export_path=tmp_path / "small")
+    module = ZOO["mlp"].build()
+    module.net = torch.nn.Sequential(torch.nn.Linear(16, 512), torch.nn.ReLU(), torch.nn.Linear(512, 4))
+    train(module, ZOO["mlp"].loader(2), steps=2, callbacks=[pruning])
+    skeleton = ZOO["mlp"].build()
+    skeleton.net = torch.nn.Sequential(torch.nn.Linear(16, 512), torch.nn.ReLU(), torch.nn.Linear(512, 4))
+    loaded = load_compressed(tmp_path / "small", skeleton)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+    assert pruning.report.disk_bytes_after == sum(file.stat().st_size for file in (tmp_path / "small").iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "nf4", "bf16"])
+def test_what_is_pruned_is_still_zero_when_it_is_quantized_after_that(scheme, tmp_path):
+    entry, quantizing = ZOO["gpt2"], QuantizeOnFitEnd(scheme, export_path=tmp_path / "both")
+    run = train(entry.build(), entry.loader(1), steps=1, callbacks=[PruneOnFitEnd(0.5), quantizing])
+    for name, share in find_sparsity(run.module).items():
+        if share == pytest.approx(0.5, abs=1e-3):
+            zeros = run.module.get_parameter(name) == 0
+            assert (plain_values(quantizing.quantized.get_parameter(name))[zeros] == 0).all()
+    assert quantizing.report.sparsity >= 0.4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_gradual_pruning_beside_quantization_of_the_module_itself_works_in_either_order(first):
+    entry, callbacks = ZOO["gpt2"], [GradualPruning(ConstantSparsity(0.5)), QuantizeOnFitEnd("int8", inplace=True)]
+    run = train(entry.build(), entry.loader(1), steps=1, callbacks=callbacks if first else callbacks[::-1])
+    weight = plain_values(run.module.model.transformer.h[0].mlp.c_fc.weight)
+    assert float((weight == 0).float().mean()) >= 0.5
+
+
+def test_a_gate_without_validation_is_refused_before_the_first_step():
+    pruning = PruneOnFitEnd(0.5, max_metric_drop=0.1, monitor="val_loss")
+    with pytest.raises(MisconfigurationException, match="without validation data"):
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), steps=1, callbacks=[_Never(), pruning])
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "gpt2", "vit", "llama"])
+def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(name):
+    pytest.importorskip("torch_pruning")
+    entry, module, pruning = ZOO[name], ZOO[name].build(), PruneOnFitEnd(0.5, "structured")
+    plain = train(entry.build(), entry.loader(3), steps=3)
+    run = train(module, entry.loader(3), steps=3, callbacks=[pruning])
+    assert run.losses == plain.losses, "trying on a copy changed the training"
+    assert pruning.report.bytes_after < 0.8 * pruning.report.bytes_before
+    assert sum(p.numel() for p in module.parameters()) < 0.8 * sum(p.numel() for p in plain.module.parameters())
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    train(module, entry.loader(2), steps=2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_the_trainers_optimizer_holds_the_smaller_parameters_and_their_state():
+    pytest.importorskip("torch_pruning")
+    module = ZOO["mlp"].build()
+    run = train(module, ZOO["mlp"].loader(3), steps=3, callbacks=[PruneOnFitEnd(0.5, "structured")])
+    optimizer = run.trainer.optimizers[0]
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(module.parameters())
+    assert all(optimizer.state[parameter]["exp_avg"].shape == parameter.shape for parameter in held)
+
+
+class _Fixed(type(ZOO["mlp"].build())):
+    def training_step(self, batch, batch_idx):
+        assert self.net[0].out_features == 64, "made for 64"
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_that_cannot_become_smaller_is_refused_before_the_first_step_is_taken():
+    pytest.importorskip("torch_pruning")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=[PruneOnFitEnd(0.5, "structured")],
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match="PruneOnFitEnd: _Fixed cannot be made smaller"):
+        trainer.fit(_Fixed(0.0), ZOO["mlp"].loader(2))
+    assert trainer.global_step == 0
+
+
+def test_a_module_that_cannot_be_traced_is_refused_by_name_before_the_first_step_is_taken():
+    pytest.importorskip("torch_pruning")
+    with pytest.raises(MisconfigurationException, match="PruneOnFitEnd: LossInside cannot be pruned by structure"):
+        train(ZOO["bert_qa"].build(), ZOO["bert_qa"].loader(1), callbacks=[PruneOnFitEnd(0.5, "structured")])
+
+
+@pytest.mark.distributed
+def test_structured_pruning_is_refused_where_weights_travel_back_to_a_module_of_the_old_sizes():
+    pruning = PruneOnFitEnd(0.5, "structured")
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"send weights back to a module of the old"
+    ):
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[pruning], devices=2, strategy="ddp_fork")
+
+
+def _shrink_on_two(strategy: str) -> tuple[int, float]:
+    module, pruning = ZOO["encoder"].build(), PruneOnFitEnd(0.5, "structured")
+    train(module, ZOO["encoder"].loader(2), steps=2, callbacks=[pruning], devices=2, strategy=strategy)
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), float(sum(p.double().sum() for p in parameters))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
+def test_structured_pruning_works_under_strategies_alike_on_every_rank(strategy):
+    pytest.importorskip("torch_pruning")
+    first, second = run_on_ranks(_shrink_on_two, 2, strategy, deadline_seconds=180)
+    assert first == second
+    assert first[0] < 0.8 * sum(p.numel() for p in ZOO["encoder"].build().parameters())
+
+
+@pytest.mark.distributed
+def test_the_process_that_launched_others_by_forking_gets_the_pruned_weights_back():
+    entry = ZOO["mlp"]
+    callbacks = [
+        GradualPruning(ConstantSparsity(0.25, begin_step=1), include="net.0"),
+        PruneOnFitEnd(0.5, include="net.3"),
+    ]
+    run = train(entry.build(), entry.loader(2), steps=2, callbacks=callbacks, devices=2, strategy="ddp_fork")
+    assert find_sparsity(run.module) == {"net.0.weight": 0.25, "net.3.weight": 0.5}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -105,6 +271,7 @@ def test_under_every_strategy_each_rank_has_the_whole_module_pruned_alike(strate
         (lambda: PruneOnFitEnd(1.0), "amount=1.0 is no share"),
         (lambda: PruneOnFitEnd(0.3, "n:m"), "amount=0.3 is no number of quarters or eighths"),
         (lambda: PruneOnFitEnd(0.5, "n:m", pattern="1:4"), "0.5 is not that of 1:4"),
+        (lambda: PruneOnFitEnd(0.5, "structured", pattern="2:4"), "pattern='2:4' says what becomes zero"),
         (lambda: PruneOnFitEnd(0.5, "saliency"), "needs gradients, which are gone"),
         (lambda: PruneOnFitEnd(0.5, "l2"), "method='l2' is none of"),
         (lambda: PruneOnFitEnd(0.5, pattern="square"), "pattern='square' is none of"),

@@ -86,6 +86,18 @@ def test_negative_zeros_and_payloads_of_nans_are_values_like_others():
     _assert_same_bits(decode(encoded), tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_zeros_with_a_sign_as_a_product_with_a_mask_makes_them_cost_a_bit_each(dtype):
+    weight = _random(64, 64)
+    tensor = (weight * (_sparse(64, 64, density=0.2) != 0)).to(dtype)
+    encoded = encode(tensor)
+    assert encoded.encoding.startswith("signed-bitmask")
+    assert encoded.nbytes <= 64 * 64 * (1.8 + 0.22 * 8 * tensor.element_size()) / 8 + 256
+    _assert_same_bits(decode(encoded), tensor)
+    with pytest.raises(ValueError, match="numbers of 1 bits take"):
+        decode(replace(encoded, tensors=encoded.tensors | {"signs": encoded.tensors["signs"][:-1]}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.float8_e4m3fn])
 def test_groups_and_clusters_work_in_every_element_size(dtype):
     for tensor in (_grouped(16, 64, 2, 4).to(dtype), _clustered(64, 64, values=5).to(dtype)):

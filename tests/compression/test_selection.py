@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memopt.compression.selection import select_weights
+from lightning_memopt.compression.clustering import apply_clusters, cluster_weights
+from lightning_memopt.compression.masks import apply_masks, find_sparsity, prune_weights
+from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.selection import WeightFilter, select_weights
 from tests.zoo import ZOO
 
 
@@ -106,9 +109,21 @@ def test_what_matches_nothing_is_refused_with_the_names_that_there_are(options, 
         select_weights(net, **options)
 
 
-def test_a_lazy_layer_and_a_quantized_one_are_skipped():
-    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2), nn.Linear(2, 2))
+def test_a_lazy_layer_a_quantized_one_and_an_empty_one_are_skipped():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2), nn.Linear(2, 2), nn.Embedding(0, 2))
     net[2].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     selection = select_weights(net)
     assert [weight.name for weight in selection.weights] == ["0.weight"]
+    assert selection.skipped["3.weight"] == "empty"
     assert "first batch" in selection.skipped["1.weight"] and "torch.int8" in selection.skipped["2.weight"]
+
+
+def test_a_weight_that_is_packed_by_quantization_is_skipped_and_left_by_masks_and_clusters():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    masks, clusters = prune_weights(net, 0.5, include="0"), cluster_weights(net, 4, include="0")
+    quantize(net, "int8_weight_only", WeightFilter("0"))
+    packed = net[0].weight
+    apply_masks(net, masks.state_dict())
+    apply_clusters(net, clusters.state_dict())
+    assert net[0].weight is packed and find_sparsity(net).get("0.weight") is None
+    assert "compressed already" in select_weights(net).skipped["0.weight"]

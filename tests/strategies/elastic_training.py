@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_memopt
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
-    **{name: lambda name=name: name for name in ("memopt_ddp", "memopt_zero3", "memopt_pp")},
+    **{name: lambda name=name: name for name in ("memopt_ddp", "memopt_zero3", "memopt_tp", "memopt_pp")},
     "pipeline_of_replicas": lambda: lightning_memopt.HybridStrategy(pipeline=2, data=-1),
 }
 """As a user gives them; what takes arguments gets a row of its own."""
 
-STAGES = {"memopt_pp": 2, "pipeline_of_replicas": 2}
-"""Ranks that share a batch, of those that have stages."""
+SHARING = {"memopt_pp": 2, "memopt_tp": 2, "pipeline_of_replicas": 2}
+"""Ranks that share a batch, of those that have stages or parts."""
 
 BATCHES, EPOCHS = 4, 3
 
@@ -67,7 +67,7 @@ def main() -> None:
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    replicas = ranks // STAGES.get(arguments.strategy, 1)
+    replicas = ranks // SHARING.get(arguments.strategy, 1)
     samples = torch.randn(BATCHES * 4 * replicas, 16)
     loader = DataLoader(TensorDataset(samples, samples.sum(1, keepdim=True)), batch_size=4, shuffle=True)
     trainer = pl.Trainer(

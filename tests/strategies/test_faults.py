@@ -109,9 +109,9 @@ def fit_module(strategy: Any, module: Module, **options: Any) -> None:
     ).fit(module, loader)
 
 
-def fit_with(name: str, fault: Fault, folder: Any, **watching: Any) -> list[Ending]:
+def fit_with(name: str, fault: Fault, folder: Any, every: int = 1, **watching: Any) -> list[Ending]:
     def fit() -> None:
-        saves = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+        saves = ModelCheckpoint(folder, every_n_train_steps=every, save_last=True, save_on_exception=True)
         fit_module(STRATEGIES[name](**watching), Module(fault), callbacks=[saves])
 
     return end_of_ranks(fit, 2, DEADLINE_SECONDS)
@@ -163,6 +163,13 @@ def test_the_others_end_with_the_cause_of_a_rank_that_raised(name: str, faulty: 
     other, itself = endings[1 - faulty], endings[faulty]
     assert other.failed_with(f"Rank {faulty} ", "forward of batch 2", "ValueError: a bad sample"), other
     assert itself.failed_with("ValueError: a bad sample") and not itself.failed_with("RankFailure"), itself
+
+
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_no_rank_waits_for_a_save_on_exception_when_one_raised(name: str, tmp_path: Any) -> None:
+    other, itself = fit_with(name, Fault("forward", fail), tmp_path, every=100)
+    assert other.failed_with("Rank 1 ", "ValueError: a bad sample"), other
+    assert itself.failed_with("ValueError: a bad sample", "no checkpoint is saved"), itself
 
 
 @pytest.mark.parametrize("name", ONE_FAST)

@@ -97,8 +97,9 @@ class PackedWeight(Tensor):
             return _embedding(*args, **kwargs)
         if function in (torch.addmm, Tensor.addmm) and not kwargs and isinstance(args[2], PackedWeight):
             return args[2].transposed_linear(args[1], args[0])
-        if function is F.multi_head_attention_forward:
-            # It cuts its weight in three; better once here than at each cut.
+        if function in (F.multi_head_attention_forward, Tensor.__getitem__):
+            # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
+            # the length) would be a view, and views of a wrapper do not exist in inference mode.
             args, kwargs = dense((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_memopt.models.fake import is_fake
 from lightning_memopt.parallel.tensor.adjust import NO_ADJUSTMENT, Adjustment, possible_adjustments
 from lightning_memopt.parallel.tensor.collectives import part_of
 
@@ -231,6 +232,8 @@ def _draw(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
+    if is_fake(ours) or is_fake(theirs):
+        return True  # a prediction of memory; fake values are neither equal nor different
     if not ours.is_floating_point():
         return bool(torch.equal(ours, theirs))
     is_half = ours.dtype in (torch.bfloat16, torch.float16)
@@ -244,9 +247,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _agree(mesh: DeviceMesh, opinion: bool) -> bool:
     """Whether all ranks of the group hold it true."""
-    votes = torch.tensor(float(opinion), device=mesh.device_type)
-    dist.all_reduce(votes, dist.ReduceOp.MIN, mesh.get_group())
-    return bool(votes)
+    with _disable_current_modes():  # a vote has a value also in a prediction
+        votes = torch.tensor(float(opinion), device=mesh.device_type)
+        dist.all_reduce(votes, dist.ReduceOp.MIN, mesh.get_group())
+        return bool(votes)
 
 
 def _devices(owner: nn.Module) -> list[torch.device]:

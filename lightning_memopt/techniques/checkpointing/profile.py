@@ -88,6 +88,17 @@ def is_product(op: Any) -> bool:
     )
 
 
+def product_flops(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Floating-point operations of one call of an operator for which :func:`is_product` holds."""
+    formula: Callable[..., int] | None = flop_registry.get(op.overloadpacket)
+    if formula is not None:
+        return int(formula(*args, **kwargs, out_val=out))
+    # Attention kernels without a formula, of (..., T, D) and (..., S, D): two products forward, five backward.
+    is_backward = op.overloadpacket.__name__.endswith("_backward")
+    query, key = args[1:3] if is_backward else args[:2]
+    return (10 if is_backward else 4) * math.prod(query.shape) * key.shape[-2]
+
+
 def profile_region(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RegionProfile:
     """Run ``module`` once on fake copies of its state and inputs and record it.
 
@@ -200,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         self.changed.update(_storage(t) for t in written)
         self.known.update(made)
         self.alive.extend(outputs)
-        flops = _flops(func, args, kwargs, out) if is_product(func) else 0
+        flops = product_flops(func, args, kwargs, out) if is_product(func) else 0
         moved = sum(made.values()) + sum({_storage(t): t.nbytes for t in inputs}.values())
         cost = (moved + flops / FLOPS_PER_BYTE.get(_device_type(outputs), 100.0)) if made or written else 0.0
         self.calls.append(_Call(key, made, flops, cost, is_random))
@@ -243,14 +254,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
 def _only_reads_shapes(func: Any) -> bool:
     name = func._schema.name.removeprefix("aten::")
     return name.endswith("_like") or name.startswith("new_")
-
-
-def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    formula: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
-    if formula is not None:
-        return int(formula(*args, **kwargs, out_val=out))
-    query, key = args[0], args[1]  # attention kernels without a formula: (..., T, D) and (..., S, D)
-    return 4 * math.prod(query.shape) * key.shape[-2]
 
 
 def _device_type(tensors: list[torch.Tensor]) -> str:

@@ -1,0 +1,182 @@
+"""Is the planner right: predicted against measured memory and time of every plan, and its choice against the best.
+
+    python benchmarks/planner.py            # hours on 2 cores
+    python benchmarks/planner.py --quick    # does it run?
+
+``memory``: of each module of the zoo, plans of one device as the planner's space has them, predicted and measured by
+the allocator's events. ``choice``: six modules of some size under three budgets each, with every plan of the space
+measured, so that the best is known; the chosen one is compared with it, and the order of predicted times with that of
+measured ones. Times are medians of steps that are run in turn, since the machine is shared.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from environment import environment_record, now
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from results_file import ResultsFile
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import lightning_memopt as memopt
+from lightning_memopt.planning.device_cache import this_device
+from lightning_memopt.planning.read_module import read_space
+from lightning_memopt.planning.search import Refused
+from lightning_memopt.planning.space import Choice, Layout
+from lightning_memopt.planning.time_model import seconds_per_batch
+from lightning_memopt.planning.trace import StepTrace, StepTracer
+from tests.zoo import ZOO
+
+RESULTS = Path(__file__).parent / "results" / "planner.json"
+SIZED = ("mlp", "encoder", "gpt2", "llama", "bert_qa", "cnn")
+BUDGETS = (0.9, 0.65, 0.45)
+"""Fractions of the plain peak."""
+
+
+class _Clock(pl.Callback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+def choices_of(module: pl.LightningModule, batch: Any, most: int) -> list[Choice]:
+    """Choices of one device, spread evenly over the space."""
+    space = read_space(module, batch, "32-true", {})
+    found = [choice for tier in space.tiers([Layout()], exact=False) for choice in tier]
+    step = max(1, len(found) // most)
+    return found[::step][:most]
+
+
+def exact_choices_of(module: pl.LightningModule, batch: Any) -> list[Choice]:
+    """The first group of the space: all that keeps the numbers."""
+    return next(iter(read_space(module, batch, "32-true", {}).tiers([Layout()], exact=True)))
+
+
+def traced(tracer: StepTracer, choice: Choice) -> StepTrace | None:
+    try:
+        return tracer.trace(choice)
+    except Refused:
+        return None
+
+
+def measured_bytes(build: Callable[[], pl.LightningModule], batch: Any, choice: Choice) -> int | None:
+    techniques = choice.techniques
+    try:
+        return memopt.measure_memory(
+            build(), batch, callbacks=techniques.callbacks("cpu"), precision=techniques.precision
+        ).peak_bytes
+    except (MisconfigurationException, RuntimeError):
+        return None
+
+
+def measured_seconds(build: Callable[[], pl.LightningModule], batch: Any, choice: Choice, steps: int) -> float:
+    clock = _Clock()
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[*choice.techniques.callbacks("cpu"), clock],
+    )  # fmt: skip
+    trainer.fit(build(), DataLoader([batch] * steps, batch_size=None))
+    return statistics.median(clock.seconds[2:])
+
+
+def memory_row(name: str, plans: int) -> dict[str, Any]:
+    entry = ZOO[name]
+    module, batch = entry.build(), entry.batch()
+    tracer = StepTracer(module, module, batch, {})
+    rows = []
+    for choice in choices_of(module, batch, plans):
+        trace = traced(tracer, choice)
+        measured = None if trace is None else measured_bytes(entry.build, batch, choice)
+        if trace is not None and measured is not None:
+            rows.append({"plan": str(choice.techniques), "predicted": trace.peak.total_bytes, "measured": measured})
+    errors = [row["predicted"] / row["measured"] - 1 for row in rows]
+    return {
+        "plans": rows,
+        "mean_error": statistics.fmean(map(abs, errors)),
+        "worst_error": max(map(abs, errors)),
+        "most_under": -min(0.0, *errors),
+    }
+
+
+def choice_row(name: str, samples: int, rounds: int, most: int | None) -> dict[str, Any]:
+    entry = ZOO[name]
+    module, batch = entry.build(), entry.batch(samples)
+    device = this_device()
+    tracer = StepTracer(module, module, batch, {})
+    known: dict[Choice, tuple[int, float]] = {}
+    for choice in exact_choices_of(module, batch)[:most]:
+        trace = traced(tracer, choice)
+        measured = None if trace is None else measured_bytes(entry.build, batch, choice)
+        if trace is not None and measured is not None:
+            known[choice] = (measured, sum(seconds_per_batch(trace, choice, device, 1).values()))
+    times: dict[Choice, list[float]] = {choice: [] for choice in known}
+    for _ in range(rounds):
+        for choice in known:
+            times[choice].append(measured_seconds(entry.build, batch, choice, 7))
+    seconds = {choice: min(taken) for choice, taken in times.items()}
+    plain = max(size for size, _ in known.values())
+    budgets = {}
+    for fraction in BUDGETS:
+        budget = int(plain * fraction)
+        fitting = {choice: seconds[choice] for choice, (size, _) in known.items() if size <= budget}
+        result = memopt.plan(entry.build(), batch, budget=budget, device=device, exact=True)
+        best = None if result.best is None else result.best.choice
+        budgets[str(fraction)] = {
+            "fits": best is None if not fitting else best in fitting,
+            "time_to_best": seconds[best] / min(fitting.values()) if best in fitting else None,
+            "chosen": None if best is None else str(best.techniques),
+            "best": str(min(fitting, key=lambda each: fitting[each]).techniques) if fitting else None,
+        }
+    order = list(known)
+    return {
+        "budgets": budgets,
+        "plans": len(known),
+        "rank_correlation": spearman([known[each][1] for each in order], [seconds[each] for each in order]),
+    }
+
+
+def spearman(first: list[float], second: list[float]) -> float:
+    """Spearman's rank correlation: that of the places in the two orders."""
+    places = torch.tensor([[sorted(values).index(value) for value in values] for values in (first, second)]).float()
+    return float(torch.corrcoef(places)[0, 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one module and a few plans of each figure")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    names = ["mlp"] if options.quick else list(ZOO)
+    sized = ["mlp"] if options.quick else list(SIZED)
+    results = ResultsFile(options.out, {"environment": environment_record(), "quick": options.quick})
+    order = [f"memory/{name}" for name in names] + [f"choice/{name}" for name in sized]
+    for row in order:
+        if row in results.rows:
+            continue
+        figure, _, name = row.partition("/")
+        if figure == "memory":
+            made = memory_row(name, plans=4 if options.quick else 12)
+        else:
+            quick = options.quick
+            made = choice_row(name, 16 if quick else 64, rounds=1 if quick else 3, most=4 if quick else None)
+        results.add(row, made | {"date": now()}, order)
+        print(row, {key: value for key, value in made.items() if key != "plans"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""``lightning-memopt compress``: prune and quantize a checkpoint by a recipe, and write it small."""
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line's."""
+    parser = commands.add_parser(
+        "compress",
+        help="prune and quantize a checkpoint by a recipe",
+        description="Prune and quantize the module of a checkpoint by a recipe in YAML, and write a folder that "
+        "load_compressed reads. A recipe: {prune: {amount: 0.8, scope: global}, quantize: int8}.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint that Lightning saved")
+    parser.add_argument("--module", required=True, metavar="PACKAGE:CLASS", help="the class of its LightningModule")
+    parser.add_argument("--recipe", required=True, metavar="YAML", help="what to do")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--onnx", metavar="FILE", help="write the module as ONNX too")
+    parser.add_argument("--report", metavar="JSON", help="write what it did to this file too")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command: 0, or 2 with one line that says why it cannot be."""
+    try:
+        _compress(options)
+    except (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError, KeyError) as error:
+        said = " ".join(str(error).split())
+        print(f"lightning-memopt compress: {said or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from lightning_memopt.compression.container import save_compressed
+    from lightning_memopt.compression.onnx import export_onnx
+    from lightning_memopt.compression.recipe import Recipe
+
+    recipe = Recipe.from_yaml(options.recipe)
+    module = _load(options.module, options.checkpoint)
+    inputs = getattr(module, "example_input_array", None)
+    if options.onnx is not None and inputs is None:
+        raise ValueError(f"--onnx needs inputs to run on; give {type(module).__name__} an example_input_array")
+    report = recipe.apply(module, None if inputs is None else lambda module: _call(module, inputs))
+    folder = save_compressed(module, options.out)
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    report = replace(report, disk_bytes_after=written)
+    if options.onnx is not None:
+        export_onnx(module, inputs, options.onnx)
+    if options.report is not None:
+        Path(options.report).write_text(report.to_json() + "\n")
+    Console().print(report)
+
+
+def _load(name: str, checkpoint: str) -> Any:
+    """The module of the checkpoint; only tensors and plain values are unpickled."""
+    import os
+    from importlib import import_module
+
+    import lightning.pytorch as pl
+
+    home, _, qualified = name.partition(":")
+    if not qualified:
+        raise ValueError(f"--module {name}: write package.module:Class")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's own class is found where the command is run
+    try:
+        cls: Any = import_module(home)
+    finally:
+        sys.path.pop(0)
+    for part in qualified.split("."):
+        cls = getattr(cls, part)
+    if not (isinstance(cls, type) and issubclass(cls, pl.LightningModule)):
+        raise ValueError(f"--module {name} is no LightningModule")
+    return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+
+
+def _call(module: Any, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)

@@ -1,0 +1,138 @@
+"""A recipe: what to prune, cluster and quantize, in that order, as plain data that a YAML file can hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_memopt.compression.clustering import cluster_weights
+from lightning_memopt.compression.masks import prune_weights
+from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.selection import WeightFilter
+from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.compression.structured import prune_structured
+from lightning_memopt.compression.units import Call
+
+_SELECTS = ("include", "exclude")
+_KNOWN = {
+    "prune": ("amount", "method", "pattern", "scope", "embeddings", "seed", *_SELECTS),
+    "cluster": ("n", "init", "embeddings", "seed", *_SELECTS),
+    "quantize": ("scheme", *_SELECTS),
+}
+_NEEDED = {"prune": "amount", "cluster": "n", "quantize": "scheme"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a module, in the order of the attributes.
+
+    Attributes:
+        prune: Arguments of :func:`~lightning_memopt.compression.masks.prune_weights`, or with
+            ``method: structured`` of :func:`~lightning_memopt.compression.structured.prune_structured`.
+        cluster: Arguments of :func:`~lightning_memopt.compression.clustering.cluster_weights`.
+        quantize: Steps of ``scheme``, ``include`` and ``exclude``; several make a mixed recipe. Layers that an
+            earlier step took are left to it.
+
+    Example:
+        >>> Recipe.from_dict({"prune": {"amount": 0.5}, "quantize": "int8"}).quantize
+        ({'scheme': 'int8'},)
+    """
+
+    prune: Mapping[str, Any] | None = None
+    cluster: Mapping[str, Any] | None = None
+    quantize: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Recipe":
+        """Check what a file holds.
+
+        Raises:
+            ValueError: It is no mapping, names an unknown step or argument, or asks for nothing.
+        """
+        if not isinstance(content, Mapping) or not content:
+            raise ValueError(f"a recipe names some of {', '.join(_KNOWN)}; this one is {content!r}")
+        if unknown := [str(key) for key in content if key not in _KNOWN]:
+            raise ValueError(f"{', '.join(unknown)} is no step of a recipe; there are {', '.join(_KNOWN)}")
+        steps = content.get("quantize", [])
+        steps = [steps] if isinstance(steps, str | Mapping) else steps
+        if not isinstance(steps, list):
+            raise ValueError(f"quantize is a scheme, a mapping, or a list of these, not {steps!r}")
+        return cls(
+            prune=_checked("prune", content["prune"]) if "prune" in content else None,
+            cluster=_checked("cluster", content["cluster"]) if "cluster" in content else None,
+            quantize=tuple(_checked("quantize", {"scheme": one} if isinstance(one, str) else one) for one in steps),
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Read a YAML file.
+
+        Raises:
+            ValueError: It is no YAML, or no recipe.
+            OSError: It cannot be read.
+        """
+        import yaml
+
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+    def apply(self, module: nn.Module, call: Call | None = None) -> CompressionReport:
+        """Compress ``module`` in place.
+
+        Args:
+            module: A trained module.
+            call: Runs it once, for structured pruning; see
+                :func:`~lightning_memopt.compression.structured.prune_structured`.
+
+        Raises:
+            ValueError: A step cannot be done to this module.
+        """
+        before = measure_sizes(module, packed=False)
+        skipped: dict[str, str] = {}
+        sparsity = None
+        if self.prune is not None:
+            how = dict(self.prune)
+            amount = how.pop("amount")
+            if how.get("method") == "structured":
+                del how["method"]
+                if call is None:
+                    raise ValueError(
+                        "method: structured follows one run of the module, and there are no inputs to run it on. "
+                        f"Give {type(module).__name__} an example_input_array"
+                    )
+                if extra := sorted(set(how) - set(_SELECTS)):
+                    raise ValueError(f"{', '.join(extra)} means nothing with method: structured; leave it out")
+                skipped.update(prune_structured(module, amount, call, **how).skipped)
+            else:
+                sparsity = prune_weights(module, amount, **how).sparsity
+        if self.cluster is not None:
+            how = dict(self.cluster)
+            cluster_weights(module, how.pop("n"), **how)
+        packed: set[str] = set()
+        for step in self.quantize:
+            which = WeightFilter(step.get("include"), _joined(step.get("exclude"), packed), embeddings=True)
+            done = quantize(module, step["scheme"], which)
+            packed.update(done.packed)
+            skipped.update(done.skipped)
+        skipped = {name: reason for name, reason in skipped.items() if name not in packed}
+        return compression_report(before, module, skipped=skipped, eligible_sparsity=sparsity)
+
+
+def _checked(step: str, arguments: Any) -> Mapping[str, Any]:
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{step} takes arguments such as {_NEEDED[step]}, not {arguments!r}")
+    if unknown := [str(key) for key in arguments if key not in _KNOWN[step]]:
+        raise ValueError(f"{', '.join(unknown)} is no argument of {step}; there are {', '.join(_KNOWN[step])}")
+    if _NEEDED[step] not in arguments:
+        raise ValueError(f"{step} lacks {_NEEDED[step]}")
+    return dict(arguments)
+
+
+def _joined(exclude: Any, packed: set[str]) -> Any:
+    given = [] if exclude is None else [exclude] if isinstance(exclude, str | type) else list(exclude)
+    return [*given, *sorted(packed)] or None

@@ -1,0 +1,334 @@
+"""Which slices of which tensors go together: a channel, a neuron, or a head, wherever it appears in a model.
+
+Channels, neurons and the width of the residual stream are found by torch-pruning's dependency graph (DepGraph,
+https://arxiv.org/abs/2301.12900), taught Hugging Face's ``Conv1D``. Attention is not left to the graph, which loses
+track of which feature is whose between splits, rotations and repeated keys: heads are read from the layers.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from lightning_memopt.models.heads import Heads
+from lightning_memopt.models.linear_groups import find_linear_groups
+from lightning_memopt.models.linears import read_linear
+
+Call = Callable[[nn.Module], Any]
+"""Runs a module once on real inputs and returns what its loss is computed from, or the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where units lie in one tensor.
+
+    Attributes:
+        module: The module that holds the tensor.
+        name: Its name there.
+        dimension: The dimension along which units lie.
+        units: Which unit each place along it belongs to, ``-1`` for none of these: ``(size of the dimension,)``.
+    """
+
+    module: nn.Module
+    name: str
+    dimension: int
+    units: Tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now."""
+        return getattr(self.module, self.name)
+
+
+@dataclass(eq=False)
+class UnitGroup:
+    """Units that can be removed one by one, each from all tensors at once.
+
+    Attributes:
+        name: Qualified name of the layer whose outputs they are, or of the attention whose heads they are.
+        kind: ``"channels"`` within the model, ``"heads"``, or ``"width"`` of a stream that attentions write to.
+        size: How many there are.
+        slots: Where they lie.
+        heads: Of an attention.
+        reason: Why they cannot be removed, if so.
+    """
+
+    name: str
+    kind: Literal["channels", "heads", "width"]
+    size: int
+    slots: list[Slot] = field(default_factory=list)
+    heads: Heads | None = None
+    reason: str | None = None
+
+
+def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
+    """Find what can be removed from ``module``.
+
+    Args:
+        module: Any module; it is run once in evaluation mode, and is as it was afterwards.
+        call: Runs it.
+
+    Raises:
+        ModuleNotFoundError: torch-pruning is missing; it comes with the extra ``lightning-memopt[prune]``.
+        ValueError: The module cannot be traced.
+    """
+    names = {id(child): name for name, child in module.named_modules()}
+    attentions = list(_find_attentions(module, names))
+    inside = {(id(slot.module), slot.name, slot.dimension) for group in attentions for slot in group.slots}
+    groups = []
+    columns = [
+        slot.module
+        for group in attentions
+        for slot in group.slots
+        if slot.name == "weight" and slot.dimension == int(_is_conv1d(slot.module))
+    ]
+    for group in _find_channels(module, call, names, columns):
+        if not any(
+            (id(slot.module), slot.name, slot.dimension) in inside for slot in group.slots if _is_matrix(slot)
+        ):
+            joined = {id(slot.module) for slot in group.slots}
+            if any(id(slot.module) in joined for attention in attentions for slot in attention.slots):
+                group.kind = "width"
+            groups.append(group)
+    return [*attentions, *groups]
+
+
+def _is_matrix(slot: Slot) -> bool:
+    return slot.tensor.ndim > 1
+
+
+def _find_attentions(module: nn.Module, names: Mapping[int, str]) -> Iterator[UnitGroup]:
+    """The heads of attentions in linear layers, and of ``nn.MultiheadAttention``."""
+    for linears in find_linear_groups(module):
+        heads = linears.heads
+        if heads is None:
+            continue
+        group = UnitGroup(linears.owner, "heads", heads.keys, heads=heads)
+        of_queries = torch.arange(heads.keys).repeat_interleave(heads.width // heads.keys)
+        of_keys = torch.arange(heads.keys).repeat_interleave(heads.size)
+        for column in linears.columns:
+            layer = module.get_submodule(column.name)
+            shape = read_linear(layer)
+            assert shape is not None
+            if column.pieces > 1:
+                units = of_queries.repeat(column.pieces)
+            elif shape.out_features in (heads.width, heads.keys * heads.size):
+                units = of_queries if shape.out_features == heads.width else of_keys
+            else:  # each head's queries, keys and values side by side
+                units = torch.arange(heads.keys).repeat_interleave(shape.out_features // heads.keys)
+            group.slots += _outputs(layer, units)
+        row = module.get_submodule(linears.row)
+        group.slots += _inputs(row, of_queries)
+        yield group
+    for child in module.modules():
+        if isinstance(child, nn.MultiheadAttention):
+            heads = Heads(child.num_heads, child.num_heads, child.head_dim)
+            group = UnitGroup(names[id(child)], "heads", heads.keys, heads=heads)
+            units = torch.arange(heads.keys).repeat_interleave(heads.size)
+            if child.in_proj_weight is None or child.bias_k is not None:
+                group.reason = "its queries, keys and values have other widths, or biases of their own"
+            else:
+                group.slots.append(Slot(child, "in_proj_weight", 0, units.repeat(3)))
+                if child.in_proj_bias is not None:
+                    group.slots.append(Slot(child, "in_proj_bias", 0, units.repeat(3)))
+                group.slots.append(Slot(child.out_proj, "weight", 1, units))
+            yield group
+
+
+def _find_channels(
+    module: nn.Module, call: Call, names: Mapping[int, str], columns: Sequence[nn.Module]
+) -> Iterator[UnitGroup]:
+    """Groups of the dependency graph; it is not asked for those that start within an attention."""
+    try:
+        import torch_pruning
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'structured pruning needs torch-pruning, which is not installed: pip install "lightning-memopt[prune]"'
+        ) from error
+    graph = torch_pruning.DependencyGraph()
+    modes = {child: child.training for child in module.modules()}
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    # A cache of keys and values is concatenated to an empty one, where the graph loses count.
+    configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}
+    transposed = {type(child) for child in module.modules() if _is_conv1d(child)}
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for config in caching.values():
+            config.use_cache = False
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                module,
+                example_inputs=(),
+                # Times one, so that what comes out is never straight from a layer: the graph then sees an output.
+                forward_fn=lambda model, _: [leaf * 1 for leaf in output_tensors(call(model))],
+                unwrapped_parameters=[(table.weight, 1) for table in _tables_read_by_hand(module, call)],
+                customized_pruners={kind: _conv1d_pruner(torch_pruning) for kind in transposed},
+                verbose=False,
+            )
+            roots = (_ConvNd, nn.Linear, nn.Embedding, *transposed)
+            found = list(graph.get_all_groups(ignored_layers=list(columns), root_module_types=roots))
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be pruned by structure: following one run of it failed with "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}. Prune single "
+            'weights instead (method="magnitude"), or give a call that runs it in plain PyTorch'
+        ) from error
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for config in caching.values():
+            config.use_cache = True
+        for child, mode in modes.items():
+            child.training = mode
+    for items in found:
+        yield _read_group(graph, items, names)
+
+
+def _read_group(graph: Any, items: Any, names: Mapping[int, str]) -> UnitGroup:
+    root, indices = items[0]
+    group = UnitGroup(names.get(id(root.target.module), "?"), "channels", len(indices))
+    for place, (dependency, indices) in enumerate(items):
+        target = dependency.target.module
+        if type(target).__name__ == "_OutputOp":
+            group.reason = "what the model gives out depends on their number"
+            continue
+        parents = items[place].root_idxs
+        is_output = graph.is_out_channel_pruning_fn(dependency.handler)
+        if not isinstance(target, nn.Parameter) and not any(True for _ in _own_tensors(target)):
+            continue
+        if any(parent is None for parent in parents):
+            group.reason = f"which of them {names.get(id(target), 'a parameter')!r} reads cannot be followed"
+            continue
+        units = {int(index): int(parent) for index, parent in zip(indices, parents, strict=True)}
+        if isinstance(target, nn.Parameter):
+            owner, name = _owner(graph.model, target)
+            if target.shape[dependency.target.pruning_dim] == group.size:
+                # Where rows are sliced off a table, the graph takes their number for one of features.
+                units = {unit: unit for unit in range(group.size)}
+            group.slots.append(_slot(owner, name, dependency.target.pruning_dim, units))
+            continue
+        slots = list(_layer_slots(target, units, is_output))
+        if not slots:
+            group.reason = (
+                f"{names.get(id(target), '')!r} is a {type(target).__name__}, whose parts cannot be removed"
+            )
+        group.slots += slots
+    return group
+
+
+def _layer_slots(layer: nn.Module, units: Mapping[int, int], is_output: bool) -> Iterator[Slot]:
+    """Where ``layer`` holds these outputs, or reads these inputs; nothing for a layer of a kind not known here."""
+    if isinstance(layer, nn.MultiheadAttention):
+        if layer.in_proj_weight is not None:
+            yield _slot(layer, "in_proj_weight", 1, units)
+            yield _slot(layer.out_proj, "weight", 0, units)
+            if layer.out_proj.bias is not None:
+                yield _slot(layer.out_proj, "bias", 0, units)
+    elif isinstance(layer, _ConvNd):
+        depthwise = layer.groups == layer.in_channels == layer.out_channels and layer.groups > 1
+        if layer.groups > 1 and not depthwise:
+            return
+        if is_output or depthwise:
+            yield _slot(layer, "weight", int(layer.transposed and not depthwise), units)
+            if layer.bias is not None:
+                yield _slot(layer, "bias", 0, units)
+        else:
+            yield _slot(layer, "weight", 1 - int(layer.transposed), units)
+    elif isinstance(layer, nn.Linear) or _is_conv1d(layer):
+        places = (_outputs if is_output else _inputs)(layer, torch.empty(0))
+        yield from (_slot(slot.module, slot.name, slot.dimension, units) for slot in places)
+    elif isinstance(layer, _NormBase | nn.PReLU):
+        for name, tensor in _own_tensors(layer):
+            if tensor.numel() > 1 or (isinstance(layer, _NormBase) and tensor.ndim):
+                yield _slot(layer, name, 0, units)
+    elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+        yield from (_slot(layer, name, 0, units) for name, _ in _own_tensors(layer))
+    elif isinstance(layer, nn.Embedding):
+        yield _slot(layer, "weight", 1, units)
+
+
+def _tables_read_by_hand(module: nn.Module, call: Call) -> list[nn.Embedding]:
+    """Embeddings that are not called: positions of which ``weight[:length]`` is taken."""
+    called: list[nn.Module] = []
+    tables = [child for child in module.modules() if isinstance(child, nn.Embedding)]
+    hooks = [table.register_forward_hook(lambda table, *_: called.append(table)) for table in tables]
+    try:
+        call(module)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = [parameter for child in module.modules() for parameter in child._parameters.values()]
+    return [
+        table
+        for table in tables
+        if table not in called and sum(table.weight is parameter for parameter in shared) == 1
+    ]
+
+
+def _slot(module: nn.Module, name: str, dimension: int, units: Mapping[int, int]) -> Slot:
+    of = torch.full((getattr(module, name).shape[dimension],), -1)
+    of[list(units)] = torch.tensor(list(units.values()))
+    return Slot(module, name, dimension, of)
+
+
+def _outputs(layer: nn.Module, units: Tensor) -> list[Slot]:
+    slots = [Slot(layer, "weight", 1 if _is_conv1d(layer) else 0, units)]
+    return slots if layer.bias is None else [*slots, Slot(layer, "bias", 0, units)]
+
+
+def _inputs(layer: nn.Module, units: Tensor) -> list[Slot]:
+    return [Slot(layer, "weight", 0 if _is_conv1d(layer) else 1, units)]
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _owner(model: nn.Module, parameter: nn.Parameter) -> tuple[nn.Module, str]:
+    for module in model.modules():
+        for name, other in module._parameters.items():
+            if other is parameter:
+                return module, name
+    raise LookupError("a parameter of the trace is no parameter of the model")
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors with gradients in what a call returned; a cache of keys and values is no output."""
+    if isinstance(output, Mapping):
+        output = {name: value for name, value in output.items() if name != "past_key_values"}
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    shape = read_linear(module)
+    return shape is not None and shape.transposed
+
+
+def _conv1d_pruner(torch_pruning: Any) -> Any:
+    """Tells torch-pruning's graph that a ``Conv1D`` has outputs and inputs. Nothing is removed through it."""
+
+    class Conv1DPruner(torch_pruning.BasePruningFunc):
+        def prune_out_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
+            return layer
+
+        def prune_in_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
+            return layer
+
+        def get_out_channels(self, layer: Any) -> int:
+            return layer.weight.shape[1]
+
+        def get_in_channels(self, layer: Any) -> int:
+            return layer.weight.shape[0]
+
+    return Conv1DPruner()

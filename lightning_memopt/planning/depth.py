@@ -1,0 +1,133 @@
+"""Trace a deep model with a few of its blocks, and say what all of them would make of it.
+
+Memory at any place of a step is linear in the number of equal blocks as long as the place is so many blocks from the
+first or from the last. So two depths tell every depth. Where the places of the two traces do not match, nothing is
+said, and the whole model is to be traced.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_memopt.memory.report import TimelinePoint
+from lightning_memopt.models.blocks import find_block_stacks
+
+SHALLOW = 3
+"""Blocks of the shallower trace: a first, a last and one between; the other has one more."""
+
+_WORTH_IT = 6
+
+Key = tuple[int, str, str]
+Row = TypeVar("Row", bound=tuple)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The blocks that are left out.
+
+    Attributes:
+        holder: Qualified name of the container.
+        keys: Names of the blocks in it.
+    """
+
+    holder: str
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def find_deep_stack(module: nn.Module) -> Stack | None:
+    """The largest stack of ``module``, if it is deep and its blocks are alike."""
+    for stack in find_block_stacks(module)[:1]:
+        shapes = {tuple((name, p.shape, p.dtype) for name, p in block.named_parameters()) for block in stack.blocks}
+        if len(stack) >= _WORTH_IT and len(shapes) == 1:
+            prefix = len(stack.name) + 1 if stack.name else 0
+            return Stack(stack.name, tuple(name[prefix:] for name in stack.names))
+    return None
+
+
+@contextmanager
+def with_blocks(module: nn.Module, stack: Stack, count: int) -> Iterator[None]:
+    """Within the block ``module`` has only the first ``count`` blocks of ``stack``."""
+    holder = module.get_submodule(stack.holder)
+    everything = dict(holder._modules)
+    cut(module, stack, count)
+    try:
+        yield
+    finally:
+        holder._modules.clear()
+        holder._modules.update(everything)
+
+
+def cut(module: nn.Module, stack: Stack, count: int) -> None:
+    """Leave ``module`` only the first ``count`` blocks of ``stack``."""
+    holder = module.get_submodule(stack.holder)
+    for key in stack.keys[count:]:
+        del holder._modules[key]
+
+
+def extrapolate_points(
+    shallow: Sequence[TimelinePoint], deep: Sequence[TimelinePoint], stack: Stack
+) -> tuple[TimelinePoint, ...] | None:
+    """The largest points of each place with all blocks; ``None`` where the two traces have other places."""
+    first, second = _places(shallow, stack, SHALLOW), _places(deep, stack, SHALLOW + 1)
+    if first.keys() != second.keys():
+        return None
+    more = len(stack) - SHALLOW
+    points = []
+    for key, point in first.items():
+        grown = second[key].by_category
+        by_category = {name: max(0, size + more * (grown[name] - size)) for name, size in point.by_category.items()}
+        points.append(TimelinePoint(point.phase, point.module, by_category))
+    return tuple(points)
+
+
+def extrapolate_times(shallow: Sequence[Row], deep: Sequence[Row], stack: Stack) -> list[Row]:
+    """Rows whose last field says how often, for all blocks; what one of the traces lacks is taken as it is."""
+    before = {row[:-1]: row for row in shallow}
+    more = len(stack) - SHALLOW
+    rows = []
+    for row in deep:
+        earlier = before.get(row[:-1])
+        times = row[-1] if earlier is None else earlier[-1] + more * (row[-1] - earlier[-1])
+        rows.append(row._replace(times=max(times, 0)))  # type: ignore[attr-defined]
+    return rows
+
+
+def _places(points: Sequence[TimelinePoint], stack: Stack, count: int) -> dict[Key, TimelinePoint]:
+    """Of each place in a step its largest point.
+
+    A place is a pass (micro-batches make several), a phase, and a module outside the stack or a block, by its
+    distance from the first or the last. What runs under no module's name belongs to the module before it.
+    """
+    prefix = f"{stack.holder}." if stack.holder else ""
+    blocks = {f"{prefix}{key}": index for index, key in enumerate(stack.keys[:count])}
+    found: dict[Key, TimelinePoint] = {}
+    passes, phase = 0, ""
+    where: tuple[str, ...] = ("",)
+    for point in points:
+        if point.phase != phase:
+            passes += point.phase == "forward"
+            phase, where = point.phase, (f"before {point.phase}",)
+        index = _block_of(point.module, blocks)
+        if index is not None:
+            where = (f"first + {index}",) * (index < 2) + (f"last - {count - 1 - index}",) * (index > count - 3)
+        elif point.module and not prefix.startswith(f"{point.module}."):
+            where = (point.module,)
+        for place in where if phase in ("forward", "backward") else ("",):
+            key = (passes, phase, place)
+            if key not in found or point.total_bytes > found[key].total_bytes:
+                found[key] = point
+    return found
+
+
+def _block_of(module: str, blocks: dict[str, int]) -> int | None:
+    while module:
+        if module in blocks:
+            return blocks[module]
+        module = module.rpartition(".")[0]
+    return None

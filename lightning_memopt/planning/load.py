@@ -1,0 +1,50 @@
+"""Find a module and a batch by the names that a user types."""
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+
+def load_object(path: str) -> Any:
+    """What ``"package.module:Name"`` names; the folder that the user is in is looked in too.
+
+    Raises:
+        ValueError: There is no such module or no such name in it.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"{path!r} names nothing to import; write it as package.module:Name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{module_name!r} cannot be imported ({error}); give a module of the Python path") from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        public = [each for each in vars(module) if not each.startswith("_")]
+        raise ValueError(f"{module_name} has no {name!r}; it has {', '.join(public[:12])}") from None
+
+
+def load_batch(path: str, arguments: dict[str, Any]) -> Any:
+    """The first training batch of a data module, of a loader, or what a function returns.
+
+    Raises:
+        ValueError: ``path`` names nothing, or there is no batch.
+    """
+    made = load_object(path)(**arguments)
+    if isinstance(made, pl.LightningDataModule):
+        made.prepare_data()
+        made.setup("fit")
+        made = made.train_dataloader()
+    is_loader = hasattr(made, "__iter__") and not hasattr(made, "keys")
+    if is_loader and not isinstance(made, torch.Tensor | list | tuple):
+        for batch in made:
+            return batch
+        raise ValueError(f"{path} has no batch; let it give at least one")
+    return made

@@ -1,0 +1,260 @@
+"""``memopt.plan``: which techniques make a module fit a budget, the fastest first."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.planning import written
+from lightning_memopt.planning.device_cache import this_device
+from lightning_memopt.planning.devices import DeviceModel, device_model
+from lightning_memopt.planning.explain import explain
+from lightning_memopt.planning.memory_model import rank_peak
+from lightning_memopt.planning.predict import Module, _check_batch
+from lightning_memopt.planning.read_module import read_space, without_memory
+from lightning_memopt.planning.search import Evaluation, Found, Refused, search
+from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
+from lightning_memopt.planning.time_model import seconds_per_batch
+from lightning_memopt.planning.trace import StepTracer
+from lightning_memopt.planning.units import parse_bytes
+from lightning_memopt.techniques.batches import batch_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train.
+
+    Attributes:
+        choice: Where it runs and what is switched on.
+        devices: Devices of a node.
+        nodes: Nodes.
+        device_kind: ``"cpu"`` or ``"cuda"``.
+        peak_bytes: Predicted peak of a rank, with what libraries hold.
+        by_category: The peak by category (:data:`~lightning_memopt.memory.report.CATEGORIES`) and, where there is
+            any, ``"workspace"``; in bytes.
+        relative_time: Time for one batch, as a multiple of the fastest choice's that was looked at.
+        time_parts: The same by part; they sum to ``relative_time``.
+        fits: Whether the peak is within the budget.
+        bought: A sentence for each step from the plain loop to this plan, with what it saves and costs.
+    """
+
+    choice: Choice
+    devices: int
+    nodes: int
+    device_kind: str
+    peak_bytes: int
+    by_category: Mapping[str, int]
+    relative_time: float
+    time_parts: Mapping[str, float]
+    fits: bool
+    bought: tuple[str, ...] = ()
+
+    @property
+    def strategy(self) -> str:
+        """``Trainer(strategy=...)``."""
+        return self.choice.layout.strategy
+
+    @property
+    def sizes(self) -> MeshSizes:
+        """How many ways each kind of parallelism divides the ranks."""
+        return self.choice.layout.sizes
+
+    def callbacks(self) -> list[Callback]:
+        """New callbacks of this plan."""
+        return self.choice.techniques.callbacks(self.device_kind)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments of ``pl.Trainer`` that carry the plan out: ``pl.Trainer(**plan.trainer_arguments())``."""
+        arguments = {**written.trainer_arguments(self), "callbacks": self.callbacks()}
+        if self.strategy == "memopt_hybrid":
+            arguments["strategy"] = self.choice.layout.make_strategy()
+        return arguments
+
+    def python(self) -> str:
+        """The trainer of this plan as Python to paste."""
+        return written.as_python(self)
+
+    def yaml(self) -> str:
+        """The trainer of this plan as YAML for ``LightningCLI``."""
+        return written.as_yaml(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for JSON."""
+        return written.as_dict(self)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What :func:`plan` found.
+
+    Attributes:
+        plans: Those that fit, the fastest first; then the fastest that do not, and the smallest of those.
+        chosen: Index of the plan to take; ``None`` where nothing fits.
+        budget_bytes: What each device may use.
+        smallest_bytes: Where nothing fits, the smallest budget that would do on these devices.
+        fewest_devices: Where nothing fits, how many devices of this budget would do, if any number does.
+        notes: What the predictions leave out.
+    """
+
+    plans: tuple[Plan, ...]
+    chosen: int | None
+    budget_bytes: int
+    smallest_bytes: int | None = None
+    fewest_devices: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan to take."""
+        return None if self.chosen is None else self.plans[self.chosen]
+
+
+def plan(
+    module: Module,
+    batch: Any,
+    *,
+    budget: int | str | None = None,
+    devices: int = 1,
+    nodes: int = 1,
+    device: str | DeviceModel | None = None,
+    precision: str = "32-true",
+    wanted: int = 3,
+    exact: bool = False,
+    layouts: Sequence[Layout] | None = None,
+    **trainer_options: Any,
+) -> PlanResult:
+    """Choose what to switch on so that ``module`` trains within ``budget`` as fast as it can.
+
+    The step is predicted with each choice on (:func:`~lightning_memopt.predict_memory`), so the memory is that of
+    the code that will run; the time follows from the operators of the same step. What changes the numbers (8-bit
+    optimizer state, another precision) is considered only where nothing else fits.
+
+    Args:
+        module: A LightningModule, or a function that makes one, for models larger than this machine.
+        batch: One batch as the training loader of one device gives it.
+        budget: Memory of each device, as ``"24GiB"`` or in bytes; ``None`` is what ``device`` has.
+        devices: Devices of each node.
+        nodes: Nodes.
+        device: A name that :func:`~lightning_memopt.planning.devices.device_model` knows, a model of your own, or
+            ``None`` for the device of this machine.
+        precision: The precision of your trainer.
+        wanted: How many plans that fit to find.
+        exact: Leave out what changes the numbers.
+        layouts: The ways to spread a step that are looked at; by default those of so many devices and nodes.
+        **trainer_options: Other arguments of your trainer, such as ``gradient_clip_val``.
+
+    Raises:
+        ValueError: No batch, an unknown device, a budget without a unit, or a step that cannot be predicted.
+
+    Example:
+        >>> result = plan(module, batch, budget="2GiB")
+        >>> trainer = pl.Trainer(**result.best.trainer_arguments(), max_epochs=3)
+    """
+    _check_batch(batch, "plan")
+    model = device if isinstance(device, DeviceModel) else this_device() if device is None else device_model(device)
+    budget_bytes = model.memory_bytes if budget is None else parse_bytes(budget)
+    made = without_memory(module)
+    space = read_space(made, batch, precision, trainer_options)
+    planner = _Planner(StepTracer(module, made, batch, trainer_options), space, model, devices, nodes, batch)
+    return planner.run(budget_bytes, wanted, layouts or find_layouts(devices, nodes), exact)
+
+
+class _Planner:
+    """One run of :func:`plan`."""
+
+    def __init__(
+        self, tracer: StepTracer, space: Space, device: DeviceModel, devices: int, nodes: int, batch: Any
+    ) -> None:
+        self._tracer = tracer
+        self._space = space
+        self._device = device
+        self._devices = devices
+        self._nodes = nodes
+        self._samples = batch_size(batch) if space.micro_batches else 1
+
+    def run(self, budget_bytes: int, wanted: int, layouts: Sequence[Layout], exact: bool) -> PlanResult:
+        plain = Choice(layouts[0], self._space.plain)
+        # Also the scale of what is expected, and what every plan is compared with.
+        first = self._evaluate(plain)
+        looked_at = Found({}, {plain: first} if first.peak_bytes > budget_bytes else {}, {})
+        for tier in self._space.tiers(layouts, exact):
+            found = search(
+                tier,
+                lambda choice: first.total_seconds * choice.usual_slowdown(self._samples),
+                self._evaluate,
+                budget_bytes,
+                wanted=wanted,
+            )
+            looked_at.too_large |= found.too_large
+            looked_at.refused |= found.refused
+            if found.fitting:
+                looked_at.fitting = found.fitting
+                break
+        return self._result(looked_at, budget_bytes, wanted)
+
+    def _evaluate(self, choice: Choice) -> Evaluation:
+        trace = self._tracer.trace(choice)
+        categories = rank_peak(trace, self._device)
+        seconds = seconds_per_batch(trace, choice, self._device, self._devices)
+        return Evaluation(sum(categories.values()), categories, seconds)
+
+    def _result(self, found: Found, budget_bytes: int, wanted: int) -> PlanResult:
+        evaluations = found.fitting | found.too_large
+        fastest = min(evaluation.total_seconds for evaluation in evaluations.values())
+        too_large = sorted(found.too_large.items(), key=lambda item: item[1].total_seconds)
+        smallest = min(too_large, key=lambda item: item[1].peak_bytes, default=None)
+        shown = [item for item in too_large if item in too_large[:wanted] or item == smallest]
+        ranked = [*list(found.fitting.items())[:wanted], *shown]
+        plans = tuple(
+            Plan(
+                choice,
+                self._devices,
+                self._nodes,
+                self._device.kind,
+                evaluation.peak_bytes,
+                evaluation.by_category,
+                evaluation.total_seconds / fastest,
+                {part: seconds / fastest for part, seconds in evaluation.seconds.items()},
+                choice in found.fitting,
+                explain(choice, evaluations),
+            )
+            for choice, evaluation in ranked
+        )
+        notes = tuple(sorted({note for choice, _ in ranked for note in self._tracer.trace(choice).notes}))
+        if found.fitting:
+            return PlanResult(plans, 0, budget_bytes, notes=notes)
+        assert smallest is not None
+        return PlanResult(
+            plans, None, budget_bytes, smallest[1].peak_bytes, self._fewest_devices(budget_bytes), notes
+        )
+
+    def _fewest_devices(self, budget_bytes: int) -> int | None:
+        """How many devices of one node would do with all sharded, a power of two times those there are."""
+        if self._nodes > 1:
+            return None
+        candidates = [self._devices * 2**doublings for doublings in range(1, 7)]
+        first_that_fits = bisect_left(candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes))
+        return candidates[first_that_fits] if first_that_fits < len(candidates) else None
+
+    def _fits_sharded(self, devices: int, budget_bytes: int) -> bool:
+        layout = Layout("memopt_zero3", MeshSizes(shard=devices))
+        for techniques in self._space.most_frugal():
+            try:
+                return self._evaluate(Choice(layout, techniques)).peak_bytes <= budget_bytes
+            except Refused:
+                continue
+        return False
+
+
+def describe_failure(result: PlanResult) -> str:
+    """Why there is no plan, and what would make one, as a sentence."""
+    devices = f"; {result.fewest_devices} such devices would do" if result.fewest_devices else ""
+    assert result.smallest_bytes is not None
+    return (
+        f"nothing fits {format_bytes(result.budget_bytes)} a device: the smallest budget that would do is "
+        f"{format_bytes(result.smallest_bytes)}{devices}"
+    )

@@ -1,0 +1,154 @@
+"""How long a step takes: each operator by the slower of its arithmetic and its memory, and what devices wait for.
+
+The roofline of Williams et al. 2009, with the time that PyTorch needs to issue a call on top. PyTorch's own
+estimators (``torch.distributed._tools``) end the interpreter where there is no CUDA.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from lightning_memopt.parallel.pipeline.schedules import Schedule
+from lightning_memopt.parallel.pipeline.timing import pipeline_time
+from lightning_memopt.planning.devices import CollectiveKind, DeviceModel
+from lightning_memopt.planning.operators import OperatorCall
+
+_OVERLAPPED = 0.9
+"""Part of the computing beside which a GPU can communicate: the first gather and the last reduction have none."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they are spent on; they do not overlap.
+
+    Attributes:
+        compute: Forward and backward.
+        recompute: Activations that are computed again.
+        optimizer: The optimizer's step.
+        communication: Collectives that nothing is computed beside.
+        offload: Copies to the host and back that nothing is computed beside.
+        idle: Waiting for other stages of a pipeline.
+    """
+
+    compute: float = 0.0
+    recompute: float = 0.0
+    optimizer: float = 0.0
+    communication: float = 0.0
+    offload: float = 0.0
+    idle: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+class Transfer(NamedTuple):
+    """Collectives, or copies, that are alike.
+
+    Attributes:
+        kind: Which collective, or ``"offload"``: a copy between the device and its host.
+        size_bytes: Bytes of the whole tensor of one of them.
+        times: How many in a step.
+        ranks: How many take part.
+        nodes: On how many nodes.
+        is_overlapped: Whether other work is issued beside it (gradients reduced while the backward goes on).
+    """
+
+    kind: CollectiveKind | str
+    size_bytes: float
+    times: int = 1
+    ranks: int = 1
+    nodes: int = 1
+    is_overlapped: bool = False
+
+
+class Pipeline(NamedTuple):
+    """The pipeline that a step runs in."""
+
+    schedule: Schedule
+    ranks: int
+    microbatches: int
+
+
+def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) -> float:
+    """Time of all calls of one row: the slower of arithmetic and memory, and the time to issue them.
+
+    Args:
+        call: One row of :attr:`~lightning_memopt.planning.operators.OperatorLog.calls`.
+        device: Where it runs.
+        sharing: Ranks that compute on this one device at once, as those of a CPU do.
+    """
+    rate = device.operator_rates.get(f"{call.name} {call.dtype}")
+    if rate is None:
+        busy = max(call.flops / device.flops_of(call.dtype), call.moved_bytes / device.memory_bandwidth)
+    else:
+        busy = (call.flops or call.moved_bytes) / rate
+    busy *= sharing
+    if device.kind == "cuda":  # the host issues the next call while the device is busy
+        return call.times * max(busy, device.operator_overhead)
+    return call.times * (busy + device.operator_overhead)
+
+
+def step_time(
+    calls: Iterable[OperatorCall],
+    device: DeviceModel,
+    *,
+    transfers: Iterable[Transfer] = (),
+    pipeline: Pipeline | None = None,
+    sharing: int = 1,
+) -> StepTime:
+    """Time of one optimizer step of one rank.
+
+    Args:
+        calls: What the rank computes in the step, all micro-batches together.
+        device: What it computes on.
+        transfers: What it sends and receives.
+        pipeline: Where the rank is one of a pipeline's, whose stages are taken for equal.
+        sharing: Ranks that compute on this one device at once.
+
+    Returns:
+        Seconds by part.
+    """
+    spent = {"forward": 0.0, "backward": 0.0, "recompute": 0.0, "optimizer": 0.0}
+    for call in calls:
+        spent[call.part] += operator_seconds(call, device, sharing)
+    busy = spent["forward"] + spent["backward"] + spent["recompute"]
+    exposed = _exposed(list(transfers), device, busy)
+    idle = 0.0
+    if pipeline is not None and pipeline.ranks > 1 and busy:
+        time = pipeline_time(pipeline.schedule, pipeline.ranks, pipeline.microbatches)
+        idle = busy * time.idle_share / (1 - time.idle_share)
+    return StepTime(
+        compute=spent["forward"] + spent["backward"],
+        recompute=spent["recompute"],
+        optimizer=spent["optimizer"],
+        communication=exposed["communication"],
+        offload=exposed["offload"],
+        idle=idle,
+    )
+
+
+def transfer_seconds(transfer: Transfer, device: DeviceModel) -> float:
+    """Time of all transfers of one row, whatever runs beside them."""
+    if transfer.kind == "offload":
+        return transfer.times * transfer.size_bytes / device.host_link
+    kind: CollectiveKind = transfer.kind  # type: ignore[assignment]
+    return transfer.times * device.collective_seconds(kind, transfer.size_bytes, transfer.ranks, transfer.nodes)
+
+
+def _exposed(transfers: list[Transfer], device: DeviceModel, busy: float) -> dict[str, float]:
+    """Seconds that nothing is computed beside; on a CPU none are beside, since its cores do the copying too."""
+    waited = {"communication": 0.0, "offload": 0.0}
+    hidden = dict(waited)
+    for transfer in transfers:
+        part = "offload" if transfer.kind == "offload" else "communication"
+        is_beside = transfer.is_overlapped and device.kind == "cuda"
+        (hidden if is_beside else waited)[part] += transfer_seconds(transfer, device)
+    # The host's link and the network are two: each hides behind the same computing.
+    return {part: waited[part] + max(hidden[part] - _OVERLAPPED * busy, 0.0) for part in waited}

@@ -1,0 +1,53 @@
+"""The plans as a table for people."""
+
+from rich.table import Table
+
+from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.planning.plan import Plan, PlanResult
+
+_PARTS = ("compute", "recompute", "optimizer", "communication", "offload", "idle")
+
+
+def table(result: PlanResult) -> Table:
+    """One row a plan: what it is, what a rank holds, and how long a step takes."""
+    shown = Table(
+        title=f"Plans for {format_bytes(result.budget_bytes)} a device", caption="time: a batch, fastest plan = 1"
+    )
+    for name in ("", "strategy", "techniques", "peak of a rank", "largest categories", "time", "of that"):
+        shown.add_column(name, justify="right" if name in ("peak of a rank", "time") else "left")
+    for index, plan in enumerate(result.plans):
+        shown.add_row(
+            "chosen" if index == result.chosen else "" if plan.fits else "too large",
+            _strategy(plan),
+            _techniques(plan),
+            format_bytes(plan.peak_bytes),
+            _largest(plan),
+            f"{plan.relative_time:.2f}",
+            _parts(plan),
+            style=None if plan.fits else "dim",
+        )
+    return shown
+
+
+def _strategy(plan: Plan) -> str:
+    sizes = [f"{name}={plan.sizes.of(name)}" for name in ("pipeline", "data", "shard", "tensor")]
+    return " ".join([plan.strategy, *(size for size in sizes if not size.endswith("=1"))])
+
+
+def _techniques(plan: Plan) -> str:
+    words = [name for name, _ in plan.choice.techniques.written(plan.device_kind)]
+    techniques = plan.choice.techniques
+    details = {"ActivationCheckpointing": techniques.checkpointing, "MicroBatching": techniques.micro_batch}
+    named = [f"{word}({details[word]})" if word in details else word for word in words]
+    return ", ".join([techniques.precision, *named])
+
+
+def _largest(plan: Plan) -> str:
+    largest = sorted(plan.by_category.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest if size)
+
+
+def _parts(plan: Plan) -> str:
+    return ", ".join(
+        f"{part} {plan.time_parts[part]:.2f}" for part in _PARTS if plan.time_parts.get(part, 0) >= 0.005
+    )

@@ -1,0 +1,172 @@
+"""Trace the step of a module as a choice has it, once for each choice."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils._pytree import tree_leaves
+
+from lightning_memopt.memory.report import TimelinePoint
+from lightning_memopt.planning.depth import (
+    SHALLOW,
+    Stack,
+    cut,
+    extrapolate_points,
+    extrapolate_times,
+    find_deep_stack,
+    with_blocks,
+)
+from lightning_memopt.planning.operators import Collective, OperatorCall, OperatorLog
+from lightning_memopt.planning.predict import Module, predict_step
+from lightning_memopt.planning.ranks import one_of_many
+from lightning_memopt.planning.search import Refused
+from lightning_memopt.planning.space import Choice
+from lightning_memopt.techniques.batches import batch_size, micro_batches
+from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
+
+_WHOLE_TIMELINE = 10**7
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One predicted optimizer step of one rank.
+
+    Attributes:
+        points: Memory in use: after each change, or the largest of each place of a step.
+        operators: What ran.
+        collectives: What ranks sent each other.
+        notes: What the figures leave out.
+    """
+
+    points: tuple[TimelinePoint, ...]
+    operators: tuple[OperatorCall, ...]
+    collectives: tuple[Collective, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> TimelinePoint:
+        """The largest point."""
+        return max(self.points, key=lambda point: point.total_bytes)
+
+
+class StepTracer:
+    """Traces of one module and batch, kept.
+
+    Args:
+        module: A LightningModule, or a function that makes one.
+        look: The module to look at; the same where it is no function.
+        batch: One batch of one device.
+        trainer_options: Arguments of ``pl.Trainer`` that every plan shares.
+    """
+
+    def __init__(
+        self, module: Module, look: pl.LightningModule, batch: Any, trainer_options: Mapping[str, Any]
+    ) -> None:
+        self._module = module
+        self._batch = batch
+        self._options = dict(trainer_options)
+        self._stack = find_deep_stack(look)
+        self._known: dict[Choice, StepTrace | str] = {}
+
+    def trace(self, choice: Choice) -> StepTrace:
+        """The step as ``choice`` has it.
+
+        Raises:
+            Refused: Something in it does not take the module.
+            ValueError: The step cannot be predicted at all.
+        """
+        if choice not in self._known:
+            try:
+                self._known[choice] = self._of_few_blocks(choice) or self._run(choice)
+            except (MisconfigurationException, LogitsNotFormedError) as refusal:
+                self._known[choice] = str(refusal)
+        known = self._known[choice]
+        if isinstance(known, str):
+            raise Refused(known)
+        return known
+
+    def _of_few_blocks(self, choice: Choice) -> StepTrace | None:
+        stack = self._stack
+        if stack is None:
+            return None
+        try:
+            shallow, deep = (self._run(choice, (stack, count)) for count in (SHALLOW, SHALLOW + 1))
+        except (MisconfigurationException, LogitsNotFormedError):
+            raise
+        except Exception:  # code of the user's that counts on all of its blocks
+            self._stack = None
+            return None
+        points = extrapolate_points(shallow.points, deep.points, stack)
+        if points is None:
+            return None
+        return StepTrace(
+            points,
+            tuple(extrapolate_times(shallow.operators, deep.operators, stack)),
+            tuple(extrapolate_times(shallow.collectives, deep.collectives, stack)),
+            deep.notes,
+        )
+
+    def _run(self, choice: Choice, blocks: tuple[Stack, int] | None = None) -> StepTrace:
+        batch, repeats, left_out_bytes = self._batch, 1.0, 0
+        size = choice.techniques.micro_batch
+        if size is not None:
+            # The third micro-batch and those after it repeat the second: gradients are there, activations come again.
+            samples = batch_size(batch)
+            batch = micro_batches(batch, 2 * size)[0]
+            repeats = samples / batch_size(batch)
+            left_out_bytes = _size_bytes(self._batch) - _size_bytes(batch)
+        log = OperatorLog()
+        is_alone = choice.layout.sizes.world == 1
+        with nullcontext() if is_alone else one_of_many(choice.layout) as strategy, self._cut(blocks) as module:
+            report = predict_step(
+                module,
+                batch,
+                callbacks=choice.techniques.callbacks("cpu"),
+                log=log,
+                timeline_points=_WHOLE_TIMELINE,
+                rank_strategy=strategy,
+                precision=choice.techniques.precision,
+                **self._options,
+            )
+        points = report.timeline
+        if left_out_bytes:
+            points = tuple(_with_more(point, "other", left_out_bytes) for point in points)
+        operators = [
+            call if call.part == "optimizer" else call._replace(times=call.times * repeats) for call in log.calls
+        ]
+        # Gradients are reduced once a step; what is gathered is gathered for each micro-batch.
+        collectives = [
+            each if each.kind == "reduce_scatter" else each._replace(times=each.times * repeats)
+            for each in log.collectives
+        ]
+        return StepTrace(points, tuple(operators), tuple(collectives), report.notes)
+
+    @contextmanager
+    def _cut(self, blocks: tuple[Stack, int] | None) -> Iterator[Module]:
+        """The module with as many blocks; one that the user made is put right again."""
+        module = self._module
+        if blocks is None:
+            yield module
+        elif isinstance(module, pl.LightningModule):
+            with with_blocks(module, *blocks):
+                yield module
+        else:
+            yield lambda: _cut_for_good(module(), *blocks)
+
+
+def _cut_for_good(module: Any, stack: Stack, count: int) -> Any:
+    cut(module, stack, count)
+    return module
+
+
+def _with_more(point: TimelinePoint, category: str, size_bytes: int) -> TimelinePoint:
+    return replace(point, by_category={**point.by_category, category: point.by_category[category] + size_bytes})
+
+
+def _size_bytes(batch: Any) -> int:
+    leaves = tree_leaves(dict(batch) if hasattr(batch, "keys") else batch)
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))

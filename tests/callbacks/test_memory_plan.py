@@ -1,0 +1,88 @@
+"""MemoryPlan switches on what was planned, leaves nothing behind, and plans again where it was wrong."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_memopt as memopt
+from lightning_memopt.callbacks.memory_plan import PLAN_FILE
+from tests.planning.a_cpu import A_CPU
+from tests.planning.test_plan import TIGHT, Deep, _batch
+
+
+def _loader(samples: int = 512) -> DataLoader:
+    return DataLoader(TensorDataset(*_batch(4 * samples)), batch_size=samples)
+
+
+def _fit(module, *callbacks, tmp_path, steps=4, **options) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=list(callbacks), default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    trainer.fit(module, _loader())
+    return trainer
+
+
+def test_a_run_under_a_plan_stays_within_its_budget_and_trains_the_same(tmp_path):
+    torch.manual_seed(0)
+    module, plain = Deep(), Deep()
+    plain.load_state_dict(module.state_dict())
+    plan = memopt.MemoryPlan(TIGHT, device=A_CPU)
+    _fit(module, plan, tmp_path=tmp_path)
+    _fit(plain, tmp_path=tmp_path)
+    assert plan.measured_bytes <= TIGHT
+    assert plan.result.best.peak_bytes == pytest.approx(plan.measured_bytes, rel=0.02)
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7), name
+    said = json.loads((tmp_path / PLAN_FILE).read_text())
+    assert said["measured_bytes"] == plan.measured_bytes and said["chosen"] == 0
+
+
+def test_a_plan_that_was_wrong_is_made_again_once(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    plan, calls = memopt.MemoryPlan(TIGHT, device=A_CPU), []
+    make = plan.make_plan
+
+    def optimistic(trainer, module, batch, budget, **options):
+        calls.append(budget)
+        if len(calls) > 1:
+            return make(trainer, module, batch, budget, **options)
+        plain = make(trainer, module, batch, "1GiB", **options)  # takes more than the budget and does not say so
+        too_small = replace(plain.plans[0], peak_bytes=plain.plans[0].peak_bytes * 4 // 5)
+        return replace(plain, plans=(too_small,), budget_bytes=TIGHT)
+
+    monkeypatch.setattr(plan, "make_plan", optimistic)
+    with pytest.warns(UserWarning, match="predicted .* and a step takes .*planned again"):
+        _fit(Deep(), plan, tmp_path=tmp_path, steps=6)
+    assert len(calls) == 2 and calls[1] < TIGHT
+    assert plan.result.best.callbacks() != []
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(MisconfigurationException, match="the smallest budget that would do"):
+        _fit(Deep(), memopt.MemoryPlan("1KiB", device=A_CPU), tmp_path=tmp_path)
+
+
+def test_a_technique_that_the_trainer_has_already_is_refused_by_name(tmp_path):
+    theirs = [memopt.MicroBatching(256), memopt.ActivationCheckpointing("full"), memopt.OptimizerInBackward()]
+    for callback in theirs[:2]:
+        plan = memopt.MemoryPlan(TIGHT, device=A_CPU)
+        try:
+            _fit(Deep(), callback, plan, tmp_path=tmp_path)
+        except MisconfigurationException as error:
+            assert "has already" in str(error)
+            return
+    pytest.fail("neither of two techniques was planned")
+
+
+def test_a_strategy_that_splits_the_module_is_refused_with_what_to_use():
+    plan, trainer = memopt.MemoryPlan("1GiB", device=A_CPU), pl.Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.__class__ = type("Split", (DDPStrategy,), {"splits_module": True})
+    with pytest.raises(MisconfigurationException, match="memopt_auto"):
+        plan.setup(trainer, Deep(), "fit")

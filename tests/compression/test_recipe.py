@@ -1,0 +1,125 @@
+"""Recipes as data, and the command that follows them."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt import load_compressed
+from lightning_memopt.cli import main
+from lightning_memopt.compression.recipe import Recipe
+from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.demo.model import GPT
+
+
+class Net(pl.LightningModule):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+        )
+        self.example_input_array = torch.ones(2, 16)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(Net(128))
+    path = tmp_path / "net.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+def _run(checkpoint, recipe: str, tmp_path, *more: str) -> int:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    name = f"{Net.__module__}:Net"
+    return main(
+        ["compress", str(checkpoint), "--module", name, "--recipe", str(path), "--out", str(tmp_path / "out"), *more]
+    )
+
+
+def test_a_mixed_recipe_packs_each_layer_once_in_the_first_scheme_that_names_it():
+    module = Net(128)
+    recipe = Recipe.from_dict({"quantize": [{"scheme": "nf4", "include": "net.2"}, "int8"]})
+    report = recipe.apply(module)
+    by_name = {change.name: change for change in report.modules}
+    assert by_name["net.2"].bytes_after < 0.2 * by_name["net.2"].bytes_before
+    assert 0.24 < by_name["net.0"].bytes_after / by_name["net.0"].bytes_before < 0.4
+    assert not any(name.endswith("weight") for name in report.skipped)
+
+
+def test_a_table_of_which_rows_are_sliced_is_read_in_inference_mode_too():
+    module, ids = GPT(1, 64, 4, 32).eval(), torch.arange(16)[None]
+    wanted = module(ids).detach()
+    Recipe.from_dict({"quantize": "int8"}).apply(module)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(ids), wanted, rtol=0.1, atol=0.05)
+
+
+def test_steps_are_done_in_order_and_zeros_survive_quantization():
+    module = Net(128)
+    report = Recipe.from_dict({"prune": {"amount": 0.75, "scope": "global"}, "quantize": "int8"}).apply(module)
+    assert report.eligible_sparsity == pytest.approx(0.75, abs=1e-3)
+    assert report.sparsity > 0.7 and report.disk_ratio < report.ratio
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "names some of prune"),
+        ({"distil": 1}, "distil is no step"),
+        ({"prune": 0.5}, "prune takes arguments"),
+        ({"prune": {}}, "prune lacks amount"),
+        ({"prune": {"amount": 0.5, "speed": 1}}, "speed is no argument of prune"),
+        ({"quantize": 8}, "quantize is a scheme"),
+        ({"quantize": [{"include": "a"}]}, "quantize lacks scheme"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused_before_anything_is_done(content, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe.from_dict(content)
+
+
+def test_the_command_writes_a_folder_that_computes_nearly_the_same(checkpoint, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert _run(checkpoint, "quantize: int8", tmp_path, "--report", str(report)) == 0
+    loaded = load_compressed(tmp_path / "out")
+    x = torch.randn(8, 16)
+    torch.testing.assert_close(loaded(x), Net.load_from_checkpoint(checkpoint).eval()(x), rtol=0.05, atol=0.02)
+    assert json.loads(report.read_text())["disk_bytes_after"] == sum(
+        file.stat().st_size for file in (tmp_path / "out").iterdir()
+    )
+    assert "in memory" in capsys.readouterr().out
+
+
+def test_the_command_prunes_by_structure_and_the_small_module_loads(checkpoint, tmp_path):
+    pytest.importorskip("torch_pruning")
+    assert _run(checkpoint, "prune: {amount: 0.5, method: structured}", tmp_path) == 0
+    loaded = load_compressed(tmp_path / "out")
+    assert loaded.net[2].weight.shape == (64, 64) and loaded.net[2].in_features == 64
+    assert sum(s.bytes for s in measure_sizes(loaded).values()) < 0.35 * sum(
+        s.bytes for s in measure_sizes(Net(128)).values()
+    )
+    assert loaded(torch.ones(2, 16)).shape == (2, 4)
+
+
+def test_the_command_says_in_one_line_what_is_wrong(checkpoint, tmp_path, capsys):
+    for recipe, word in (
+        ("quantize: int3", "int3"),
+        ("quantize: [", "no YAML"),
+        ("prune: {amount: 2}", "2"),
+        ("prune: {amount: 0.5, method: structured, scope: global}", "scope"),
+    ):
+        assert _run(checkpoint, recipe, tmp_path) == 2
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == 1
+    assert _run(tmp_path / "none.ckpt", "quantize: int8", tmp_path) == 2
+    assert "none.ckpt" in capsys.readouterr().err

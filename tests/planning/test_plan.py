@@ -1,0 +1,175 @@
+"""Plans fit as they say, are the same each time, and say what would fit where nothing does."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_memopt as memopt
+from lightning_memopt.planning.plan import PlanResult, describe_failure
+from lightning_memopt.planning.read_module import read_space
+from lightning_memopt.planning.written import result_as_dict
+from tests.planning.a_cpu import A_CPU
+from tests.zoo import ZOO
+
+KIB = 2**10
+TIGHT = 450 * KIB
+
+
+class Deep(pl.LightningModule):
+    """Mostly activations: checkpointing and micro-batches both help."""
+
+    def __init__(self, blocks: int = 2, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(blocks)
+        )
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for block in self.blocks:
+            x = x + block(x)
+        return F.mse_loss(x, y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def _batch(samples: int = 512, width: int = 32):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(samples, width, generator=generator), torch.randn(samples, width, generator=generator)
+
+
+def _plan(budget, module=None, batch=None, **options) -> PlanResult:
+    return memopt.plan(module or Deep(), batch or _batch(), budget=budget, device=A_CPU, **options)
+
+
+@pytest.fixture(scope="module")
+def tight() -> PlanResult:
+    return _plan(TIGHT)
+
+
+def test_where_there_is_room_nothing_is_switched_on():
+    result = _plan("1GiB")
+    assert result.best.callbacks() == []
+    assert result.best.relative_time == pytest.approx(1.0)
+    assert all(plan.fits for plan in result.plans)
+
+
+def test_the_chosen_plan_fits_when_it_is_measured_and_as_exactly_as_it_says(tight):
+    best = tight.best
+    measured = memopt.measure_memory(Deep(), _batch(), callbacks=best.callbacks()).peak_bytes
+    assert best.fits and measured <= TIGHT
+    assert best.peak_bytes == pytest.approx(measured, rel=0.01)
+    assert sum(best.by_category.values()) == best.peak_bytes
+
+
+def test_plans_are_ranked_by_time_and_those_that_fit_come_first(tight):
+    fitting = [plan.relative_time for plan in tight.plans if plan.fits]
+    assert tight.chosen == 0 and fitting == sorted(fitting) and len(fitting) > 1
+    assert [plan.fits for plan in tight.plans] == sorted((plan.fits for plan in tight.plans), reverse=True)
+    for plan in tight.plans:
+        assert sum(plan.time_parts.values()) == pytest.approx(plan.relative_time)
+
+
+def test_a_plan_says_what_each_of_its_techniques_bought(tight):
+    assert tight.best.bought
+    assert all(sentence.endswith("% time") and "iB for" in sentence for sentence in tight.best.bought)
+
+
+def test_planning_twice_gives_the_same_plans(tight):
+    assert _plan(TIGHT) == tight
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_the_smallest_budget_that_would_is_said_and_is_right():
+    result = _plan(200 * KIB)
+    assert result.chosen is None and not any(plan.fits for plan in result.plans)
+    assert "the smallest budget" in describe_failure(result)
+    assert _plan(result.smallest_bytes).best is not None
+
+
+@pytest.mark.slow
+def test_what_changes_the_numbers_is_only_taken_where_nothing_else_fits():
+    module, batch = Deep(3, 256), _batch(4, 256)
+    exact = min(plan.peak_bytes for plan in _plan(1, module, batch, exact=True).plans)
+    result = _plan(exact - 1, module, batch)
+    assert result.best is not None and (
+        result.best.choice.techniques.low_bit or result.best.choice.techniques.precision != "32-true"
+    )
+
+
+@pytest.mark.slow
+def test_batches_are_not_split_where_batch_norm_sees_them_nor_under_manual_optimization():
+    for name in ("cnn", "gan"):
+        entry = ZOO[name]
+        result = _plan(1, entry.build(), entry.batch(), exact=True)
+        assert all(plan.choice.techniques.micro_batch is None for plan in result.plans), name
+
+
+def test_a_gradient_norm_that_is_clipped_leaves_the_optimizer_out_of_the_backward():
+    for options, possible in (({}, True), ({"gradient_clip_val": 1.0}, False)):
+        assert read_space(Deep(), _batch(), "32-true", options).in_backward == possible
+
+
+def test_the_plan_as_python_makes_the_trainer_that_was_planned(tight):
+    namespace: dict = {}
+    exec(tight.best.python(), namespace)
+    made = [type(c) for c in namespace["trainer"].callbacks if type(c).__module__.startswith("lightning_memopt")]
+    assert made == [type(callback) for callback in tight.best.callbacks()]
+
+
+def test_the_plan_as_yaml_configures_lightnings_command_line(tight):
+    yaml = pytest.importorskip("yaml")
+    trainer = yaml.safe_load(tight.best.yaml())["trainer"]
+    assert trainer["devices"] == 1
+    assert [each["class_path"].rpartition(".")[2] for each in trainer["callbacks"]] == [
+        type(callback).__name__ for callback in tight.best.callbacks()
+    ]
+
+
+def test_the_json_has_what_programs_read(tight):
+    read = json.loads(json.dumps(result_as_dict(tight)))
+    assert read["chosen"] == 0
+    assert {"strategy", "callbacks", "peak_bytes", "by_category", "relative_time", "fits"} <= read["plans"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "24G"}, "two ways"),
+        ({"budget": "1GiB", "device": "h1000"}, "h100"),
+        ({"budget": "1GiB", "batch": None}, "given None for a batch"),
+    ],
+)
+def test_bad_input_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        memopt.plan(Deep(), **({"batch": _batch(), "device": A_CPU} | options))
+
+
+def test_a_deep_model_is_predicted_from_few_of_its_blocks_to_the_byte():
+    from lightning_memopt.planning.space import Choice, Layout, Techniques
+    from lightning_memopt.planning.trace import StepTracer
+
+    module, batch = Deep(9), _batch(64)
+    tracer = StepTracer(module, module, batch, {})
+    for techniques in (Techniques(), Techniques("full"), Techniques("selective", micro_batch=16)):
+        choice = Choice(Layout(), techniques)
+        folded, whole = tracer._of_few_blocks(choice), tracer._run(choice)
+        assert folded is not None and folded.peak.total_bytes == whole.peak.total_bytes
+        assert sum(c.flops * c.times for c in folded.operators) == sum(c.flops * c.times for c in whole.operators)
+        assert sum(c.times for c in folded.operators) == sum(c.times for c in whole.operators)
+    assert len(module.blocks) == 9
+
+
+def test_a_model_that_counts_on_all_of_its_blocks_is_traced_whole():
+    class Counts(Deep):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * self.blocks[8][0].weight.sum()
+
+    batch = _batch(64)
+    result = _plan("1GiB", Counts(9), batch)
+    assert result.best.peak_bytes == memopt.predict_memory(Counts(9), batch).peak_bytes

@@ -1,0 +1,56 @@
+"""What one rank of many is predicted to hold is what a rank holds."""
+
+import pytest
+
+import lightning_memopt as memopt
+from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.planning.predict import predict_step
+from lightning_memopt.planning.ranks import one_of_many
+from lightning_memopt.planning.space import Layout
+from tests.distributed import run_on_ranks
+from tests.zoo import ZOO
+
+LAYOUTS = {
+    "memopt_ddp": MeshSizes(data=2),
+    "memopt_zero1": MeshSizes(shard=2),
+    "memopt_zero2": MeshSizes(shard=2),
+    "memopt_zero3": MeshSizes(shard=2),
+    "memopt_tp": MeshSizes(tensor=2),
+}
+
+
+def _measured(name: str, strategy: str) -> int:
+    entry = ZOO[name]
+    return memopt.measure_memory(entry.build(), entry.batch(), strategy=strategy, devices=2).peak_bytes
+
+
+def _assert_predicted(name: str, strategy: str) -> None:
+    entry = ZOO[name]
+    measured = run_on_ranks(_measured, 2, name, strategy)[0]
+    with one_of_many(Layout(strategy, LAYOUTS[strategy])) as rank_strategy:
+        predicted = predict_step(entry.build(), entry.batch(), rank_strategy=rank_strategy).peak_bytes
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", LAYOUTS)
+def test_a_rank_of_two_holds_what_was_predicted(strategy):
+    _assert_predicted("mlp", strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", LAYOUTS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert_qa", "vit"])
+def test_a_rank_of_any_transformer_holds_what_was_predicted(name, strategy):
+    _assert_predicted(name, strategy)
+
+
+def test_more_ranks_hold_less_each():
+    entry = ZOO["mlp"]
+    peaks = []
+    for ranks in (2, 8):
+        with one_of_many(Layout("memopt_zero3", MeshSizes(shard=ranks))) as strategy:
+            report = predict_step(entry.build(), entry.batch(), rank_strategy=strategy)
+        peaks.append(report.by_category["optimizer_state"])
+    assert peaks[1] < peaks[0] / 3
