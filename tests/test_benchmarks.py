@@ -83,6 +83,7 @@ def test_figures_of_another_machine_are_not_mixed_in(tmp_path):
         ResultsFile(path, {"environment": {"cpu": "two"}})
 
 
+@pytest.mark.slow
 def test_a_row_of_the_single_device_benchmark_runs_at_toy_size(tmp_path):
     path = tmp_path / "results.json"
     _script("single_device.py", "--quick", "--pairs", "2", "--only", "checkpointing_full", "--out", str(path))
@@ -95,6 +96,7 @@ def test_a_row_of_the_single_device_benchmark_runs_at_toy_size(tmp_path):
     assert full["memory"]["predicted_peak_bytes"] == pytest.approx(full["memory"]["peak_bytes"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_row_of_the_compression_benchmark_runs_at_toy_size_and_is_drawn(tmp_path):
     path = tmp_path / "compression.json"
     arguments = ("--quick", "--runs", "2", "--only", "digits_cnn.structured", "--only", "digits_cnn.torch_prune")

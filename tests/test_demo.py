@@ -121,6 +121,7 @@ def test_the_demo_ends_with_a_pruned_and_quantized_module_that_loads_by_itself(r
     assert "on disk" in printed and "half of its weights" in printed
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_demo_and_another_seed_another(tmp_path):
     def losses(seed: str) -> list[float]:
         main(["demo", "--preset", "tiny", "--steps", "2", "--techniques", "micro-batching", "--seed", seed,

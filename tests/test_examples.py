@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -27,6 +29,7 @@ def test_token_weighted_accumulation_is_the_big_batch_and_lightnings_is_not():
     assert weighted < 1e-5 < 1e-3 < lightning
 
 
+@pytest.mark.slow
 def test_prediction_ranks_the_choices_before_any_training():
     peaks = dict(re.findall(r"^([\w -]+): ([\d.]+) MiB", _output("predict_before_training.py"), re.MULTILINE))
     assert len(peaks) == 4

@@ -101,9 +101,11 @@ class _Survey:
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """The memory of ``tensor``; None for a wrapper (quantized, sparse): the tensors inside it are found too."""
+    """The memory of ``tensor``; None for one without (fake), and for a wrapper, whose inner tensors are found too."""
     try:
-        return tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        storage.data_ptr()
+        return storage
     except (RuntimeError, NotImplementedError):
         return None
 

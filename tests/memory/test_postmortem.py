@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memopt.memory import postmortem
@@ -100,6 +101,13 @@ def test_memory_of_another_device_is_left_out():
     net = nn.Linear(319, 319)
     assert only_unusual_widths(find_live_tensors(net, device_type="cuda"), 319) == []
     assert only_unusual_widths(find_live_tensors(nn.Linear(319, 319, device="meta"), device_type="cpu"), 319)
+
+
+def test_fake_tensors_hold_no_memory_and_disturb_nothing():
+    with FakeTensorMode():
+        kept = nn.Sequential(nn.Linear(317, 317))
+        kept(torch.randn(2, 317)).sum().backward()
+    assert only_unusual_widths(find_live_tensors(kept), 317) == []
 
 
 def remedy(remedies, name):

@@ -150,6 +150,7 @@ def test_bad_input_is_refused_by_name(options, message):
         memopt.plan(Deep(), **({"batch": _batch(), "device": A_CPU} | options))
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_predicted_from_few_of_its_blocks_to_the_byte():
     from lightning_memopt.planning.space import Choice, Layout, Techniques
     from lightning_memopt.planning.trace import StepTracer

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_memopt as memopt
 from lightning_memopt.memory.report import MemoryReport
 from tests.planning.allocator import clipping, raw_peak_bytes
-from tests.zoo import ZOO
+from tests.zoo import CASES, ZOO
 
 PREDICTED_WITHIN = 0.02
 MEASURED_WITHIN = 0.002
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", CASES)
 def test_the_predicted_peak_is_within_two_percent_of_the_allocators_own_events(name):
     entry = ZOO[name]
     module, batch, options = entry.build(dropout=0.1), entry.batch(), clipping(entry)

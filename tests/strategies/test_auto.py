@@ -42,6 +42,7 @@ def test_a_budget_too_small_for_replicas_shards_and_keeps_within_it():
     assert all(measured <= budget for _, _, measured, _ in ranks)
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_refused_on_every_rank():
     def refused() -> bool:
         try:

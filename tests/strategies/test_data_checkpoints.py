@@ -108,7 +108,7 @@ def test_each_strategy_resumes_from_a_plain_checkpoint_and_from_another_strategy
         assert len(losses) == STEPS - SAVED_AT
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_numbers_of_ranks_resume_with_the_losses_of_the_uninterrupted_run(checkpoints, ranks):
     root, plain = checkpoints
     reader = PLAIN if ranks == 1 else "memopt_zero3"

@@ -81,6 +81,7 @@ def test_shards_of_parts_take_their_share_of_what_is_split():
         assert share <= plain * (1 / 4 + 0.05)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_fused_weights_as_one_device_would_and_training_goes_on_from_it(tmp_path):
     sizes = {"shard": 2, "tensor": 2}
 
@@ -195,7 +196,7 @@ def test_other_schedules_and_saves_train_as_one_device(name, sizes, options):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"pipeline": 2, "tensor": 2},
+        pytest.param({"pipeline": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param({"pipeline": 2, "shard": 2}, marks=pytest.mark.slow),
         pytest.param({"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],

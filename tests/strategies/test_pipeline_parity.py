@@ -50,7 +50,7 @@ def _fit(name: str, ranks: int, steps: int = 4, strategy: dict[str, Any] | None 
         pytest.param("gpt2", 3, {}, marks=pytest.mark.slow),
         pytest.param("t5", 4, {}, marks=pytest.mark.slow),
         pytest.param("t5", 2, {"schedule": "interleaved_1f1b"}, marks=pytest.mark.slow),
-        ("t5", 2, {"schedule": "zbv"}),
+        pytest.param("t5", 2, {"schedule": "zbv"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

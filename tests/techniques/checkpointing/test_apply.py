@@ -266,7 +266,13 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("gpt2", "selective"), ("encoder", "full"), ("cnn", "full"), ("cnn", "budget"), ("mlp", "full")],
+    [
+        pytest.param("gpt2", "selective", marks=pytest.mark.slow),
+        ("encoder", "full"),
+        ("cnn", "full"),
+        ("cnn", "budget"),
+        ("mlp", "full"),
+    ],
 )
 def test_a_compiled_submodule_compiles_and_trains_the_same(name: str, policy: str) -> None:
     def gradients(compiled: bool) -> list[torch.Tensor]:
