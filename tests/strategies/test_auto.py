@@ -27,6 +27,7 @@ def _train(budget: str, devices: int):
     return type(trainer.strategy).__name__, plan.result.best.strategy, plan.measured_bytes, weights
 
 
+@pytest.mark.slow
 def test_with_room_for_replicas_the_weights_are_those_of_plain_replicas():
     name, planned, measured, weights = run_on_ranks(_train, 2, "1GiB", 2)[0]
     assert planned.startswith("memopt_") and measured > 0

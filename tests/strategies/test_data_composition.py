@@ -41,23 +41,26 @@ REFUSED = {
 }
 
 
-def _losses(ranks: int, strategy: str) -> dict[str, np.ndarray]:
-    return {
-        name: fit_zoo(ZOO["gpt2"], ranks, 4, strategy=strategy, **options()).losses
-        for name, options in TECHNIQUES.items()
-    }
+FEW = ("checkpointing_full", "micro_batching", "mixed_fp16")
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    return run_on_ranks(lambda: _losses(1, "auto"), 1, deadline_seconds=120)[0]
+@pytest.mark.parametrize(
+    ("strategy", "techniques"),
+    [
+        pytest.param("memopt_zero3", FEW, id="few"),
+        pytest.param("memopt_zero3", tuple(TECHNIQUES), id="memopt_zero3", marks=pytest.mark.slow),
+        pytest.param("memopt_ddp", tuple(TECHNIQUES), id="memopt_ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_each_technique_gives_the_losses_of_one_device(strategy, techniques):
+    def losses(ranks: int, strategy: str) -> dict[str, np.ndarray]:
+        fits = {name: {"strategy": strategy, **TECHNIQUES[name]()} for name in techniques}
+        return {name: fit_zoo(ZOO["gpt2"], ranks, 4, **options).losses for name, options in fits.items()}
 
-
-@pytest.mark.parametrize("strategy", ["memopt_zero3", pytest.param("memopt_ddp", marks=pytest.mark.slow)])
-def test_each_technique_gives_the_losses_of_one_device(one_device, strategy):
-    two_ranks = run_on_ranks(lambda: _losses(2, strategy), 2, deadline_seconds=240)[0]
-    for name, losses in one_device.items():
-        np.testing.assert_allclose(two_ranks[name], losses, rtol=TOLERANCE.get(name, 1e-5), err_msg=name)
+    one_device = run_on_ranks(lambda: losses(1, "auto"), 1, deadline_seconds=120)[0]
+    two_ranks = run_on_ranks(lambda: losses(2, strategy), 2, deadline_seconds=240)[0]
+    for name, expected in one_device.items():
+        np.testing.assert_allclose(two_ranks[name], expected, rtol=TOLERANCE.get(name, 1e-5), err_msg=name)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -240,6 +240,7 @@ def test_validation_in_mid_training_logs_the_metrics_of_one_device():
 # Precision
 
 
+@pytest.mark.slow
 def test_precision_by_string_and_by_plugin_and_strategy_by_name_and_by_instance_agree():
     def losses() -> list[np.ndarray]:
         plugin = {"plugins": [MixedPrecision("bf16-mixed", "cpu")]}

@@ -6,13 +6,13 @@ import pytest
 from tests.strategies.parity import STRATEGIES, assert_same_outcome, on_one_device, on_ranks
 from tests.zoo import ZOO
 
-QUICK = ("mlp", "gan", "gpt2")
+QUICK = [*((name, strategy) for name in ("mlp", "gan") for strategy in STRATEGIES), ("gpt2", "memopt_zero3")]
 
 
 def _matrix() -> list[object]:
     """All of them, of which a few at each change."""
     return [
-        pytest.param(name, strategy, marks=[] if name in QUICK else [pytest.mark.slow])
+        pytest.param(name, strategy, marks=[] if (name, strategy) in QUICK else [pytest.mark.slow])
         for name, entry in ZOO.items()
         for strategy in STRATEGIES
         if not entry.has_batch_norm
