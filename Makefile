@@ -6,8 +6,8 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 # Tests marked `distributed` fork their ranks from the process they run in, which is safe only while no other test has
 # started threads in it.
 OTHERS := -n 2 --dist worksteal --nbmake
-# First, since they are the longest; the others are run before a release.
-QUICK_NOTEBOOKS := notebooks/01_quickstart.ipynb notebooks/04_compression.ipynb
+# First, since it takes longest; the others are run before a release.
+QUICK_NOTEBOOK := notebooks/01_quickstart.ipynb
 
 .PHONY: demo test test-all lint parity benchmark clean
 
@@ -16,7 +16,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS) tests
-	$(PYTEST) -m "not distributed and not slow" $(PYTEST_ARGS) $(OTHERS) $(QUICK_NOTEBOOKS) tests
+	$(PYTEST) -m "not distributed and not slow" $(PYTEST_ARGS) $(OTHERS) $(QUICK_NOTEBOOK) tests
 
 test-all: $(READY)
 	$(PYTEST) -m distributed $(PYTEST_ARGS) tests

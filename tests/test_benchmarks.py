@@ -109,11 +109,13 @@ def test_a_row_of_the_compression_benchmark_runs_at_toy_size_and_is_drawn(tmp_pa
     assert "| 50% of the structure, fine-tuned |" in drawn and "| *torch.nn.utils.prune, 80% global* |" in drawn
 
 
+@pytest.mark.slow
 def test_toy_figures_may_not_replace_the_real_ones():
     ran = _script("single_device.py", "--quick", check=False)
     assert ran.returncode == 2 and "--quick needs --out" in ran.stderr
 
 
+@pytest.mark.slow
 def test_without_a_gpu_its_benchmark_says_so_and_runs_at_toy_size(tmp_path):
     path = tmp_path / "gpu.json"
     ran = _script("gpu.py", "--only", "checkpointing_full", "--out", str(path), hide_gpu=True)

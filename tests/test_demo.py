@@ -132,6 +132,7 @@ def test_the_same_seed_gives_the_same_demo_and_another_seed_another(tmp_path):
     assert losses("3") == first != losses("4")
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_demo_says_that_there_is_no_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_memopt.demo.show.find_spec", lambda name: None)
     assert (

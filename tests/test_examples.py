@@ -23,6 +23,7 @@ def test_one_line_lowers_the_peak_and_leaves_the_weights_as_they_were():
     assert "same weights: True" in said
 
 
+@pytest.mark.slow
 def test_token_weighted_accumulation_is_the_big_batch_and_lightnings_is_not():
     said = _output("token_weighted_accumulation.py")
     lightning, weighted = (float(value) for value in re.findall(r"(\d\.\de[-+]\d+)", said))

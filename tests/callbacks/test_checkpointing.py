@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_memopt import ActivationCheckpointing
 from tests.parity import assert_parity, assert_same_training, train
-from tests.zoo import CASES, ZOO
+from tests.zoo import ZOO, cases
 
 POLICIES = {
     "full": lambda: ActivationCheckpointing("full"),
@@ -17,7 +17,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_trains_the_zoo_with_dropout_bit_for_bit(policy: str, name: str) -> None:
     run = assert_parity(ZOO[name], [POLICIES[policy]()], dropout=0.1, rtol=0, atol=0)

@@ -11,7 +11,7 @@ from lightning_memopt.techniques.low_bit import SMALLEST
 from tests.callbacks.low_bit_on_two_ranks import final_weights
 from tests.distributed import run_on_ranks
 from tests.parity import assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}
 """Relative difference allowed between the losses of 20 steps with and without low-bit state."""
@@ -28,7 +28,7 @@ def _trainer(steps: int, *callbacks, **options) -> pl.Trainer:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", cases())
 def test_training_follows_that_of_the_plain_trainer_and_is_exact_where_all_parameters_are_small(name):
     entry = ZOO[name]
     plain = train(entry.build(), entry.loader())

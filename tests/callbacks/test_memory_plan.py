@@ -43,6 +43,7 @@ def test_a_run_under_a_plan_stays_within_its_budget_and_trains_the_same(tmp_path
     assert said["measured_bytes"] == plan.measured_bytes and said["chosen"] == 0
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_wrong_is_made_again_once(tmp_path, monkeypatch):
     from dataclasses import replace
 
@@ -64,6 +65,7 @@ def test_a_plan_that_was_wrong_is_made_again_once(tmp_path, monkeypatch):
     assert plan.result.best.callbacks() != []
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(MisconfigurationException, match="the smallest budget that would do"):
         _fit(Deep(), memopt.MemoryPlan("1KiB", device=A_CPU), tmp_path=tmp_path)

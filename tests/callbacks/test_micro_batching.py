@@ -291,6 +291,7 @@ def test_auto_counts_samples_by_the_users_own_split():
     assert callback.size == 2
 
 
+@pytest.mark.slow
 def test_prediction_sees_what_micro_batches_save():
     entry = ZOO["encoder"]
     activations, gradients = {}, {}

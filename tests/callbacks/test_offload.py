@@ -7,10 +7,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_memopt import ActivationCheckpointing, ActivationOffload
 from tests.parity import assert_parity, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", cases())
 def test_offloading_to_disk_trains_the_zoo_with_dropout_bit_for_bit(name: str, tmp_path: Path) -> None:
     offload = ActivationOffload("disk", min_bytes=2048, directory=tmp_path)
     assert_parity(ZOO[name], [offload], dropout=0.1, rtol=0, atol=0)

@@ -8,9 +8,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_memopt import HalfPrecision, OptimizerInBackward
 from tests.parity import Run, assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
-AUTOMATIC = [name for name, entry in ZOO.items() if entry.automatic]
+AUTOMATIC = cases(only_automatic=True)
 
 
 class _CountGradients(Callback):

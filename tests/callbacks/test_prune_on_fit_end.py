@@ -13,10 +13,10 @@ from lightning_memopt.compression.selection import select_weights
 from lightning_memopt.compression.sizes import plain_values
 from tests.distributed import run_on_ranks
 from tests.parity import train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", cases())
 def test_training_is_that_of_the_plain_trainer_and_then_the_smallest_weights_are_zero(name):
     entry = ZOO[name]
     plain = train(entry.build(), entry.loader(3), steps=3)

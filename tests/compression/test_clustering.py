@@ -8,7 +8,7 @@ from lightning_memopt.compression.clustering import Clusters, cluster_weights, f
 from lightning_memopt.compression.codecs import decode, encode
 from lightning_memopt.compression.masks import prune_weights
 from lightning_memopt.compression.selection import select_weights
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 INITS = ["kmeans++", "density", "linear", "random"]
 
@@ -50,7 +50,7 @@ def test_fewer_distinct_values_than_clusters_stay_exactly_as_they_are():
     assert torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "late_mlp"])
+@pytest.mark.parametrize("name", cases(without=["late_mlp"]))
 def test_clustered_weights_of_every_module_take_four_bits_an_element_and_come_back(name):
     module = ZOO[name].build()
     before = {key: value.clone() for key, value in module.state_dict().items()}

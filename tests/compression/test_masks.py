@@ -9,7 +9,7 @@ from lightning_memopt.compression.choose import Choice
 from lightning_memopt.compression.masks import Masks, find_sparsity, prune_weights
 from lightning_memopt.compression.patterns import Channels
 from lightning_memopt.compression.selection import select_weights
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 
 def _net(seed: int = 0) -> nn.Sequential:
@@ -21,7 +21,7 @@ def _zeros(module: nn.Module) -> int:
     return sum(int((parameter == 0).sum()) for name, parameter in module.named_parameters() if "bias" not in name)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "late_mlp"])
+@pytest.mark.parametrize("name", cases(without=["late_mlp"]))
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_share_of_zeros_is_the_one_asked_for_and_only_weights_are_touched(name, scope):
     module = ZOO[name].build()

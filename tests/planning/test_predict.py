@@ -53,6 +53,7 @@ def test_a_gpt2_of_real_width_and_context_is_predicted_at_the_size_that_it_has()
     assert memopt.predict_memory(_gpt2(layers=2), batch).peak_bytes == pytest.approx(raw, rel=0.002)
 
 
+@pytest.mark.slow
 def test_a_conv_net_too_large_to_try_whole_is_extrapolated_from_smaller_batches():
     batch = torch.randn(24, 3, 160, 160), torch.randint(0, 10, (24,))
     raw = raw_peak_bytes(_ConvNet, batch)

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_memopt as memopt
 from lightning_memopt.memory.report import MemoryReport
 from tests.planning.allocator import clipping, raw_peak_bytes
-from tests.zoo import CASES, ZOO
+from tests.zoo import ZOO, cases
 
 PREDICTED_WITHIN = 0.02
 MEASURED_WITHIN = 0.002
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases())
 def test_the_predicted_peak_is_within_two_percent_of_the_allocators_own_events(name):
     entry = ZOO[name]
     module, batch, options = entry.build(dropout=0.1), entry.batch(), clipping(entry)
@@ -113,6 +113,6 @@ def test_with_a_technique_on_the_predicted_peak_is_still_within_two_percent(name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", TECHNIQUES)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", cases())
 def test_every_technique_on_every_module_is_predicted_within_two_percent_or_refused_by_both(name, technique):
     _assert_predicted(name, technique)

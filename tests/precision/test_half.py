@@ -32,6 +32,7 @@ def test_every_module_of_the_zoo_trains_in_bf16_close_to_float32_and_comes_back_
     assert abs(mean - expected) < TOLERANCE * abs(expected)
 
 
+@pytest.mark.slow
 def test_a_small_gpt_ends_within_two_percent_of_float32_after_60_steps():
     entry = ZOO["gpt2"]
     loader = entry.loader(batches=3)

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from lightning_memopt import MixedPrecision
 from lightning_memopt.precision.loss_scale import LossScale, LossScaleCollapsedError
 from tests.parity import assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 # Of the loss, in 8 steps: float32 has 24 bits, autocast computes in 11 (fp16) or 8 bits (bf16).
 TOLERANCE = {"fp16": 0.005, "bf16": 0.03}
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.automatic])
+@pytest.mark.parametrize("name", cases(only_automatic=True))
 def test_every_module_of_the_zoo_trains_as_in_float32_within_the_precision_of_the_format(name, dtype):
     entry = ZOO[name]
     options = {"steps": 8, "gradient_clip_val": 0.5}

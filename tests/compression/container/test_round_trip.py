@@ -10,7 +10,7 @@ from torch import nn
 from lightning_memopt import load_compressed
 from lightning_memopt.compression.container import CompressedFileError, save_compressed
 from lightning_memopt.compression.packed import HalfWeight, Int4Weight, Int8Weight, NF4Weight
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 
 class Net(pl.LightningModule):
@@ -40,7 +40,7 @@ def _bytes(folder):
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", cases())
 def test_every_module_of_the_zoo_comes_back_bit_for_bit(name, tmp_path):
     module = ZOO[name].build()
     if name == "late_mlp":
