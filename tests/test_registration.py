@@ -14,7 +14,13 @@ PRINT_NAMES = (
 )
 
 
-@pytest.mark.parametrize("imports", ["lightning.pytorch, lightning_memopt", "lightning_memopt, lightning.pytorch"])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "lightning.pytorch, lightning_memopt",
+        pytest.param("lightning_memopt, lightning.pytorch", marks=pytest.mark.slow),
+    ],
+)
 def test_the_names_are_known_in_either_order_of_import(imports):
     code = f"import sys, {imports}\n{PRINT_NAMES}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

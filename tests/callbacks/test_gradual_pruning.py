@@ -252,7 +252,15 @@ def _train_sharded(strategy: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "memopt_ddp", "memopt_zero3", "memopt_tp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "memopt_zero3",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_tp", marks=pytest.mark.slow),
+    ],
+)
 def test_under_every_strategy_all_ranks_prune_the_same_weights_to_the_target(strategy):
     first, second = run_on_ranks(_train_sharded, 2, strategy, deadline_seconds=180)
     assert first == second
@@ -262,7 +270,14 @@ def test_under_every_strategy_all_ranks_prune_the_same_weights_to_the_target(str
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3", "memopt_tp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "memopt_tp",
+        pytest.param("memopt_ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_train_the_network_that_one_device_prunes_with_the_same_batches_and_clipping(strategy):
     def fit(ranks: int, **options: Any) -> Outcome:
         pruning = GradualPruning(ConstantSparsity(0.5), scope="global")

@@ -91,7 +91,16 @@ def _train_on_two(strategy: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "memopt_ddp", "memopt_zero3", "memopt_tp", "memopt_pp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "memopt_zero3",
+        "memopt_pp",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_tp", marks=pytest.mark.slow),
+    ],
+)
 def test_under_every_strategy_each_rank_has_the_whole_module_pruned_alike(strategy):
     first, second = run_on_ranks(_train_on_two, 2, strategy, deadline_seconds=180)
     assert first == second
@@ -245,7 +254,7 @@ def _shrink_on_two(strategy: str) -> tuple[int, float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
+@pytest.mark.parametrize("strategy", ["memopt_zero3", pytest.param("memopt_ddp", marks=pytest.mark.slow)])
 def test_structured_pruning_works_under_strategies_alike_on_every_rank(strategy):
     pytest.importorskip("torch_pruning")
     first, second = run_on_ranks(_shrink_on_two, 2, strategy, deadline_seconds=180)

@@ -107,6 +107,7 @@ def test_the_module_its_state_and_the_random_numbers_stay_as_they_were(function)
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+@pytest.mark.slow
 def test_parameters_on_the_meta_device_are_predicted_as_if_they_were_real():
     entry = ZOO["encoder"]
     real = memopt.predict_memory(entry.build(), entry.batch())

@@ -35,6 +35,7 @@ def test_with_room_for_replicas_the_weights_are_those_of_plain_replicas():
     assert set(weights) == set(Deep(2, 64).state_dict())
 
 
+@pytest.mark.slow
 def test_a_budget_too_small_for_replicas_shards_and_keeps_within_it():
     whole = memopt.predict_memory(Deep(2, 64), _batch(4, 64)).peak_bytes
     budget = int(whole * 0.8)

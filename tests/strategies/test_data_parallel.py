@@ -173,7 +173,7 @@ def _local_bytes(module: pl.LightningModule) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_rank_holds_its_share_of_parameters_and_optimizer_state(ranks):
     def measure() -> dict[str, int]:
         sizes = {}

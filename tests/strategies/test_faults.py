@@ -172,13 +172,15 @@ def test_no_rank_waits_for_a_save_on_exception_when_one_raised(name: str, tmp_pa
     assert itself.failed_with("ValueError: a bad sample", "no checkpoint is saved"), itself
 
 
-@pytest.mark.parametrize("name", ONE_FAST)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_the_others_end_and_name_a_rank_that_was_stopped(name: str, tmp_path: Any) -> None:
     other, _ = fit_with(name, Fault("forward", send(signal.SIGSTOP)), tmp_path, silent_seconds=2)
     assert other.failed_with("Rank 1 ", "forward of batch 2", "no sign of life"), other
 
 
-@pytest.mark.parametrize("name", ONE_FAST)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_all_end_and_name_a_rank_that_the_others_wait_for(name: str, tmp_path: Any) -> None:
     fault = Fault("forward", lambda: time.sleep(1000))
     for ending in fit_with(name, fault, tmp_path, stuck_seconds=2):
