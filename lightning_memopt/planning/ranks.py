@@ -41,6 +41,14 @@ def one_of_many(layout: Layout) -> Iterator[Strategy]:
         yield _pretended(layout)
     finally:
         dist.destroy_process_group()
+        _forget_the_mesh()
+
+
+def _forget_the_mesh() -> None:
+    """Drop what DTensor remembers of operators: it holds meshes of the fake group, which look like the real ones."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def _pretended(layout: Layout) -> Strategy:
