@@ -16,6 +16,7 @@ def _output(name: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_one_line_lowers_the_peak_and_leaves_the_weights_as_they_were():
     said = _output("any_module.py")
     plain, checkpointed = (float(size) for size in re.findall(r"peak ([\d.]+) MiB", said))

@@ -13,7 +13,7 @@ from tests.distributed import run_on_ranks
 from tests.strategies.parity import Outcome, assert_same_outcome, fit_zoo, on_one_device, on_ranks
 from tests.zoo import ZOO
 
-QUICK = ("mlp", "gpt2")
+QUICK = ("mlp",)
 
 
 def _matrix() -> list[object]:

@@ -96,7 +96,8 @@ def test_logits_that_a_step_needs_whole_are_refused_by_name_under_loss_parallel(
     run_on_ranks(fit, 2)
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_splitting_tokens_and_losses_trains_as_one_device(name):
     def fit():
         strategy = memopt.TensorParallelStrategy(sequence_parallel=True, loss_parallel=True)

@@ -9,7 +9,7 @@ from tests.distributed import run_on_ranks
 from tests.strategies.parity import assert_same_outcome, fit_zoo, in_double_precision, on_one_device, on_ranks
 from tests.zoo import ZOO
 
-QUICK = ("mlp", "gan", "gpt2")
+QUICK = ("mlp", "gan")
 
 
 def _each(quick: tuple[str, ...]) -> list[object]:
