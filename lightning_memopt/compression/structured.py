@@ -78,7 +78,8 @@ def prune_structured(
         include: Only groups of which one of these layers holds outputs: patterns of qualified names, or classes.
         exclude: Not these.
         scores: Importance of each weight, of the parameter's shape; its magnitude where left out.
-        optimizers: Their parameters and state are made smaller alike, so that training goes on.
+        optimizers: Their parameters and state are made smaller alike, so that training goes on; state in another
+            shape than that of its parameter (packed, factored) begins anew.
 
     Raises:
         ValueError: ``amount`` is out of bounds, the module cannot be traced, its code cannot run smaller, a selector
@@ -360,13 +361,21 @@ def _shrink_optimizer(optimizer: Optimizer, smaller: Mapping[Tensor, _Smaller]) 
             change = smaller[parameter]
             group["params"][place] = change.new
             state = optimizer.state.pop(parameter, None)
-            if state is not None:
-                optimizer.state[change.new] = {
-                    name: change.cut(value).clone()
-                    if isinstance(value, Tensor) and value.shape == parameter.shape
-                    else value
-                    for name, value in state.items()
-                }
+            if state and (cut := _cut_state(state, parameter, change)):
+                optimizer.state[change.new] = cut
+
+
+def _cut_state(state: Mapping[str, Any], parameter: Tensor, change: _Smaller) -> dict[str, Any]:
+    """The state of what is left of a parameter; none where it is packed or factored, and so begins anew."""
+    cut: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            cut[name] = change.cut(value).clone()
+        elif isinstance(value, Mapping) or (isinstance(value, Tensor) and value.numel() > 1):
+            return {}
+        else:
+            cut[name] = value
+    return cut
 
 
 def _output_shapes(module: nn.Module, call: Call) -> list[torch.Size]:
