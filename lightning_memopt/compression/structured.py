@@ -75,7 +75,8 @@ def prune_structured(
         amount: Share to remove, in (0, 1); at least one unit of a group stays.
         call: Runs the module once and returns its outputs or its loss, with gradients:
             ``lambda module: module(batch)``.
-        include: Only groups of which one of these layers holds outputs: patterns of qualified names, or classes.
+        include: Only groups of which one of these modules holds outputs, itself or in a module within it: patterns of
+            qualified names, or classes.
         exclude: Not these.
         scores: Importance of each weight, of the parameter's shape; its magnitude where left out.
         optimizers: Their parameters and state are made smaller alike, so that training goes on; state in another
@@ -137,8 +138,8 @@ def plan_structured(
     plan = StructuredPlan()
     groups = []
     for group in find_units(module, call):
-        layers = {id(slot.module): slot.module for slot in group.slots if slot.dimension == _output_dimension(slot)}
-        named = [(names[key], layer) for key, layer in layers.items()]
+        layers = {id(slot.module) for slot in group.slots if slot.dimension == _output_dimension(slot)}
+        named = [place for key in layers for place in _path(module, names[key])]
         if group.reason is None and group.size < 2:
             group.reason = "there is only one"
         if group.reason is None and chosen is not None and not _any(named, chosen):
@@ -185,6 +186,14 @@ def _output_dimension(slot: Slot) -> int:
     if isinstance(slot.module, _ConvNd):
         return int(slot.module.transposed)
     return 1 if type(slot.module).__name__ == "Conv1D" else 0
+
+
+def _path(root: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module of that name, and all that it is in."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:length])
+        yield prefix, root.get_submodule(prefix)
 
 
 def _any(named: Sequence[tuple[str, nn.Module]], selectors: Sequence[Selector]) -> bool:

@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_setup(tmp_path):
             train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[_NotEvenStarted(), pruning])
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "gpt2", "vit", "llama"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "gpt2", "vit", "bert_qa", "llama"])
 def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(name):
     pytest.importorskip("torch_pruning")
     entry, module, pruning = ZOO[name], ZOO[name].build(), PruneOnFitEnd(0.5, "structured")
@@ -375,10 +375,26 @@ def test_a_module_that_cannot_become_smaller_is_refused_before_the_first_step_is
     assert trainer.global_step == 0
 
 
-def test_a_module_that_cannot_be_traced_is_refused_by_name_before_the_first_step_is_taken():
+class _OnlyInTraining(type(ZOO["mlp"].build())):
+    def training_step(self, batch, batch_idx):
+        if not self.training:
+            raise RuntimeError("is not training")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: _OnlyInTraining(0.0), "_OnlyInTraining cannot be pruned by structure: .* is not training"),
+        (lambda: ZOO["lstm"].build(), "nothing in LSTMLanguageModel can be removed .*'lstm' is a LSTM"),
+    ],
+)
+def test_a_module_that_cannot_be_followed_or_cut_is_refused_by_name_before_the_first_step_is_taken(module, message):
     pytest.importorskip("torch_pruning")
-    with pytest.raises(MisconfigurationException, match="PruneOnFitEnd: LossInside cannot be pruned by structure"):
-        train(ZOO["bert_qa"].build(), ZOO["bert_qa"].loader(1), callbacks=[PruneOnFitEnd(0.5, "structured")])
+    trainer = quiet_trainer(1, PruneOnFitEnd(0.5, "structured"))
+    with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: {message}"):
+        trainer.fit(module := module(), ZOO["lstm" if hasattr(module, "lstm") else "mlp"].loader(1))
+    assert trainer.global_step == 0
 
 
 @pytest.mark.distributed
