@@ -19,6 +19,7 @@ from compression_recipes import RECIPES, Recipe
 from compression_tasks import Task, tasks
 from environment import environment_record, now
 from options import Options, open_results
+from safetensors.torch import load_model, save_model
 
 from lightning_memopt.compression.latency import compare_latency
 from lightning_memopt.compression.sizes import measure_sizes
@@ -45,8 +46,7 @@ def main() -> int:
         rows = [row for row in wanted if row.startswith(f"{name}.")]
         if not rows:
             continue
-        module = task.build()
-        task.fit(module, task.epochs)
+        module = _trained(task, options.weights)
         score = task.score(module)
         for row in rows:
             recipe = RECIPES[row.split(".")[1]]
@@ -59,6 +59,20 @@ def main() -> int:
             results.add(row, record | {"measured_at": now()}, order)
             print(row, {key: value for key, value in record.items() if key not in ("task", "title")}, flush=True)
     return 1 if failed else 0
+
+
+def _trained(task: Task, folder: Path | None) -> pl.LightningModule:
+    """The task's module after its training, or with the weights that an earlier run left in ``folder``."""
+    module = task.build()
+    path = folder and folder / f"{task.name}.safetensors"
+    if path and path.exists():
+        load_model(module, path)
+        return module
+    task.fit(module, task.epochs)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(module, str(path))
+    return module
 
 
 def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recipe, runs: int) -> dict[str, Any]:
@@ -105,6 +119,9 @@ def _verdict(recipe: Recipe, record: dict[str, Any], is_accuracy: bool) -> dict[
 def _options() -> Options:
     options = Options(__doc__, RESULTS)
     options.add_count("runs", 50, "pairs of runs that a speedup is the median of")
+    options.parser.add_argument(
+        "--weights", type=Path, help="keep what was trained in this folder, and take it from there"
+    )
     return options
 
 
