@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_memopt.callbacks.fit_end import refuse_behind_quantization
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
 from lightning_memopt.compression.report import compression_report
@@ -72,13 +73,19 @@ class ClusterWeights(HoldingCallback):
         self.n, self.init, self.begin_step, self.seed = n, init, begin_step, seed
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.begin_step is None:
+            refuse_behind_quantization(trainer, self)
+        super().setup(trainer, pl_module, stage)
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if holds_fakes(pl_module):
             return
         before = measure_sizes(pl_module, packed=False)
         # The strategy has made the weights whole, and weight averaging, if any, has written them.
         if self._state:
-            self._apply_to(pl_module, self._state)
+            self._apply_at_end(pl_module)
         else:
             self._hold(self._select(pl_module).weights).find(self.n, self.init, self.seed)
         self.report = compression_report(before, pl_module, skipped=self._skipped)

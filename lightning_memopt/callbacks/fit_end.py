@@ -54,6 +54,8 @@ class FitEndCallback(Callback):
         if stage != "fit":
             return
         self.refusal = ""
+        if not getattr(self, "inplace", False):
+            refuse_behind_quantization(trainer, self)
         if self._gate is not None:
             self._gate = self._gate.resolved(trainer)
             require_validation(trainer, pl_module)
@@ -65,8 +67,10 @@ class FitEndCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._gate is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._gate.check(trainer.callback_metrics)
+        logged = trainer.callback_metrics
+        is_known = logged or not trainer.sanity_checking  # where Lightning leaves out those of several loaders
+        if self._gate is not None and trainer.state.fn == TrainerFn.FITTING and is_known:
+            self._gate.check(logged)
 
     def _validate_if_possible(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         """The metrics of ``module``; none where it is trained without validation."""
@@ -84,6 +88,22 @@ class FitEndCallback(Callback):
             save_compressed(module, self.export_path)
         trainer.strategy.barrier(type(self).__name__)
         return self.export_path
+
+
+def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:
+    """Raise where ``callback``, which needs plain weights when training is over, would find them packed.
+
+    Raises:
+        MisconfigurationException: A callback before it quantizes the module itself.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[: callbacks.index(callback)]:
+        if getattr(other, "inplace", False):
+            mine, theirs = type(callback).__name__, type(other).__name__
+            raise MisconfigurationException(
+                f"{mine} comes after {theirs}(inplace=True) in the list of callbacks, and could not change weights "
+                f"that are packed. Put {mine} before {theirs}."
+            )
 
 
 def validate_now(

@@ -67,6 +67,7 @@ class HoldingCallback(ReleasingCallback):
         self._skipped: Mapping[str, str] = {}
         self._held: Held | None = None
         self._state: dict[str, Any] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._predicted: list[torch.Tensor] = []
 
     # What it is
@@ -168,6 +169,12 @@ class HoldingCallback(ReleasingCallback):
             self._held.apply()
         super().on_train_end(trainer, pl_module)
 
+    def _apply_at_end(self, module: nn.Module) -> None:
+        """Apply what was held once more, to all that no other callback has made smaller since."""
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
+        same = {name: state for name, state in self._state.items() if shapes.get(name) == self._shapes.get(name)}
+        self._apply_to(module, same)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"held": self._held.state_dict() if self._held else self._state}
@@ -188,6 +195,7 @@ class HoldingCallback(ReleasingCallback):
     def _release(self) -> None:
         if self._held is not None:
             self._state = self._held.state_dict()  # a checkpoint may yet be saved
+            self._shapes = {name: weight.parameter.shape for name, weight in self._held.weights.items()}
             self._held.remove()
         self._held = None
         self._predicted.clear()

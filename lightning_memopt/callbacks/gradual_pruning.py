@@ -117,7 +117,7 @@ class GradualPruning(HoldingCallback):
         if holds_fakes(pl_module):
             return
         # Not only in `on_train_end`, where weight averaging may come later. The strategy has made the weights whole.
-        self._apply_to(pl_module, self._state)
+        self._apply_at_end(pl_module)
         self.report = compression_report(
             measure_sizes(pl_module, packed=False),
             pl_module,

@@ -266,6 +266,37 @@ def test_a_module_within_a_module_is_copied_without_the_trainer_for_the_gate():
     assert module.inner.trainer is trainer and find_sparsity(module)
 
 
+@pytest.mark.parametrize("make", [lambda: PruneOnFitEnd(0.5), lambda: ClusterWeights(4)])
+def test_behind_quantization_of_the_module_itself_it_is_refused_in_setup(make):
+    callbacks = [_NotEvenStarted(), QuantizeOnFitEnd("int8", inplace=True), make()]
+    with pytest.raises(MisconfigurationException, match=r"comes after QuantizeOnFitEnd\(inplace=True\)"):
+        train(ZOO["gpt2"].build(), ZOO["gpt2"].loader(1), callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: GradualPruning(ConstantSparsity(0.5)), lambda: ClusterWeights(4, begin_step=1)]
+)
+def test_what_weights_kept_while_they_trained_is_not_laid_over_a_module_made_smaller_since(make):
+    pytest.importorskip("torch_pruning")
+    runs = []
+    for last in (True, False):
+        callbacks = [PruneOnFitEnd(0.5, "structured"), make()]
+        callbacks = callbacks if last else callbacks[::-1]
+        runs.append(train(ZOO["mlp"].build(), ZOO["mlp"].loader(3), steps=3, callbacks=callbacks).weights)
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_a_gate_on_a_metric_of_one_of_several_loaders():
+    class Several(type(ZOO["mlp"].build())):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    pruning = PruneOnFitEnd(0.5, max_metric_drop=10.0, monitor="val_loss/dataloader_idx_1", mode="min")
+    loaders = [ZOO["mlp"].loader(1), ZOO["mlp"].loader(2)]
+    quiet_trainer(1, pruning).fit(Several(0.0), ZOO["mlp"].loader(1), loaders)
+    assert set(pruning.report.metrics_after) == {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"}
+
+
 class _BuiltInSetup(type(ZOO["mlp"].build())):
     def __init__(self):
         super().__init__(0.0)
