@@ -1,4 +1,4 @@
-"""What tests of callbacks that change training share: a quiet trainer, a watch, and runs that are interrupted."""
+"""What tests of callbacks that change training share: a watch, and runs that are interrupted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +8,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from tests.parity import quiet_trainer
 from tests.zoo import Entry
-
-
-def quiet_trainer(steps: int, *callbacks: Callback, **options: Any) -> pl.Trainer:
-    """One CPU, and nothing that is printed or written."""
-    defaults = {
-        "accelerator": "cpu", "max_steps": steps, "max_epochs": -1, "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "enable_checkpointing": False,
-    }  # fmt: skip
-    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
 
 
 class Watch(Callback):

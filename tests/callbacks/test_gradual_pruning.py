@@ -25,8 +25,8 @@ from lightning_memopt import (
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
-from tests.parity import train
-from tests.resuming import SavesAt, Watch, fit_same_batches, quiet_trainer
+from tests.parity import quiet_trainer, train
+from tests.resuming import SavesAt, Watch, fit_same_batches
 from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
 from tests.zoo import ZOO
 

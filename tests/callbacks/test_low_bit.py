@@ -10,8 +10,8 @@ from lightning_memopt.techniques.blockwise import as_packed
 from lightning_memopt.techniques.low_bit import SMALLEST
 from tests.callbacks.low_bit_on_two_ranks import final_weights
 from tests.distributed import run_on_ranks
-from tests.parity import assert_same_training, train
-from tests.resuming import SavesAt, fit_same_batches, quiet_trainer
+from tests.parity import assert_same_training, quiet_trainer, train
+from tests.resuming import SavesAt, fit_same_batches
 from tests.zoo import ZOO, cases
 
 LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}

@@ -20,8 +20,7 @@ from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from lightning_memopt.compression.sizes import plain_values
 from tests.distributed import run_on_ranks
-from tests.parity import train
-from tests.resuming import quiet_trainer
+from tests.parity import quiet_trainer, train
 from tests.zoo import ZOO, cases
 
 
