@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -12,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import check_step
 from lightning_memopt.compression.selection import Selection, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
@@ -22,7 +22,7 @@ from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
-class ClusterWeights(Callback):
+class ClusterWeights(ReportingCallback):
     """Rounds the elements of each weight to ``n`` values of its own, found by k-means.
 
     In memory nothing changes; on disk each element is an index: 4 bits for 16 values. Where a share of a weight is
@@ -63,6 +63,7 @@ class ClusterWeights(Callback):
         embeddings: bool = False,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         try:
             self._which = WeightFilter(include, exclude, embeddings)
             check_clusters(n, init)
@@ -71,7 +72,6 @@ class ClusterWeights(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"ClusterWeights: {error}") from error
         self.n, self.init, self.begin_step, self.seed = n, init, begin_step, seed
-        self.report: CompressionReport | None = None
         self._clusters: Clusters | None = None
         self._state: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []

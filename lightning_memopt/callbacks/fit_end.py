@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_memopt.compression.latency import Latency, compare_latency
+
 
 def validate_now(
     trainer: pl.Trainer, module: pl.LightningModule, *, dataloaders: Any = None, batches: int | None = None
@@ -96,6 +98,24 @@ def copy_module(module: pl.LightningModule) -> pl.LightningModule:
         return copy.deepcopy(module)
     finally:
         module._trainer = owner
+
+
+def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.LightningModule) -> tuple[Latency, ...]:
+    """Time both, not compiled, on ``before.example_input_array`` and on its first sample, where it is a tensor."""
+    inputs = before.example_input_array
+    if not isinstance(inputs, torch.Tensor) or not inputs.dim():
+        return ()
+    precision = trainer.precision_plugin
+    inputs = precision.convert_input(inputs.to(before.device))
+    modes = {part: part.training for module in (before, after) for part in module.modules()}
+    before.eval(), after.eval()
+    try:
+        with precision.forward_context():
+            sizes = sorted({1, len(inputs)})
+            return tuple(compare_latency(before, after, inputs[:size], size) for size in sizes)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @dataclass(frozen=True)

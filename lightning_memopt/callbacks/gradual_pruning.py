@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -13,10 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
 from lightning_memopt.compression.selection import Selection, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
@@ -24,7 +24,7 @@ from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
-class GradualPruning(Callback):
+class GradualPruning(ReportingCallback):
     """Raises the share of zero weights along a schedule, and keeps what is pruned at zero after every step.
 
     The targets are absolute: 0.5 is half of the weights, however often it is asked for. What is pruned stays pruned.
@@ -68,9 +68,9 @@ class GradualPruning(Callback):
         embeddings: bool = False,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.schedule = schedule
         self.sparsity = 0.0
-        self.report: CompressionReport | None = None
         self._skipped: dict[str, str] = {}
         self._target = 0.0
         self._masks: Masks | None = None

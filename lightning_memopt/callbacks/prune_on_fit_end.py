@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,11 +18,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.fit_end import Gate, copy_module, require_validation, validate_now
+from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.masks import Masks, find_sparsity
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import prune_structured
@@ -35,7 +35,7 @@ from lightning_memopt.techniques.snapshot import StepSnapshot
 EndMethod = Literal["magnitude", "random", "n:m", "structured"]
 
 
-class PruneOnFitEnd(Callback):
+class PruneOnFitEnd(ReportingCallback):
     """Prunes the module when ``fit`` ends, under any strategy and launcher.
 
     By then the strategy has made the module whole again, so that every rank prunes the same. Single weights, groups,
@@ -94,9 +94,9 @@ class PruneOnFitEnd(Callback):
         mode: Literal["min", "max"] = "max",
         export_path: str | Path | None = None,
     ) -> None:
+        super().__init__()
         self.amount = amount
         self.export_path = export_path
-        self.report: CompressionReport | None = None
         self.refusal = ""
         self._is_structured = method == "structured"
         self._batch: Any = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_memopt.compression.latency import Latency
-from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes
+from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes, plain_parts
 from lightning_memopt.memory.report import format_bytes
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class CompressionReport:
         metrics_before: The validation metrics, as the module logs them; empty where no gate was asked for.
         metrics_after: The same of the compressed module.
         skipped: Why a weight was left alone, by its name.
+        skipped_bytes: What it takes in memory.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -66,6 +67,7 @@ class CompressionReport:
     metrics_before: Mapping[str, float]
     metrics_after: Mapping[str, float]
     skipped: Mapping[str, str]
+    skipped_bytes: Mapping[str, int]
 
     @property
     def ratio(self) -> float:
@@ -141,7 +143,8 @@ class CompressionReport:
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            table.add_row(f"left alone: {names[0]}{others}", "", reason, "")
+            size = format_bytes(sum(self.skipped_bytes.get(name, 0) for name in names))
+            table.add_row(f"left alone: {names[0]}{others}", size, reason, "")
         return table
 
 
@@ -191,6 +194,11 @@ def compression_report(
         metrics_before=dict(metrics_before or {}),
         metrics_after=dict(metrics_after or {}),
         skipped=dict(skipped or {}),
+        skipped_bytes={
+            name: sum(part.nbytes for part in plain_parts(parameter))
+            for name, parameter in after.named_parameters(remove_duplicate=False)
+            if name in (skipped or {})
+        },
     )
 
 
