@@ -32,7 +32,7 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     found = tasks(options.quick)
-    order = [f"{task}.{recipe}" for task in found for recipe in RECIPES]
+    order = [f"{task}.{name}" for task in found for name, one in RECIPES.items() if task in (one.tasks or found)]
     wanted = options.only or order
     if unknown := set(wanted) - set(order):
         print(f"{', '.join(sorted(unknown))}: no such row; there are {', '.join(order)}", file=sys.stderr)
@@ -95,9 +95,10 @@ def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recip
     first, second = (one.eval() for one in (task.copy(module), task.copy(outcome.module)))
     torch.compiler.reset()
     # Each size of a batch is compiled by itself: this is about the best that either can do.
-    before, small = (
-        torch.compile(one.forward, dynamic=False) if recipe.is_compiled else one.forward for one in (first, second)
-    )
+    before, small = first.forward, second.forward
+    if recipe.is_compiled:
+        frozen = {"options": {"freezing": True}} if recipe.is_frozen else {}
+        before, small = torch.compile(before, dynamic=False), torch.compile(small, dynamic=False, **frozen)
     for size in (1, 32):
         latency = compare_latency(before, small, task.batch(size), size, runs=runs)
         record[f"speedup_at_{size}"] = latency.speedup

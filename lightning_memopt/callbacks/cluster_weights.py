@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import refuse_behind_quantization
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
@@ -63,19 +63,18 @@ class ClusterWeights(HoldingCallback):
         embeddings: bool = False,
         seed: int = 0,
     ) -> None:
-        try:
+        with named_errors(self):
             check_clusters(n, init)
             super().__init__(WeightFilter(include, exclude, embeddings), bits=(n - 1).bit_length())
             if begin_step is not None:
                 check_step(begin_step, "begin_step")
-        except ValueError as error:
-            raise MisconfigurationException(f"ClusterWeights: {error}") from error
         self.n, self.init, self.begin_step, self.seed = n, init, begin_step, seed
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and self.begin_step is None:
-            refuse_behind_quantization(trainer, self)
+            with named_errors(self):
+                refuse_behind_quantization(trainer, self)
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -99,8 +98,8 @@ class ClusterWeights(HoldingCallback):
     def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:
         parted = [w.name for w in weights if isinstance(w.parameter, DTensor) or w.parameter.is_meta]
         if parted:
-            raise MisconfigurationException(
-                f"ClusterWeights: {parted[0]!r} is not whole on this rank under {type(trainer.strategy).__name__}, "
+            raise ValueError(
+                f"{parted[0]!r} is not whole on this rank under {type(trainer.strategy).__name__}, "
                 "and a value that trains is the mean over all of its elements. Use begin_step=None, which clusters "
                 "when training is over, or a strategy of replicas."
             )

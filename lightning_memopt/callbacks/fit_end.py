@@ -17,13 +17,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.container.destination import check_destination
-from lightning_memopt.compression.report import CompressionReport
+from lightning_memopt.compression.latency import Latency, compare_latency
 from lightning_memopt.models.instance_patch import replaced
 
 
-class FitEndCallback(Callback):
+class FitEndCallback(ReportingCallback):
     """Compresses when training is over; refuses before it begins what would fail then.
 
     Args:
@@ -33,7 +35,6 @@ class FitEndCallback(Callback):
         export_path: A folder to write the result to.
 
     Attributes:
-        report: What was done; ``None`` before.
         refusal: Why the result was refused; empty where it was not.
     """
 
@@ -44,8 +45,8 @@ class FitEndCallback(Callback):
         mode: Literal["min", "max"],
         export_path: str | Path | None,
     ) -> None:
+        super().__init__()
         self.export_path = export_path
-        self.report: CompressionReport | None = None
         self.refusal = ""
         self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
 
@@ -54,16 +55,17 @@ class FitEndCallback(Callback):
         if stage != "fit":
             return
         self.refusal = ""
-        if not getattr(self, "inplace", False):
-            refuse_behind_quantization(trainer, self)
+        with named_errors(self):
+            self._check_fit(trainer, pl_module)
+
+    def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise where it could not be done when training is over; for ``setup``, and nobody's name is said yet."""
+        refuse_behind_quantization(trainer, self)
         if self._gate is not None:
             self._gate = self._gate.resolved(trainer)
             require_validation(trainer, pl_module)
         if self.export_path is not None and trainer.is_global_zero:
-            try:
-                check_destination(self.export_path)
-            except ValueError as error:
-                raise MisconfigurationException(f"{type(self).__name__}: export_path={error}") from error
+            check_destination(self.export_path)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,10 +101,10 @@ def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks[: callbacks.index(callback)]:
         if getattr(other, "inplace", False):
-            mine, theirs = type(callback).__name__, type(other).__name__
+            name = type(other).__name__
             raise MisconfigurationException(
-                f"{mine} comes after {theirs}(inplace=True) in the list of callbacks, and could not change weights "
-                f"that are packed. Put {mine} before {theirs}."
+                f"{name}(inplace=True) comes before it in the list of callbacks, and packs the weights that it would "
+                f"change. Put it before {name}."
             )
 
 
@@ -194,6 +196,24 @@ def copy_module(module: pl.LightningModule) -> pl.LightningModule:
         return copy.deepcopy(module)
     finally:
         module.trainer = owner
+
+
+def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.LightningModule) -> tuple[Latency, ...]:
+    """Time both, not compiled, on ``before.example_input_array`` and on its first sample, where it is a tensor."""
+    inputs = before.example_input_array
+    if not isinstance(inputs, torch.Tensor) or not inputs.dim():
+        return ()
+    precision = trainer.precision_plugin
+    inputs = precision.convert_input(inputs.to(before.device))
+    modes = {part: part.training for module in (before, after) for part in module.modules()}
+    before.eval(), after.eval()
+    try:
+        with precision.forward_context():
+            sizes = sorted({1, len(inputs)})
+            return tuple(compare_latency(before, after, inputs[:size], size) for size in sizes)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.held import Held
-from lightning_memopt.compression.report import CompressionReport
 from lightning_memopt.compression.selection import Selection, Weight, WeightFilter
 from lightning_memopt.models.fake import holds_fakes
 
@@ -46,7 +46,7 @@ class ReleasingCallback(Callback):
         self._release()
 
 
-class HoldingCallback(ReleasingCallback):
+class HoldingCallback(ReleasingCallback, ReportingCallback):
     """Has weights keep something, masks or clusters, after every optimizer step.
 
     It is saved with the callback's state, and lies beside the module, not in its ``state_dict``.
@@ -54,14 +54,10 @@ class HoldingCallback(ReleasingCallback):
     Args:
         which: Which weights.
         bits: What it takes for each of their elements.
-
-    Attributes:
-        report: What was done, as a :class:`~lightning_memopt.compression.report.CompressionReport`; ``None`` before
-            the end.
     """
 
     def __init__(self, which: WeightFilter, bits: int) -> None:
-        self.report: CompressionReport | None = None
+        super().__init__()
         self._which = which
         self._bits = bits
         self._skipped: Mapping[str, str] = {}
@@ -98,7 +94,7 @@ class HoldingCallback(ReleasingCallback):
 
     @abstractmethod
     def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:
-        """Raise where the strategy has taken the weights apart too far."""
+        """Raise a :class:`ValueError` where the strategy has taken the weights apart too far."""
 
     # When it is
 
@@ -121,7 +117,8 @@ class HoldingCallback(ReleasingCallback):
         self._skipped = selection.skipped
         if self._last_step is None:
             return
-        self._check_parts(trainer, selection.weights)
+        with named_errors(self):
+            self._check_parts(trainer, selection.weights)
         if holds_fakes(pl_module):
             self._predicted = [empty_packed(weight.parameter, self._bits) for weight in selection.weights]
         else:
@@ -131,10 +128,8 @@ class HoldingCallback(ReleasingCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._held is None:
             return
-        try:
+        with named_errors(self):
             self._held.load_state_dict(self._state)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         self._held.hold(trainer.optimizers, lambda: self._reach(trainer, trainer.global_step + 1))
         self._reach(trainer, trainer.global_step)
         steps = trainer.estimated_stepping_batches  # -1 where nobody knows
@@ -184,11 +179,9 @@ class HoldingCallback(ReleasingCallback):
         self._state = state_dict["held"]
 
     def _select(self, module: nn.Module) -> Selection:
-        try:
+        with named_errors(self):
             selection = self._which.select(module)
             self._check(selection.weights)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         return selection
 
     @override

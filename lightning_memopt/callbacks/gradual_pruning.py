@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
@@ -69,18 +70,16 @@ class GradualPruning(HoldingCallback):
         self.schedule = schedule
         self.sparsity = 0.0
         self._target = 0.0
-        try:
+        with named_errors(self):
             super().__init__(WeightFilter(include, exclude, embeddings), bits=1)
             check_schedule(schedule)
             self._choice = Choice(method, pattern, scope, seed)
             self._choice.pattern.limit(schedule.final_sparsity)
-        except ValueError as error:
-            raise MisconfigurationException(f"GradualPruning: {error}") from error
-        if method == "saliency" and not schedule.begin_step:
-            raise MisconfigurationException(
-                "GradualPruning: method='saliency' needs gradients, and the schedule prunes before the first step. "
-                "Give it a begin_step of 1 or later."
-            )
+            if method == "saliency" and not schedule.begin_step:
+                raise ValueError(
+                    "method='saliency' needs gradients, and the schedule prunes before the first step. Give it a "
+                    "begin_step of 1 or later."
+                )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -138,8 +137,8 @@ class GradualPruning(HoldingCallback):
     def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:
         away = [weight.name for weight in weights if weight.parameter.is_meta]
         if away:
-            raise MisconfigurationException(
-                f"GradualPruning: {away[0]!r} is on another pipeline stage, and targets are of the whole model. Use "
+            raise ValueError(
+                f"{away[0]!r} is on another pipeline stage, and targets are of the whole model. Use "
                 "a strategy without pipeline stages, or PruneOnFitEnd."
             )
 

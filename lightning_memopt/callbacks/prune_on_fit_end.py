@@ -10,13 +10,13 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import FitEndCallback, copy_module
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
@@ -98,21 +98,17 @@ class PruneOnFitEnd(FitEndCallback):
         self.amount = amount
         self._is_structured = method == "structured"
         self._batch: Any = None
-        try:
+        with named_errors(self):
             self._which = WeightFilter(include, exclude, embeddings)
             check_sparsity(amount)
             self._choice = _choice_of(method, amount, pattern, scope, seed)
-        except ValueError as error:
-            raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
+    def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_fit(trainer, pl_module)
         self._batch = None
         if self._is_structured:
-            self._check_structured(trainer, pl_module)
+            _check_structured(trainer, pl_module)
         if has_its_layers(pl_module):
             self._check(pl_module)
             if self._is_structured and getattr(trainer.strategy, "splits_module", False):
@@ -121,7 +117,8 @@ class PruneOnFitEnd(FitEndCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check(pl_module)  # by now the module has all its layers
+        with named_errors(self):
+            self._check(pl_module)  # by now the module has all its layers
 
     @override
     def on_train_batch_start(
@@ -130,7 +127,8 @@ class PruneOnFitEnd(FitEndCallback):
         if self._is_structured and self._batch is None and not holds_fakes(pl_module):
             self._batch = move_data_to_device(batch, "cpu")
             if not any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in pl_module.parameters()):
-                self._try_structured(pl_module)
+                with named_errors(self):
+                    self._try_structured(pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,20 +150,6 @@ class PruneOnFitEnd(FitEndCallback):
             export_path=self._export(trainer, pl_module),
         )  # fmt: skip
 
-    def _check_structured(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise MisconfigurationException(
-                "PruneOnFitEnd: the processes that this strategy spawns or forks send weights back to a module of "
-                "the old sizes, which method='structured' changes. Use strategy='ddp' (or a memopt one), which "
-                "starts the script itself again, or torchrun."
-            )
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                f"PruneOnFitEnd: method='structured' follows training_step, and that of {type(module).__name__} "
-                "steps its optimizers itself (automatic_optimization=False). Use another method, or "
-                "compression.structured.prune_structured when training is over."
-            )
-
     def _try_structured(self, module: pl.LightningModule) -> None:
         """Prune a copy in host memory, so that a module that cannot be followed is refused now and not at the end."""
         trial = copy_module(module).cpu()
@@ -179,25 +163,19 @@ class PruneOnFitEnd(FitEndCallback):
             gc.collect()  # modules refer to themselves, and a copy is large
 
     def _check(self, module: nn.Module) -> None:
-        try:
-            selection = self._which.select(module)
-            if not self._is_structured:
-                self._choice.check(selection.weights, self.amount)
-        except ValueError as error:
-            raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error
+        selection = self._which.select(module)
+        if not self._is_structured:
+            self._choice.check(selection.weights, self.amount)
 
     def _prune(
         self, module: pl.LightningModule, optimizers: Sequence[Optimizer] = ()
     ) -> tuple[Mapping[str, str], float | None]:
         """Prune ``module``, the same whenever its weights are the same; what was skipped, and the share of zeros."""
         if self._is_structured:
-            try:
-                done = prune_structured(
-                    module, self.amount, self._run, include=self._which.include, exclude=self._which.exclude,
-                    optimizers=optimizers,
-                )  # fmt: skip
-            except ValueError as error:
-                raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error
+            done = prune_structured(
+                module, self.amount, self._run, include=self._which.include, exclude=self._which.exclude,
+                optimizers=optimizers,
+            )  # fmt: skip
             return done.skipped, None
         selection = self._which.select(module)
         masks = Masks(selection.weights)
@@ -216,6 +194,20 @@ class PruneOnFitEnd(FitEndCallback):
         finally:
             for part, training in modes.items():
                 part.training = training
+
+
+def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "the processes that this strategy spawns or forks send weights back to a module of the old sizes, which "
+            "method='structured' changes. Use strategy='ddp' (or a memopt one), which starts the script itself "
+            "again, or torchrun."
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"method='structured' follows training_step, and that of {type(module).__name__} steps its optimizers "
+            "itself (automatic_optimization=False). Use another method, or prune_structured when training is over."
+        )
 
 
 def _first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:

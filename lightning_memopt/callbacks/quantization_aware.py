@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_time import ReleasingCallback
 from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd
 from lightning_memopt.compression.fake_quantize import FakeQuantization
@@ -65,16 +66,12 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
             scheme, include=include, exclude=exclude, max_metric_drop=max_metric_drop, monitor=monitor, mode=mode,
             export_path=export_path,
         )  # fmt: skip
-        try:
+        with named_errors(self):
             check_step(start_step, "start_step")
             if freeze_observers_step is not None:
                 check_step(freeze_observers_step, "freeze_observers_step")
-        except ValueError as error:
-            raise MisconfigurationException(f"QuantizationAwareTraining: {error}") from error
-        if scheme in ("fp16", "bf16"):
-            raise MisconfigurationException(
-                f"QuantizationAwareTraining: scheme={scheme!r} rounds too little to train for. Use QuantizeOnFitEnd."
-            )
+            if scheme in ("fp16", "bf16"):
+                raise ValueError(f"scheme={scheme!r} rounds too little to train for. Use QuantizeOnFitEnd.")
         self.start_step = start_step
         self.freeze_observers_step = freeze_observers_step
         self.convert_on_fit_end = convert_on_fit_end

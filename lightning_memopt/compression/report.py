@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from lightning_memopt.compression.latency import Latency
-from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes
+from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes, plain_parts
 from lightning_memopt.memory.report import JsonReport, format_bytes
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class CompressionReport(JsonReport):
         metrics_before: The validation metrics, as the module logs them; empty where no gate was asked for.
         metrics_after: The same of the compressed module.
         skipped: Why a weight was left alone, by its name.
+        skipped_bytes: What it takes in memory.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -65,6 +66,7 @@ class CompressionReport(JsonReport):
     metrics_before: Mapping[str, float]
     metrics_after: Mapping[str, float]
     skipped: Mapping[str, str]
+    skipped_bytes: Mapping[str, int]
 
     parts: ClassVar[Mapping[str, type[Any]]] = {"modules": ModuleChange, "latency": Latency}
 
@@ -123,7 +125,8 @@ class CompressionReport(JsonReport):
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            table.add_row(f"left alone: {names[0]}{others}", "", reason, "")
+            size = format_bytes(sum(self.skipped_bytes.get(name, 0) for name in names))
+            table.add_row(f"left alone: {names[0]}{others}", size, reason, "")
         return table
 
 
@@ -173,6 +176,11 @@ def compression_report(
         metrics_before=dict(metrics_before or {}),
         metrics_after=dict(metrics_after or {}),
         skipped=dict(skipped or {}),
+        skipped_bytes={
+            name: sum(part.nbytes for part in plain_parts(parameter))
+            for name, parameter in after.named_parameters(remove_duplicate=False)
+            if name in (skipped or {})
+        },
     )
 
 

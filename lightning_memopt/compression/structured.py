@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
+from lightning_memopt.compression.model_config import update_configs
 from lightning_memopt.compression.units import Call, Slot, UnitGroup, find_units, output_tensors
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
@@ -111,7 +112,8 @@ def prune_structured(
         for optimizer in optimizers:
             _shrink_optimizer(optimizer, smaller)
         removed = {group.name: (group.size, int(mask.sum())) for group, mask in plan.kept}
-        return StructuredPruning(removed, plan.skipped, before, _count(module))
+        configs = update_configs(module, plan.kept, lambda: _runs(module, call, shapes))
+        return StructuredPruning(removed, plan.skipped | configs, before, _count(module))
     raise ValueError(
         f"{type(module).__name__} cannot be made smaller: its code does not run with "
         f"{', '.join(group.name for group, _ in plan.kept)} reduced ({failures[0]}). Exclude those layers, or prune "
@@ -396,6 +398,13 @@ def _output_shapes(module: nn.Module, call: Call) -> list[torch.Size]:
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+def _runs(module: nn.Module, call: Call, shapes: list[torch.Size]) -> bool:
+    try:
+        return _output_shapes(module, call) == shapes
+    except Exception:
+        return False
 
 
 def _count(module: nn.Module) -> int:

@@ -268,7 +268,7 @@ def test_a_module_within_a_module_is_copied_without_the_trainer_for_the_gate():
 @pytest.mark.parametrize("make", [lambda: PruneOnFitEnd(0.5), lambda: ClusterWeights(4)])
 def test_behind_quantization_of_the_module_itself_it_is_refused_in_setup(make):
     callbacks = [_NotEvenStarted(), QuantizeOnFitEnd("int8", inplace=True), make()]
-    with pytest.raises(MisconfigurationException, match=r"comes after QuantizeOnFitEnd\(inplace=True\)"):
+    with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd\(inplace=True\) comes before it"):
         train(ZOO["gpt2"].build(), ZOO["gpt2"].loader(1), callbacks=callbacks)
 
 
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_setup(tmp_path):
         (tmp_path / "other", "holds something else"),
     ):
         pruning = PruneOnFitEnd(0.5, export_path=path)
-        with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: export_path=.*{reason}"):
+        with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: .*{reason}"):
             train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[_NotEvenStarted(), pruning])
 
 
