@@ -118,7 +118,8 @@ def _start(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
 def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
     """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory.
 
-    The same of a loop by hand says how much of it is the schedule's and this machine's.
+    A rank that has ended its part waits for the last one, whether it says so or not. The same of a loop by hand says
+    how much of the share is the schedule's and this machine's.
     """
     shares: dict[str, list[float]] = {"ours": [], "by_hand": []}
     with (
@@ -129,7 +130,8 @@ def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
             for name, group in (("ours", ours), ("by_hand", by_hand)):
                 clocks = group.ask("go")
                 if step >= WARM_UP:
-                    shares[name].append(1 - sum(computed for _, computed in clocks) / sum(wall for wall, _ in clocks))
+                    longest = max(wall for wall, _ in clocks)
+                    shares[name].append(1 - sum(computed for _, computed in clocks) / (RANKS * longest))
     share, share_by_hand = median(shares["ours"]), median(shares["by_hand"])
     # Narayanan et al. 2021 (https://arxiv.org/abs/2104.04473), section 2.2: of m + p - 1 slots, p - 1 are idle.
     theory = (RANKS - 1) / (size.micro_batches + RANKS - 1)
