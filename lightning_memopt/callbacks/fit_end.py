@@ -23,6 +23,7 @@ from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.container.destination import check_destination
 from lightning_memopt.compression.latency import Latency, compare_latency
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.planning.quiet import quiet_lightning
 
 
 class FitEndCallback(ReportingCallback):
@@ -130,19 +131,20 @@ def validate_now(
     require_validation(trainer, module)
     data = trainer.val_dataloaders if dataloaders is None else dataloaders
     device = trainer.strategy.root_device
-    inner = pl.Trainer(
-        accelerator=device.type, devices=1 if device.type == "cpu" else [device.index or 0], logger=DummyLogger(),
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=trainer.limit_val_batches if batches is None else batches, inference_mode=False,
-        plugins=[copy.copy(trainer.precision_plugin)],
-    )  # fmt: skip
     source: dict[str, Any] = {"dataloaders": data}
     with ExitStack() as stack:
+        stack.enter_context(quiet_lightning())
         stack.enter_context(_lent(module))
         if (datamodule := trainer.datamodule) is not None:  # type: ignore[attr-defined]
             # With it, since it may change batches as they are moved, and the module may read it.
             stack.enter_context(_lent(datamodule, val_dataloader=lambda: data))
             source = {"datamodule": datamodule}
+        inner = pl.Trainer(
+            accelerator=device.type, devices=1 if device.type == "cpu" else [device.index or 0], logger=DummyLogger(),
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            limit_val_batches=trainer.limit_val_batches if batches is None else batches, inference_mode=False,
+            plugins=[copy.copy(trainer.precision_plugin)],
+        )  # fmt: skip
         inner.validate(module, verbose=False, **source)
         metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
     if trainer.world_size > 1:

@@ -10,7 +10,8 @@ from lightning_memopt.compression.report import CompressionReport, compression_r
 from lightning_memopt.demo.data import Corpus
 from lightning_memopt.demo.model import GPT
 from lightning_memopt.demo.presets import Preset
-from lightning_memopt.demo.run import Outcome, quiet_lightning, validate
+from lightning_memopt.demo.run import Outcome, validate
+from lightning_memopt.planning.quiet import quiet_lightning
 
 RECIPE = {"prune": {"amount": 0.5}, "quantize": "int8"}
 """Half of the weights to zero, and the rest in 8 bits; without training any further."""

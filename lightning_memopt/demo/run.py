@@ -1,10 +1,7 @@
 """Train the demo's GPT plainly and with techniques, from the same seed on the same batches, and record both."""
 
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,6 +17,7 @@ from lightning_memopt.demo.data import Corpus, Windows
 from lightning_memopt.demo.model import GPT
 from lightning_memopt.demo.presets import Preset
 from lightning_memopt.demo.techniques import callbacks
+from lightning_memopt.planning.quiet import quiet_lightning
 
 WARM_UP_STEPS = 3
 """Steps that are not timed: the first ones also allocate optimizer state and warm the caches."""
@@ -146,19 +144,3 @@ class _Watch(Callback):
         self.losses.append(float(outputs["loss"]))
         self.progress(self.name, len(self.losses), f"loss {self.losses[-1]:.2f}")
         self._since = time.perf_counter()
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's banners out of the demo's own output."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,9 +1,6 @@
 """Run Lightning's own loop on one batch until one optimizer step, not the first, is measured."""
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.planning.operators import OperatorLog
+from lightning_memopt.planning.quiet import quiet_lightning
 
 _MAX_BATCHES = 1000
 """A loop that takes more batches than this for two optimizer steps is taken for one that never steps."""
@@ -101,7 +99,7 @@ def run_second_step(
     Raises:
         ValueError: The loop does not step an optimizer.
     """
-    with _silence(), track_memory(module, _trackable(batch), timeline_points=timeline_points) as tracker:
+    with quiet_lightning(), track_memory(module, _trackable(batch), timeline_points=timeline_points) as tracker:
         watcher = _MeasureSecondStep(tracker, log)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
         trainer.fit(module, _SameBatch(batch))
@@ -115,17 +113,3 @@ def run_second_step(
 
 def _trackable(batch: Any) -> Any:
     return batch if isinstance(batch, dict | list | tuple) or hasattr(batch, "untyped_storage") else []
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Nobody wants to read about the devices and loaders of a trainer that they did not make."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -73,8 +73,6 @@ class AutoStrategy(DataParallelStrategy):
 
     def _become(self, chosen: DataParallelStrategy) -> None:
         """Take the class of ``chosen`` and what it has beside what Lightning has set on this one meanwhile."""
-        own = vars(self)
-        for name, value in vars(chosen).items():
-            if name not in vars(DataParallelStrategy()) or name in ("shard", "offload"):
-                own[name] = value
+        common = vars(DataParallelStrategy()).keys() - {"shard", "offload"}
+        vars(self).update({name: value for name, value in vars(chosen).items() if name not in common})
         self.__class__ = type(chosen)  # type: ignore[assignment]
