@@ -6,24 +6,29 @@ from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
-from lightning_memopt.callbacks.fit_end import Gate, copy_module, require_validation, time_example, validate_now
-from lightning_memopt.callbacks.reporting import ReportingCallback
-from lightning_memopt.compression.container import save_compressed
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_end import (
+    FitEndCallback,
+    copy_module,
+    require_validation,
+    time_example,
+    validate_now,
+)
+from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import observe_inputs
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sensitivity import scan_sensitivity
 from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
-class QuantizeOnFitEnd(ReportingCallback):
+class QuantizeOnFitEnd(FitEndCallback):
     """Packs the weights in few bits when ``fit`` ends: of a copy, so that the module and its checkpoints stay usable.
 
     ``trainer.predict(callback.quantized, ...)`` and ``trainer.test(callback.quantized, ...)`` work, and
@@ -72,58 +77,49 @@ class QuantizeOnFitEnd(ReportingCallback):
         inplace: bool = False,
         export_path: str | Path | None = None,
     ) -> None:
-        super().__init__()
+        with named_errors(self):
+            super().__init__(max_metric_drop, monitor, mode, export_path)
+            self._which = WeightFilter(include, exclude, embeddings=True)
+            packing(scheme)
+            if calibration_batches < 1:
+                raise ValueError(f"calibration_batches={calibration_batches} sees no data; give 1 or more.")
+            if back_off and self._gate is None:
+                raise ValueError("back_off=True has nothing to keep to without max_metric_drop; give one.")
+            if inplace and self._gate is not None:
+                raise ValueError(
+                    "inplace=True cannot be refused by max_metric_drop, since the module is rounded by then. Leave "
+                    "inplace out."
+                )
         self.scheme = scheme
         self.calibration_batches = calibration_batches
         self.back_off = back_off
         self.inplace = inplace
-        self.export_path = export_path
         self.quantized: pl.LightningModule | None = None
-        self.refusal = ""
-        self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
-        if calibration_batches < 1:
-            raise MisconfigurationException(
-                f"QuantizeOnFitEnd: calibration_batches={calibration_batches} sees no data; give 1 or more."
-            )
-        if back_off and self._gate is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: back_off=True has nothing to keep to without max_metric_drop; give one."
-            )
-        if inplace and self._gate is not None:
-            raise MisconfigurationException(
-                "QuantizeOnFitEnd: inplace=True cannot be refused by max_metric_drop, since the module is rounded by "
-                "then. Leave inplace out."
-            )
-        try:
-            self._which = WeightFilter(include, exclude, embeddings=True)
-            packing(scheme)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        try:
-            if self._gate is not None:
-                self._gate = self._gate.resolved(trainer)
-            if self._gate is not None or self.scheme == "int8_static":
-                require_validation(trainer, pl_module)
-            if not is_overridden("configure_model", pl_module):
-                check_quantizable(pl_module, self.scheme, self._which)
-        except (ValueError, MisconfigurationException) as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+    def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_fit(trainer, pl_module)
+        if self.scheme == "int8_static":
+            require_validation(trainer, pl_module)
+        if has_its_layers(pl_module):
+            check_quantizable(pl_module, self.scheme, self._which)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with named_errors(self):
+            self._which.select(pl_module)  # by now the module has all its layers, but perhaps not whole
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        validates = is_overridden("validation_step", pl_module) and trainer.val_dataloaders is not None
-        metrics = validate_now(trainer, pl_module) if validates else None
+        if holds_fakes(pl_module):
+            return
+        metrics = self._validate_if_possible(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy_module(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
         skipped = quantize(module, self.scheme, self._which, ranges).skipped
-        after = validate_now(trainer, module) if validates else None
-        if self._gate is not None and metrics is not None and after is not None:
+        after = self._validate_if_possible(trainer, module)
+        if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
             if self.refusal and self.back_off and (found := self._backed_off(trainer, pl_module, ranges)):
                 module, left = found
@@ -133,7 +129,6 @@ class QuantizeOnFitEnd(ReportingCallback):
         module.eval()
         if not self.refusal:
             self.quantized = module
-            self._export(trainer)
         else:
             rank_zero_warn(
                 f"{type(self).__name__}: {self.refusal}, so the result is dropped. Try a scheme of more bits."
@@ -141,7 +136,7 @@ class QuantizeOnFitEnd(ReportingCallback):
         self.report = compression_report(
             before, module, skipped=skipped, metrics_before=metrics, metrics_after=after,
             latency=() if self.inplace else time_example(trainer, pl_module, module),
-            export_path=None if self.refusal else self.export_path,
+            export_path=self._export(trainer, module),
         )  # fmt: skip
 
     def _backed_off(
@@ -172,9 +167,3 @@ class QuantizeOnFitEnd(ReportingCallback):
         with observe_inputs(module) as ranges:
             validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=self.calibration_batches)
         return ranges
-
-    def _export(self, trainer: pl.Trainer) -> None:
-        if self.export_path is not None and self.quantized is not None:
-            if trainer.is_global_zero:
-                save_compressed(self.quantized, self.export_path)
-            trainer.strategy.barrier("QuantizeOnFitEnd")

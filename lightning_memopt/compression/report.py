@@ -1,16 +1,15 @@
 """What compressing a module did: bytes, zeros, latency and metrics, before and after, and what was left alone."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from lightning_memopt.compression.latency import Latency
 from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes, plain_parts
-from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.memory.report import JsonReport, format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +37,7 @@ class ModuleChange:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(JsonReport):
     """What compressing a module did.
 
     Attributes:
@@ -69,6 +68,8 @@ class CompressionReport:
     skipped: Mapping[str, str]
     skipped_bytes: Mapping[str, int]
 
+    parts: ClassVar[Mapping[str, type[Any]]] = {"modules": ModuleChange, "latency": Latency}
+
     @property
     def ratio(self) -> float:
         """Bytes in memory after by those before."""
@@ -78,25 +79,6 @@ class CompressionReport:
     def disk_ratio(self) -> float:
         """Bytes on disk after by those of the plain ``state_dict``."""
         return self.disk_bytes_after / max(self.disk_bytes_before, 1)
-
-    def to_json(self) -> str:
-        """The whole report as JSON; :meth:`from_json` reads it back."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "CompressionReport":
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: ``text`` is not JSON or lacks a field.
-        """
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            fields["modules"] = tuple(ModuleChange(**module) for module in fields["modules"])
-            fields["latency"] = tuple(Latency(**latency) for latency in fields["latency"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a compression report: {error}") from error
 
     def plot(self, path: str | Path) -> Path:
         """Draw bytes before and after by module as a PNG (needs the ``plot`` extra) and return where it is.
