@@ -8,8 +8,6 @@ Two ranks on this machine's CPU over gloo, one thread each. How times are taken 
 groups of ranks take turns, and a group's step takes as long as its slowest rank's.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ from typing import Any
 
 import workload
 from environment import environment_record, now
+from options import Options, open_results
 from paired import compare_steps
 from parallel_bodies import loop_by_hand, train
 from parallel_workload import FULL, QUICK, Size
 from ranks import RankGroup
-from results_file import OtherEnvironmentError, ResultsFile
 from workers import WorkerError
 
 RESULTS = Path(__file__).parent / "results" / "parallel.json"
@@ -48,15 +46,11 @@ class Row:
 
 
 def main() -> int:
-    options = _options()
+    options = _options().parse()
     workload.preload()
     size = QUICK if options.quick else FULL
     header = {"environment": environment_record() | {"ranks": RANKS}, "workload": asdict(size)}
-    try:
-        results = ResultsFile(options.out, header)
-    except OtherEnvironmentError as error:
-        print(error, file=sys.stderr)
-        return 2
+    results = open_results(options.out, header)
     failed = False
     for name in options.only or ROWS:
         row = ROWS[name]
@@ -165,16 +159,9 @@ ROWS: dict[str, Row] = {
 }
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="a row; may be given again")
-    parser.add_argument("--quick", action="store_true", help="toy size; needs --out")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of steps that a row's time is taken from")
-    parser.add_argument("--out", type=Path, help=f"results file (default: results/{RESULTS.name})")
-    options = parser.parse_args()
-    if options.quick and options.out is None:
-        parser.error("--quick needs --out: its figures must not replace the real ones")
-    options.out = options.out or RESULTS
+def _options() -> Options:
+    options = Options(__doc__, RESULTS, ROWS)
+    options.add_count("pairs", 16, "pairs of steps that a row's time is taken from")
     return options
 
 
