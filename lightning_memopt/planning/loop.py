@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
+from lightning_memopt.memory.workspace import Need
 from lightning_memopt.planning.operators import OperatorLog
 
 _MAX_BATCHES = 1000
@@ -84,6 +85,7 @@ def run_second_step(
     *,
     log: OperatorLog | None = None,
     timeline_points: int = 1000,
+    known_kernels: dict[str, Need] | None = None,
 ) -> MemoryReport:
     """Fit ``module`` on ``batch`` until its second optimizer step is done, and report that step.
 
@@ -97,11 +99,13 @@ def run_second_step(
         trainer_options: Arguments of ``pl.Trainer``, over those that keep it quiet.
         log: Lists the operators of that step; the caller has entered it.
         timeline_points: The most points that the report's timeline has.
+        known_kernels: As for :class:`~lightning_memopt.memory.track.track_memory`.
 
     Raises:
         ValueError: The loop does not step an optimizer.
     """
-    with _silence(), track_memory(module, _trackable(batch), timeline_points=timeline_points) as tracker:
+    tracking = track_memory(module, _trackable(batch), timeline_points=timeline_points, known_kernels=known_kernels)
+    with _silence(), tracking as tracker:
         watcher = _MeasureSecondStep(tracker, log)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
         trainer.fit(module, _SameBatch(batch))

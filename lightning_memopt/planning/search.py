@@ -41,6 +41,10 @@ class Found:
     too_large: dict[Choice, Evaluation]
     refused: dict[Choice, str]
 
+    def __or__(self, later: "Found") -> "Found":
+        """Both together."""
+        return Found(self.fitting | later.fitting, self.too_large | later.too_large, self.refused | later.refused)
+
 
 class Refused(ValueError):
     """A choice cannot be; raised by what evaluates it."""
@@ -49,6 +53,7 @@ class Refused(ValueError):
 def search(
     choices: Iterable[Choice],
     expected: Callable[[Choice], float],
+    least: Callable[[Choice], int],
     evaluate: Callable[[Choice], Evaluation],
     budget_bytes: int,
     *,
@@ -57,18 +62,19 @@ def search(
     """Evaluate the choices that are expected to be fast first, until enough of them fit.
 
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
-    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Of each
-    layout the most frugal choice is looked at first: where that does not fit, nothing there does.
+    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once a
+    choice of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
 
     Args:
         choices: All there are.
         expected: Time as it is expected before evaluation, in the unit of ``evaluate``.
+        least: Bytes that a choice holds at least; above the budget it is not evaluated.
         evaluate: The truth; raises :class:`Refused`.
         budget_bytes: What fits.
         wanted: Stop when so many fit and what is left is expected to be slower than each of them.
     """
     found = Found({}, {}, {})
-    remaining = list(choices)
+    remaining = [choice for choice in choices if least(choice) <= budget_bytes]
     waiting = [(expected(choice), index) for index, choice in enumerate(remaining)]
     heapq.heapify(waiting)
     kept: dict[Choice, Evaluation] = {}
@@ -79,44 +85,69 @@ def search(
         if len(fastest) == wanted and seconds > fastest[-1]:
             break
         choice = remaining[index]
-        if choice.layout not in layouts:
-            possible = [other for other in remaining if other.layout == choice.layout]
-            layouts[choice.layout] = _may_fit(possible, evaluate, budget_bytes, found)
-        if not layouts[choice.layout] or choice in found.refused or _is_dominated(choice, found, kept):
+        if not layouts.get(choice.layout, True) or choice in found.refused or _is_dominated(choice, found, kept):
             continue
         if choice not in found.fitting:
-            _evaluate(choice, evaluate, budget_bytes, found)
+            _evaluate(choice, remaining, evaluate, budget_bytes, found)
         if choice in found.fitting:
             kept[choice] = found.fitting[choice]
+        elif choice in found.too_large and choice.layout not in layouts:
+            layouts[choice.layout] = _may_fit(_on(choice.layout, remaining), evaluate, budget_bytes, found)
     found.fitting = dict(sorted(kept.items(), key=lambda item: item[1].total_seconds))
+    return found
+
+
+def find_smallest(
+    tiers: Iterable[Iterable[Choice]], least: Callable[[Choice], int], evaluate: Callable[[Choice], Evaluation]
+) -> Found:
+    """Evaluate most frugal choices until what is left holds at least more than the smallest that was found."""
+    found = Found({}, {}, {})
+    groups = [
+        _on(layout, tier) for tier in map(list, tiers) for layout in dict.fromkeys(each.layout for each in tier)
+    ]
+    for group in sorted(groups, key=lambda group: min(map(least, group))):
+        smallest = min((evaluation.peak_bytes for evaluation in found.too_large.values()), default=None)
+        if smallest is not None and min(map(least, group)) >= smallest:
+            break
+        _may_fit(group, evaluate, 0, found)
     return found
 
 
 def _may_fit(
     possible: list[Choice], evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found
 ) -> bool:
-    """Whether the most frugal of some choices of one layout fits; what that layout refuses is noted on the way."""
-    while possible:
-        frugal = _most_frugal(possible)
+    """Whether the most frugal of some choices of one layout fits."""
+    while remaining := [choice for choice in possible if choice not in found.refused]:
+        frugal = _most_frugal(remaining)
         for choice in frugal:
             if choice not in found.refused:
-                _evaluate(choice, evaluate, budget_bytes, found)
-        reasons = {choice: found.refused[choice] for choice in frugal if choice in found.refused}
-        if not reasons:
+                _evaluate(choice, remaining, evaluate, budget_bytes, found)
+        if not any(choice in found.refused for choice in frugal):
             return any(choice in found.fitting for choice in frugal)
-        for choice in possible:
-            for reason in reasons.values():
-                if choice.has_refused(reason):
-                    found.refused[choice] = reason
-        possible = [choice for choice in possible if choice not in found.refused]
     return False
 
 
-def _evaluate(choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found) -> None:
+def _on(layout: Layout, choices: Iterable[Choice]) -> list[Choice]:
+    return [choice for choice in choices if choice.layout == layout]
+
+
+def _evaluate(
+    choice: Choice,
+    choices: Iterable[Choice],
+    evaluate: Callable[[Choice], Evaluation],
+    budget_bytes: int,
+    found: Found,
+) -> None:
+    """Evaluate one of ``choices``; where it is refused, so are those of its layout that have what was refused."""
+    if choice in found.fitting or choice in found.too_large:
+        return
     try:
         evaluation = evaluate(choice)
     except Refused as refusal:
-        found.refused[choice] = str(refusal)
+        reason = str(refusal)
+        is_layouts = not choice.has_refused(reason)
+        refused = [each for each in _on(choice.layout, choices) if is_layouts or each.has_refused(reason)]
+        found.refused.update(dict.fromkeys((choice, *refused), reason))
         return
     (found.fitting if evaluation.peak_bytes <= budget_bytes else found.too_large)[choice] = evaluation
 
