@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.planning import written
-from lightning_memopt.planning.bounds import StateBytes
 from lightning_memopt.planning.device_cache import this_device
 from lightning_memopt.planning.devices import DeviceModel, device_model
+from lightning_memopt.planning.estimates import Estimates
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
@@ -190,24 +190,31 @@ class _Planner:
         plain = Choice(layouts[0], self._space.plain)
         # Also the scale of what is expected, and what every plan is compared with.
         first = self._evaluate(plain)
-        state = StateBytes.of(self._tracer.trace(plain))
+        estimates = Estimates(self._tracer.trace(plain), self._samples)
+        estimates.learn(plain, first.peak_bytes)
+
+        def evaluate(choice: Choice) -> Evaluation:
+            evaluation = self._evaluate(choice)
+            estimates.learn(choice, evaluation.peak_bytes)
+            return evaluation
+
         found = Found({}, {}, {})
         for tier in self._space.tiers(layouts, exact):
             found |= search(
                 tier,
                 lambda choice: first.total_seconds * choice.usual_slowdown(self._samples),
-                state.least,
-                self._evaluate,
+                estimates,
+                evaluate,
                 budget_bytes,
                 wanted=wanted,
             )
             if found.fitting:
                 break
         else:
-            found |= find_smallest(self._space.tiers(layouts, exact), state.least, self._evaluate)
+            found |= find_smallest(self._space.tiers(layouts, exact), estimates.least, evaluate)
         if first.peak_bytes > budget_bytes:
             found.too_large[plain] = first
-        fewest = None if found.fitting else self._fewest_devices(budget_bytes, state)
+        fewest = None if found.fitting else self._fewest_devices(budget_bytes, estimates)
         return self._result(found, budget_bytes, wanted, fewest)
 
     def _evaluate(self, choice: Choice) -> Evaluation:
@@ -244,21 +251,21 @@ class _Planner:
         assert smallest is not None
         return PlanResult(plans, None, budget_bytes, smallest[1].peak_bytes, fewest_devices, notes)
 
-    def _fewest_devices(self, budget_bytes: int, state: StateBytes) -> int | None:
+    def _fewest_devices(self, budget_bytes: int, estimates: Estimates) -> int | None:
         """How many devices of one node would do with all sharded, a power of two times those there are."""
         if self._nodes > 1:
             return None
         candidates = [self._devices * 2**doublings for doublings in range(1, 7)]
         first_that_fits = bisect_left(
-            candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes, state)
+            candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes, estimates)
         )
         return candidates[first_that_fits] if first_that_fits < len(candidates) else None
 
-    def _fits_sharded(self, devices: int, budget_bytes: int, state: StateBytes) -> bool:
+    def _fits_sharded(self, devices: int, budget_bytes: int, estimates: Estimates) -> bool:
         layout = Layout("memopt_zero3", MeshSizes(shard=devices))
         for techniques in self._space.most_frugal():
             choice = Choice(layout, techniques)
-            if state.least(choice) > budget_bytes:
+            if estimates.least(choice) > budget_bytes:
                 return False
             try:
                 return self._evaluate(choice).peak_bytes <= budget_bytes

@@ -59,6 +59,7 @@ def read_space(module: pl.LightningModule, batch: Any, precision: str, trainer_o
         chunked_loss=_has_head(module),
         in_backward=automatic
         and not (clips_by_norm or accumulates or is_overridden("configure_gradient_clipping", module)),
+        accumulates=accumulates,
     )
 
 

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from lightning_memopt.planning.space import Choice, Layout
 
@@ -50,10 +51,24 @@ class Refused(ValueError):
     """A choice cannot be; raised by what evaluates it."""
 
 
+class Estimator(Protocol):
+    """Knows about choices what others' traces tell."""
+
+    def least(self, choice: Choice) -> int:
+        """Bytes that it holds for certain."""
+
+    def of(self, choice: Choice) -> int | None:
+        """Bytes that it will hold, about; ``None`` where that is unknown."""
+
+
+_CLEARLY = 1.1
+"""What is estimated at so many times the budget is not traced while something else fits."""
+
+
 def search(
     choices: Iterable[Choice],
     expected: Callable[[Choice], float],
-    least: Callable[[Choice], int],
+    estimates: Estimator,
     evaluate: Callable[[Choice], Evaluation],
     budget_bytes: int,
     *,
@@ -64,21 +79,23 @@ def search(
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
     the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once a
     choice of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
+    What is clearly too large by an estimate is left for when nothing else fits.
 
     Args:
         choices: All there are.
         expected: Time as it is expected before evaluation, in the unit of ``evaluate``.
-        least: Bytes that a choice holds at least; above the budget it is not evaluated.
+        estimates: What choices hold, before evaluation.
         evaluate: The truth; raises :class:`Refused`.
         budget_bytes: What fits.
         wanted: Stop when so many fit and what is left is expected to be slower than each of them.
     """
     found = Found({}, {}, {})
-    remaining = [choice for choice in choices if least(choice) <= budget_bytes]
+    remaining = [choice for choice in choices if estimates.least(choice) <= budget_bytes]
     waiting = [(expected(choice), index) for index, choice in enumerate(remaining)]
     heapq.heapify(waiting)
     kept: dict[Choice, Evaluation] = {}
     layouts: dict[Layout, bool] = {}
+    deferred: list[Choice] = []
     while waiting:
         seconds, index = heapq.heappop(waiting)
         fastest = sorted(evaluation.total_seconds for evaluation in kept.values())[:wanted]
@@ -87,14 +104,34 @@ def search(
         choice = remaining[index]
         if not layouts.get(choice.layout, True) or choice in found.refused or _is_dominated(choice, found, kept):
             continue
+        if _is_clearly_large(choice, estimates, budget_bytes):
+            deferred.append(choice)
+            continue
         if choice not in found.fitting:
             _evaluate(choice, remaining, evaluate, budget_bytes, found)
         if choice in found.fitting:
             kept[choice] = found.fitting[choice]
         elif choice in found.too_large and choice.layout not in layouts:
-            layouts[choice.layout] = _may_fit(_on(choice.layout, remaining), evaluate, budget_bytes, found)
+            layouts[choice.layout] = _may_fit(
+                _on(choice.layout, remaining), evaluate, budget_bytes, found, estimates=estimates
+            )
     found.fitting = dict(sorted(kept.items(), key=lambda item: item[1].total_seconds))
+    for layout in dict.fromkeys(choice.layout for choice in deferred if not kept):
+        if _may_fit(_on(layout, remaining), evaluate, budget_bytes, found):
+            again = search(_on(layout, remaining), expected, _Unknown(), evaluate, budget_bytes, wanted=wanted)
+            found = Found(found.fitting | again.fitting, found.too_large | again.too_large, found.refused)
+            break
     return found
+
+
+class _Unknown:
+    """No estimates."""
+
+    def least(self, choice: Choice) -> int:
+        return 0
+
+    def of(self, choice: Choice) -> int | None:
+        return None
 
 
 def find_smallest(
@@ -103,7 +140,7 @@ def find_smallest(
     """Evaluate most frugal choices until what is left holds at least more than the smallest that was found."""
     found = Found({}, {}, {})
     groups = [
-        _on(layout, tier) for tier in map(list, tiers) for layout in dict.fromkeys(each.layout for each in tier)
+        _on(layout, tier) for tier in map(list, tiers) for layout in dict.fromkeys(choice.layout for choice in tier)
     ]
     for group in sorted(groups, key=lambda group: min(map(least, group))):
         smallest = min((evaluation.peak_bytes for evaluation in found.too_large.values()), default=None)
@@ -113,12 +150,24 @@ def find_smallest(
     return found
 
 
+def _is_clearly_large(choice: Choice, estimates: Estimator, budget_bytes: int) -> bool:
+    estimate = estimates.of(choice)
+    return estimate is not None and estimate > _CLEARLY * budget_bytes
+
+
 def _may_fit(
-    possible: list[Choice], evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found
+    possible: list[Choice],
+    evaluate: Callable[[Choice], Evaluation],
+    budget_bytes: int,
+    found: Found,
+    *,
+    estimates: Estimator | None = None,
 ) -> bool:
-    """Whether the most frugal of some choices of one layout fits."""
+    """Whether the most frugal of some choices of one layout fits, or is estimated to."""
     while remaining := [choice for choice in possible if choice not in found.refused]:
         frugal = _most_frugal(remaining)
+        if estimates is not None and all(estimates.of(choice) is not None for choice in frugal):
+            return not all(_is_clearly_large(choice, estimates, budget_bytes) for choice in frugal)
         for choice in frugal:
             if choice not in found.refused:
                 _evaluate(choice, remaining, evaluate, budget_bytes, found)

@@ -202,12 +202,14 @@ class Space:
         micro_batches: Sizes that divide the work of a batch, the largest first; empty where batches stay whole.
         chunked_loss: Whether the module has a loss to chunk.
         in_backward: Whether its optimizer may step in the backward.
+        accumulates: Whether the user's trainer accumulates gradients.
     """
 
     plain: Techniques
     micro_batches: tuple[int, ...]
     chunked_loss: bool
     in_backward: bool
+    accumulates: bool = False
 
     def tiers(self, layouts: Sequence[Layout], exact: bool) -> Iterator[list[Choice]]:
         """The choices, in groups of which a later is wanted only where nothing of an earlier fits.
@@ -219,13 +221,23 @@ class Space:
         offloaded = [replace(each, offload=True) for each in unchanged if each.checkpointing != "selective"]
         staying = [layout for layout in layouts if not layout.offloads]
         offloading = [layout for layout in layouts if layout.offloads]
-        yield _product(staying, unchanged)
-        yield _product(staying, offloaded) + _product(offloading, unchanged)
+        yield self._product(staying, unchanged)
+        yield self._product(staying, offloaded) + self._product(offloading, unchanged)
         if not exact:
-            yield _product(layouts, [replace(each, low_bit=True) for each in (*unchanged, *offloaded)])
+            yield self._product(layouts, [replace(each, low_bit=True) for each in (*unchanged, *offloaded)])
         if not exact and self.plain.precision == "32-true":
             half = [replace(each, precision="bf16-mixed") for each in (*unchanged, *offloaded)]
-            yield _product(layouts, half + [replace(each, low_bit=True) for each in half])
+            yield self._product(layouts, half + [replace(each, low_bit=True) for each in half])
+
+    def _product(self, layouts: Sequence[Layout], techniques: Sequence[Techniques]) -> list[Choice]:
+        return [
+            Choice(layout, each)
+            for layout in layouts
+            for each in techniques
+            # ZeRO 1 and 2 differ only while gradients add up: with one backward a step they are one and the same.
+            if layout.takes(each)
+            and (layout.strategy != "memopt_zero1" or self.accumulates or each.micro_batch is not None)
+        ]
 
     def most_frugal(self) -> list[Techniques]:
         """What saves the most on several devices, in the user's precision."""
@@ -247,10 +259,6 @@ class Space:
             for level, size, chunked, in_backward in switches
             if size is None or not in_backward  # micro-batches add up the gradients that the other frees
         ]
-
-
-def _product(layouts: Sequence[Layout], techniques: Sequence[Techniques]) -> list[Choice]:
-    return [Choice(layout, each) for layout in layouts for each in techniques if layout.takes(each)]
 
 
 def find_layouts(devices: int, nodes: int, *, has_host: bool) -> list[Layout]:
