@@ -1,11 +1,14 @@
 """What a choice will hold, from the traces of others: enough to leave most choices untraced."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from lightning_memopt.memory.report import TimelinePoint
 from lightning_memopt.planning.space import Choice, Techniques
 from lightning_memopt.planning.trace import StepTrace
 
-_SWITCHES = ("checkpointing", "micro_batch", "chunked_loss", "in_backward", "offload", "low_bit", "precision")
+_STATE = ("parameters", "gradients", "optimizer_state")
+_SWITCHES = ("checkpointing", "micro_batch", "chunked_loss", "in_backward", "offload", "low_bit")
 
 
 class Estimates:
@@ -19,18 +22,18 @@ class Estimates:
     Args:
         plain: The trace of a whole replica, with nothing switched on.
         samples: In a batch of one device.
+        blocks: Names of the modules that hold blocks. In these, a loss in chunks changes nothing.
     """
 
-    def __init__(self, plain: StepTrace, samples: int) -> None:
-        most = {
-            name: max(point.by_category[name] for point in plain.points)
-            for name in ("parameters", "gradients", "optimizer_state")
-        }
+    def __init__(self, plain: StepTrace, samples: int, blocks: Sequence[str]) -> None:
+        most = {name: max(point.by_category[name] for point in plain.points) for name in _STATE}
         self._parameters = most["parameters"]
         self._gradients = most["gradients"]
         self._optimizer_state = most["optimizer_state"]
         self._samples = samples
         self._made: dict[tuple[int, Techniques], int] = {}
+        in_blocks = [point for point in plain.points if any(point.module.startswith(f"{name}.") for name in blocks)]
+        self._made_in_blocks = max(map(_made_of, in_blocks), default=None)
 
     def least(self, choice: Choice) -> int:
         """What ``choice`` holds for certain.
@@ -45,9 +48,11 @@ class Estimates:
         gathered = self._parameters // 2 if layout.gathers_all else 0
         return gathered + (self._parameters + gradients + self._state(techniques)) // _ways(choice)
 
-    def learn(self, choice: Choice, peak_bytes: int) -> None:
-        """Take down what a trace of ``choice`` showed."""
-        self._made[choice.layout.sizes.tensor, choice.techniques] = peak_bytes - self._held(choice)
+    def learn(self, choice: Choice, by_category: Mapping[str, int]) -> None:
+        """Take down what a trace of ``choice`` showed at its peak."""
+        gathered = self._parameters if choice.layout.gathers_all else 0
+        made = sum(size for name, size in by_category.items() if name not in _STATE) - gathered
+        self._made[choice.layout.sizes.tensor, choice.techniques] = made
 
     def of(self, choice: Choice) -> int | None:
         """About what ``choice`` holds; ``None`` where nothing like it was traced."""
@@ -62,6 +67,8 @@ class Estimates:
             whole = self._made_by(tensor, replace(techniques, micro_batch=None))
             return None if whole is None else whole * techniques.micro_batch // self._samples
         plain = Techniques(precision=techniques.precision)
+        if techniques == replace(plain, chunked_loss=True) and tensor == 1:
+            return self._made_in_blocks
         changed = [name for name in _SWITCHES if getattr(techniques, name) != getattr(plain, name)]
         alone = [self._made.get((tensor, replace(plain, **{name: getattr(techniques, name)}))) for name in changed]
         without = self._made.get((tensor, plain))
@@ -79,6 +86,10 @@ class Estimates:
 
     def _state(self, techniques: Techniques) -> int:
         return self._optimizer_state // 4 if techniques.low_bit else self._optimizer_state  # 8 bits of 32
+
+
+def _made_of(point: TimelinePoint) -> int:
+    return sum(size for name, size in point.by_category.items() if name not in _STATE)
 
 
 def _ways(choice: Choice) -> int:

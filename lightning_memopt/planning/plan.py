@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.planning import written
 from lightning_memopt.planning.device_cache import this_device
@@ -169,7 +170,8 @@ def plan(
     )
     space = read_space(made, batch, precision, trainer_options)
     tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options)
-    planner = _Planner(tracer, space, model, devices, nodes, batch)
+    blocks = [stack.name for stack in find_block_stacks(made)]
+    planner = _Planner(tracer, space, blocks, model, devices, nodes, batch)
     return planner.run(budget_bytes, wanted, layouts, exact)
 
 
@@ -177,10 +179,18 @@ class _Planner:
     """One run of :func:`plan`."""
 
     def __init__(
-        self, tracer: StepTracer, space: Space, device: DeviceModel, devices: int, nodes: int, batch: Any
+        self,
+        tracer: StepTracer,
+        space: Space,
+        blocks: Sequence[str],
+        device: DeviceModel,
+        devices: int,
+        nodes: int,
+        batch: Any,
     ) -> None:
         self._tracer = tracer
         self._space = space
+        self._blocks = blocks
         self._device = device
         self._devices = devices
         self._nodes = nodes
@@ -190,12 +200,12 @@ class _Planner:
         plain = Choice(layouts[0], self._space.plain)
         # Also the scale of what is expected, and what every plan is compared with.
         first = self._evaluate(plain)
-        estimates = Estimates(self._tracer.trace(plain), self._samples)
-        estimates.learn(plain, first.peak_bytes)
+        estimates = Estimates(self._tracer.trace(plain), self._samples, self._blocks)
+        estimates.learn(plain, first.by_category)
 
         def evaluate(choice: Choice) -> Evaluation:
             evaluation = self._evaluate(choice)
-            estimates.learn(choice, evaluation.peak_bytes)
+            estimates.learn(choice, evaluation.by_category)
             return evaluation
 
         found = Found({}, {}, {})

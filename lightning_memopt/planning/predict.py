@@ -135,13 +135,15 @@ def predict_step(
     timeline_points: int = 1000,
     known_kernels: dict[str, Need] | None = None,
     rank_strategy: Strategy | None = None,
+    prepares: bool = False,
     **trainer_options: Any,
 ) -> MemoryReport:
     """As :func:`predict_memory`.
 
     ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, ``known_kernels`` is what earlier
-    predictions found of kernels, and ``rank_strategy`` makes it that of one rank of many
-    (:func:`~lightning_memopt.planning.ranks.one_of_many`).
+    predictions found of kernels, ``rank_strategy`` makes it that of one rank of many
+    (:func:`~lightning_memopt.planning.ranks.one_of_many`), and ``prepares`` is as for
+    :func:`~lightning_memopt.planning.loop.run_second_step`.
     """
     _check_options(trainer_options)
     if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":
@@ -173,6 +175,7 @@ def predict_step(
                 log=log,
                 timeline_points=timeline_points,
                 known_kernels=known_kernels,
+                prepares=prepares,
             )
     notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []
     return replace(report, notes=(*report.notes, *notes))

@@ -1,6 +1,7 @@
 """Find the fastest choices that fit, tracing as few of them as can be."""
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,8 +78,8 @@ def search(
     """Evaluate the choices that are expected to be fast first, until enough of them fit.
 
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
-    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once a
-    choice of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
+    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once two
+    choices of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
     What is clearly too large by an estimate is left for when nothing else fits.
 
     Args:
@@ -95,6 +96,7 @@ def search(
     heapq.heapify(waiting)
     kept: dict[Choice, Evaluation] = {}
     layouts: dict[Layout, bool] = {}
+    failures: Counter[Layout] = Counter()
     deferred: list[Choice] = []
     while waiting:
         seconds, index = heapq.heappop(waiting)
@@ -111,7 +113,9 @@ def search(
             _evaluate(choice, remaining, evaluate, budget_bytes, found)
         if choice in found.fitting:
             kept[choice] = found.fitting[choice]
-        elif choice in found.too_large and choice.layout not in layouts:
+            continue
+        failures[choice.layout] += choice in found.too_large
+        if failures[choice.layout] > 1 and choice.layout not in layouts:
             layouts[choice.layout] = _may_fit(
                 _on(choice.layout, remaining), evaluate, budget_bytes, found, estimates=estimates
             )

@@ -26,7 +26,7 @@ from lightning_memopt.planning.operators import Collective, OperatorCall, Operat
 from lightning_memopt.planning.predict import Module, measure_step, predict_step
 from lightning_memopt.planning.ranks import one_of_many
 from lightning_memopt.planning.search import Refused
-from lightning_memopt.planning.space import Choice
+from lightning_memopt.planning.space import Choice, Layout, Techniques
 from lightning_memopt.planning.values import ReadsValues
 from lightning_memopt.techniques.batches import batch_size, micro_batches
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
@@ -55,6 +55,14 @@ class StepTrace:
         """The largest point."""
         return max(self.points, key=lambda point: point.total_bytes)
 
+    def is_same(self, other: "StepTrace") -> bool:
+        """Whether both do the same, with the same peak."""
+        return (
+            self.peak.by_category == other.peak.by_category
+            and set(self.operators) == set(other.operators)
+            and set(self.collectives) == set(other.collectives)
+        )
+
 
 class StepTracer:
     """Traces of one module and batch, kept.
@@ -77,6 +85,7 @@ class StepTracer:
         self._is_small = 4 * sum(parameter.nbytes for parameter in look.parameters()) <= SMALL_BYTES
         self._real_because: ReadsValues | None = None
         self._kernels: dict[str, Need] = {}
+        self._prepares: bool | None = None
         self._known: dict[Choice, StepTrace | str] = {}
 
     def trace(self, choice: Choice) -> StepTrace:
@@ -120,6 +129,28 @@ class StepTracer:
         )
 
     def _run(self, choice: Choice, blocks: tuple[Stack, int] | None = None) -> StepTrace:
+        """Trace one step: the second of two, or one alone where the module and the layout make both the same."""
+        techniques, layout = choice.techniques, choice.layout
+        # Elsewhere the optimizers are not the trainer's, or the first step does what no other does: it makes the
+        # buckets of replicas, and tries whether layers can be split.
+        is_usual = not (techniques.in_backward or techniques.low_bit) and (
+            layout.strategy == "auto" or (layout.sizes.shard > 1 and layout.sizes.tensor == 1)
+        )
+        return self._step(choice, blocks, prepares=is_usual and self._is_alike(choice, blocks))
+
+    def _is_alike(self, choice: Choice, blocks: tuple[Stack, int] | None) -> bool:
+        """Whether the module's first step is its second, once the optimizers have their state; looked at once."""
+        if self._prepares is None:
+            plain = Choice(Layout(), Techniques(precision=choice.techniques.precision))
+            try:
+                second, first = (self._step(plain, blocks, prepares=prepares) for prepares in (False, True))
+            except Exception:  # of a module that needs more, or an optimizer that wants more than gradients
+                self._prepares = False
+            else:
+                self._prepares = self._real_because is None and first.is_same(second)
+        return self._prepares
+
+    def _step(self, choice: Choice, blocks: tuple[Stack, int] | None, prepares: bool) -> StepTrace:
         batch, repeats, left_out_bytes = self._batch, 1.0, 0
         size = choice.techniques.micro_batch
         if size is not None:
@@ -130,7 +161,7 @@ class StepTracer:
             left_out_bytes = _size_bytes(self._batch) - _size_bytes(batch)
         log = OperatorLog()
         with self._cut(blocks) as module:
-            report = self._report(module, batch, choice, log)
+            report = self._report(module, batch, choice, log, prepares)
         points = report.timeline
         if left_out_bytes:
             points = tuple(_with_more(point, "other", left_out_bytes) for point in points)
@@ -144,7 +175,7 @@ class StepTracer:
         ]
         return StepTrace(points, tuple(operators), tuple(collectives), report.notes)
 
-    def _report(self, module: Module, batch: Any, choice: Choice, log: OperatorLog) -> MemoryReport:
+    def _report(self, module: Module, batch: Any, choice: Choice, log: OperatorLog, prepares: bool) -> MemoryReport:
         options: dict[str, Any] = {
             "callbacks": choice.techniques.callbacks("cpu"),
             "log": log,
@@ -156,7 +187,14 @@ class StepTracer:
         if self._real_because is None:
             try:
                 with nullcontext() if is_alone else one_of_many(choice.layout) as strategy:
-                    return predict_step(module, batch, known_kernels=self._kernels, rank_strategy=strategy, **options)
+                    return predict_step(
+                        module,
+                        batch,
+                        known_kernels=self._kernels,
+                        rank_strategy=strategy,
+                        prepares=prepares,
+                        **options,
+                    )
             except ReadsValues as refusal:
                 if not (is_alone and self._is_small):
                     raise
