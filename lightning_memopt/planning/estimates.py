@@ -43,10 +43,11 @@ class Estimates:
         layout, techniques = choice.layout, choice.techniques
         if layout.offloads:
             return 0
-        gradients = 0 if techniques.in_backward else self._gradients
-        # ZeRO 1 and 2 gather all parameters for the forward and the backward, in 16 bits if they compute in them.
+        # ZeRO 1 and 2 gather all parameters for the forward and the backward; 16 bits are the least of what is whole.
         gathered = self._parameters // 2 if layout.gathers_all else 0
-        return gathered + (self._parameters + gradients + self._state(techniques)) // _ways(choice)
+        summed = self._summed_gradients(choice)
+        gradients = 0 if techniques.in_backward or summed else self._gradients // _ways(choice)
+        return gathered + summed // 2 + gradients + (self._parameters + self._state(techniques)) // _ways(choice)
 
     def learn(self, choice: Choice, by_category: Mapping[str, int]) -> None:
         """Take down what a trace of ``choice`` showed at its peak."""
@@ -77,12 +78,20 @@ class Estimates:
         return max(0, without + sum(made - without for made in alone if made is not None))
 
     def _held(self, choice: Choice) -> int:
-        """Its share of the state while the backward begins: shards have no gradients then, buckets of replicas do."""
+        """Its share of the state while the backward begins, when only replicas have gradients, in their buckets."""
         if choice.layout.offloads:
             return 0
         gathered = self._parameters if choice.layout.gathers_all else 0
-        buckets = self._gradients if choice.layout.sizes.data > 1 and choice.layout.sizes.shard == 1 else 0
-        return gathered + buckets + (self._parameters + self._state(choice.techniques)) // _ways(choice)
+        buckets = self._gradients if choice.layout.strategy == "memopt_ddp" else 0
+        gradients = max(buckets, self._summed_gradients(choice))
+        return gathered + gradients + (self._parameters + self._state(choice.techniques)) // _ways(choice)
+
+    def _summed_gradients(self, choice: Choice) -> int:
+        """Gradients that micro-batches add up, whole where they are reduced only once a step."""
+        if choice.techniques.micro_batch is None:
+            return 0
+        is_sharded = choice.layout.strategy == "memopt_zero2"
+        return self._gradients // (_ways(choice) if is_sharded else choice.layout.sizes.tensor)
 
     def _state(self, techniques: Techniques) -> int:
         return self._optimizer_state // 4 if techniques.low_bit else self._optimizer_state  # 8 bits of 32

@@ -26,7 +26,9 @@ def _tracer(name: str) -> StepTracer:
         pytest.param("llama", Choice(Layout(), Techniques()), marks=pytest.mark.slow),
         pytest.param("gpt2", Choice(Layout(), Techniques("full", micro_batch=2)), marks=pytest.mark.slow),
         pytest.param("gpt2", Choice(_SHARDS, Techniques()), marks=pytest.mark.slow),
-        pytest.param("gpt2", Choice(Layout("memopt_zero2", MeshSizes(shard=2)), Techniques()), marks=pytest.mark.slow),
+        pytest.param(
+            "gpt2", Choice(Layout("memopt_zero2", MeshSizes(shard=2)), Techniques()), marks=pytest.mark.slow
+        ),
         pytest.param("cnn", Choice(Layout(), Techniques()), marks=pytest.mark.slow),
     ],
 )
@@ -60,15 +62,16 @@ def _count_steps(monkeypatch, **options) -> int:
         return run(self, choice, blocks, prepares)
 
     monkeypatch.setattr(StepTracer, "_step", counted)
-    memopt.plan(lambda: Deep(8, 64), _batch(64, 64), device=A_CPU, **options)
+    memopt.plan(lambda: Deep(2, 64), _batch(64, 64), device=A_CPU, devices=8, **options)
     return len(steps)
 
 
-def test_where_there_is_room_on_eight_devices_a_plan_takes_few_traces(monkeypatch):
-    # Two for each of three plans, at two depths each, and two to see that one step is like another.
-    assert _count_steps(monkeypatch, devices=8, budget="1GiB") <= 8
+def test_where_there_is_room_on_eight_devices_a_plan_takes_a_trace_for_each_plan_that_is_wanted(monkeypatch):
+    # and two more, to see that one step is like another
+    assert _count_steps(monkeypatch, budget="1GiB") == 3 + 2
 
 
-def test_a_tight_budget_on_eight_devices_takes_no_more_than_twice_as_many(monkeypatch):
-    whole = memopt.predict_memory(Deep(8, 64), _batch(64, 64)).peak_bytes
-    assert _count_steps(monkeypatch, devices=8, budget=whole // 2) <= 20
+@pytest.mark.slow
+def test_a_tight_budget_on_eight_devices_takes_a_part_of_the_hundreds_of_choices(monkeypatch):
+    whole = memopt.predict_memory(Deep(2, 64), _batch(64, 64)).peak_bytes
+    assert _count_steps(monkeypatch, budget=whole // 2) <= 20
