@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_memopt.compression.packed.integers import FEWEST
 from lightning_memopt.models.linears import read_linear
 
 
@@ -50,5 +51,7 @@ def sample_dims(layer: nn.Module) -> tuple[int, ...] | None:
     """
     if read_linear(layer) is not None:
         return (-1,)
-    is_plain = isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward
-    return (-3, -2, -1) if is_plain and layer.groups == 1 and not isinstance(layer.padding, str) else None
+    if not isinstance(layer, nn.Conv2d) or type(layer).forward is not nn.Conv2d.forward:
+        return None
+    is_large = layer.groups == 1 and layer.weight[0].numel() >= FEWEST
+    return (-3, -2, -1) if is_large and not isinstance(layer.padding, str) else None

@@ -1,5 +1,7 @@
 """PruneOnFitEnd under Lightning: every module of the zoo, strategies, the report, refusals before the first step."""
 
+import threading
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -259,9 +261,10 @@ def test_with_validation_switched_off_it_prunes_all_the_same():
 def test_a_module_within_a_module_is_copied_without_the_trainer_for_the_gate():
     module = _Learning(0.0)
     module.inner = ZOO["mlp"].build()
-    trainer = _learn(
-        PruneOnFitEnd(0.5, max_metric_drop=10.0, monitor="val_loss", mode="min"), module=module, epochs=1
-    )
+    pruning = PruneOnFitEnd(0.5, max_metric_drop=10.0, monitor="val_loss", mode="min")
+    other = pl.Callback()
+    other.lock = threading.Lock()  # of which no copy can be made
+    trainer = _learn(pruning, other, module=module, epochs=1)
     assert module.inner.trainer is trainer and find_sparsity(module)
 
 
@@ -357,14 +360,18 @@ def test_the_trainers_optimizer_holds_the_smaller_parameters_and_their_state():
     assert all(optimizer.state[parameter]["exp_avg"].shape == parameter.shape for parameter in held)
 
 
-@pytest.mark.parametrize("other", [lambda: LowBitOptimizer(), lambda: OptimizerInBackward()])
-def test_structured_pruning_beside_another_optimizer_state_leaves_one_that_goes_on(other):
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [LowBitOptimizer, OptimizerInBackward])
+def test_structured_pruning_beside_another_optimizer_state_leaves_one_that_goes_on(other, first):
     pytest.importorskip("torch_pruning")
     entry, module = ZOO["mlp"], ZOO["mlp"].build()
-    for callbacks in ([other(), PruneOnFitEnd(0.5, "structured")], [PruneOnFitEnd(0.25, "structured"), other()]):
-        run = train(module, entry.loader(3), steps=3, callbacks=callbacks)
-        module(entry.batch()[0]).sum().backward()
-        run.trainer.optimizers[0].step()
+    callbacks = [other(), PruneOnFitEnd(0.5, "structured")]
+    run = train(module, entry.loader(3), steps=3, callbacks=callbacks if first else callbacks[::-1])
+    (optimizer,) = run.trainer.optimizers
+    is_packed = other is LowBitOptimizer  # of the one weight that is large enough
+    assert (module.net[3].weight in optimizer.state) != is_packed
+    module(entry.batch()[0]).sum().backward()
+    optimizer.step()
 
 
 def test_validation_after_structured_pruning_runs_on_the_smaller_module():

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from lightning_memopt.compression.packed.attention import apart
+
 aten = torch.ops.aten
 
 TINY = torch.finfo(torch.float32).tiny
@@ -140,6 +142,9 @@ class PackedWeight(Tensor):
             return args[1].transposed_linear(dense(args[0]), None)
         if function is aten.addmm.default and not kwargs and isinstance(args[2], PackedWeight):
             return args[2].transposed_linear(dense(args[1]), args[0])
+        computed = apart(function, args, kwargs, _linear)
+        if computed is not NotImplemented:
+            return computed
         args, kwargs = dense((args, kwargs))
         return function(*args, **kwargs)
 

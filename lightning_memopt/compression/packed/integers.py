@@ -13,6 +13,10 @@ GROUP = 32
 """Inputs that share a scale and a minimum in 4 bits: 0.5 + 4/32 bytes an element."""
 
 
+FEWEST = 32
+"""Inputs of an output below which convolving integers takes longer than convolving floats."""
+
+
 class Int8Weight(PackedWeight):
     """Symmetric 8-bit integers with an fp32 scale for each output (row of a linear layer, channel, row of a table).
 
@@ -68,8 +72,9 @@ class Int8Weight(PackedWeight):
         return type(self)(parts, self.attributes, self.shape[::-1], self.dtype)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-        """Convolve integers and scale the result, where inputs are rounded; groups have too few inputs to gain."""
-        if self.inputs is None or groups != 1 or isinstance(padding, str) or self.scale[0].numel() != 1:
+        """Convolve integers and scale the result, where inputs are rounded and there are enough to gain by it."""
+        is_large = groups == 1 and self.values[0].numel() >= FEWEST
+        if self.inputs is None or not is_large or isinstance(padding, str) or self.scale[0].numel() != 1:
             return super().conv2d(x, bias, stride, padding, dilation, groups)
         images = x if x.dim() == 4 else x[None]
         integers, step = round_inputs(images, self.inputs, (1, 2, 3))
