@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_memopt as memopt
 from tests.parity import Run, assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,11 @@ def _train_alone(name: str) -> Run:
     return _alone[name]
 
 
-@pytest.mark.parametrize(("first", "second"), list(combinations(TECHNIQUES, 2)))
+PAIRS = list(combinations(TECHNIQUES, 2))
+WITH_MONITOR = [pair for pair in PAIRS if "monitor" in pair and "low_bit_optimizer" not in pair]
+
+
+@pytest.mark.parametrize(("first", "second"), slow_where(PAIRS, WITH_MONITOR))
 def test_a_pair_of_techniques_trains_as_one_of_them_alone_or_is_refused_by_name(first, second):
     if refusal := REFUSED.get((first, second)):
         with pytest.raises(MisconfigurationException) as error:

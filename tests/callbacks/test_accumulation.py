@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_memopt import GradientAccumulation
 from tests.parity import assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 
 AUTOMATIC = [name for name, entry in ZOO.items() if entry.automatic]
 WITHOUT_BATCH_NORM = [name for name in AUTOMATIC if not ZOO[name].has_batch_norm]
@@ -94,7 +94,7 @@ def assert_same_steps(module, expected, gradients):
     torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
+@pytest.mark.parametrize("name", slow_where(WITHOUT_BATCH_NORM))
 def test_two_batches_of_8_train_as_one_of_16(name):
     entry = ZOO[name]
     # In double precision: in single, Adam blows rounding up where a gradient is 0 (the bias of attention keys).

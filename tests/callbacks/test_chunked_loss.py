@@ -13,7 +13,7 @@ from lightning_memopt import ChunkedLoss
 from lightning_memopt.techniques import chunked_loss
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
 from tests.parity import assert_parity, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 
 WITH_HEAD = ("gpt2", "llama", "t5", "mamba", "captioner")
 NAMED_HEAD = {"lstm": "head", "encoder": "head", "shared_block": "outlet"}
@@ -29,7 +29,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 1)
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", slow_where(WITH_HEAD))
 def test_models_with_a_language_model_head_train_the_same_wherever_their_loss_is(name):
     assert_parity(ZOO[name], [ChunkedLoss()], **DOUBLE)
 

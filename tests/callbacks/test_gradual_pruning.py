@@ -28,7 +28,7 @@ from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer, train
 from tests.resuming import SavesAt, Watch, fit_same_batches
 from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 
 SCHEDULE = PolynomialSparsity(0.2, 0.8, begin_step=2, end_step=12, frequency=3)
 
@@ -166,7 +166,7 @@ BESIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("beside", slow_where(BESIDE, ["fp16 with a loss scale", "LowBitOptimizer", "MicroBatching"]))
 def test_beside_what_else_changes_training_a_resumed_run_is_the_whole_one_too(tmp_path, beside):
     others, options = BESIDE[beside]
 

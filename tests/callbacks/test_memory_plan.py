@@ -43,6 +43,7 @@ def test_a_run_under_a_plan_stays_within_its_budget_and_trains_the_same(tmp_path
     assert said["measured_bytes"] == plan.measured_bytes and said["chosen"] == 0
 
 
+@pytest.mark.slow
 def test_each_fit_of_another_trainer_is_planned_and_the_next_one_of_the_same_keeps_the_plan(tmp_path, monkeypatch):
     plan, module, planned = memopt.MemoryPlan(TIGHT, device=A_CPU), Deep(), []
     make = plan.make_plan

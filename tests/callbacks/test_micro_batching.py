@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_memopt import GradientAccumulation, MicroBatching, predict_memory
 from tests.callbacks.test_accumulation import TokenModel, by_hand, loader, token_batches
 from tests.parity import assert_parity, assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 
 AUTOMATIC = [name for name, entry in ZOO.items() if entry.automatic]
 WITHOUT_BATCH_NORM = [name for name in AUTOMATIC if not ZOO[name].has_batch_norm]
@@ -21,7 +21,7 @@ WITHOUT_BATCH_NORM = [name for name in AUTOMATIC if not ZOO[name].has_batch_norm
 DOUBLE = {"precision": "64-true"}
 
 
-@pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
+@pytest.mark.parametrize("name", slow_where(WITHOUT_BATCH_NORM))
 def test_uneven_micro_batches_train_as_the_whole_batch(name):
     run = assert_parity(ZOO[name], [MicroBatching(3)], **DOUBLE)
     assert run.trainer.global_step == 20

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torchmetrics import Accuracy
 from lightning_memopt import GradientAccumulation, MicroBatching
 from lightning_memopt.models.out_of_memory import is_out_of_memory
 from tests.parity import assert_same_training, train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 from tests.zoo.plain import MLP
 
 
@@ -74,9 +75,13 @@ class _SetSize(Callback):
             self.micro._size = self.size
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("from_batch", [0, 4])  # 4 of windows of 3: with gradients pending
+EVERY = list(product([0, 4], [1, 3], ["forward", "backward"]))  # 4 of windows of 3: with gradients pending
+QUICK = [(0, 1, "forward"), (0, 3, "backward"), (4, 3, "backward")]
+
+
+@pytest.mark.parametrize(
+    ("from_batch", "accumulate", "where"), slow_where(EVERY, [one for one in EVERY if one not in QUICK])
+)
 def test_the_update_is_that_of_a_run_that_never_failed(where, accumulate, from_batch):
     failing, micro = Fragile(where, fits=2, from_batch=from_batch), MicroBatching()
     known, whole = Fragile(where, fits=100), MicroBatching()

@@ -22,7 +22,7 @@ from lightning_memopt.memory.report import CATEGORIES, format_bytes
 from tests.distributed import run_on_ranks
 from tests.memory.synthetic import report_of_a_step
 from tests.parity import assert_parity, train
-from tests.zoo import ZOO, cases
+from tests.zoo import LARGER, ZOO, slow_where
 
 REPORT_FILES = {"memory_report.html", "memory_report.json", "memory_timeline.png"}
 POST_MORTEM_FILES = {"out_of_memory.txt", "out_of_memory.json", "out_of_memory.html"}
@@ -80,7 +80,7 @@ def names_in(folder):
     return {path.name for path in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", slow_where(ZOO, [*LARGER, "gpt2"]))
 def test_training_is_the_same_to_the_bit_under_the_monitor(name, tmp_path):
     monitor = MemoryMonitor(every_n_steps=19, dirpath=tmp_path)
     assert_parity(ZOO[name], [monitor], dropout=0.1, rtol=0, atol=0)

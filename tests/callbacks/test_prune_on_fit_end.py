@@ -21,7 +21,7 @@ from lightning_memopt.compression.selection import select_weights
 from lightning_memopt.compression.sizes import plain_values
 from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer, train
-from tests.zoo import ZOO, cases
+from tests.zoo import ZOO, cases, slow_where
 
 
 @pytest.mark.parametrize("name", cases())
@@ -332,7 +332,9 @@ def test_a_folder_that_cannot_be_written_is_refused_in_setup(tmp_path):
             train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[_NotEvenStarted(), pruning])
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "gpt2", "vit", "bert_qa", "llama"])
+@pytest.mark.parametrize(
+    "name", slow_where(["mlp", "cnn", "encoder", "gpt2", "bert_qa", "vit", "llama"], ["vit", "llama"])
+)
 def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(name):
     pytest.importorskip("torch_pruning")
     entry, module, pruning = ZOO[name], ZOO[name].build(), PruneOnFitEnd(0.5, "structured")

@@ -1,6 +1,7 @@
 """QuantizationAwareTraining under Lightning: what is trained is what comes out, zeros and clusters included."""
 
 import copy
+from itertools import product
 
 import lightning.pytorch as pl
 import pytest
@@ -21,13 +22,15 @@ from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import quantize
 from tests.callbacks.test_quantize_on_fit_end import Classifier, _fit, _loader, _trainer
 from tests.parity import train
-from tests.zoo import ZOO
+from tests.zoo import ZOO, slow_where
 
 SCHEMES = ["int8", "int8_dynamic", "int4_weight_only", "nf4"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["encoder", "gpt2", "llama", "vit", "cnn"])
+FORWARDS = list(product(["encoder", "gpt2", "llama", "vit", "cnn"], SCHEMES))
+
+
+@pytest.mark.parametrize(("name", "scheme"), slow_where(FORWARDS, [("cnn", "nf4")]))
 def test_the_forward_in_training_is_that_of_the_quantized_module(name, scheme):
     entry = ZOO[name]
     module, batch = entry.build().eval(), entry.batch()

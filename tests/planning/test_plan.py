@@ -168,6 +168,7 @@ def test_a_deep_model_is_predicted_from_few_of_its_blocks_to_the_byte():
     assert len(module.blocks) == 9
 
 
+@pytest.mark.slow
 def test_a_model_that_counts_on_all_of_its_blocks_is_traced_whole():
     class Counts(Deep):
         def training_step(self, batch, batch_idx):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_memopt as memopt
 from tests.planning.allocator import raw_peak_bytes
+from tests.zoo import slow_where
 
 
 class _Net(pl.LightningModule):
@@ -162,7 +163,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_where(CASES, ["BidirectionalGRU"]))
 def test_a_module_as_users_write_them_is_measured_and_predicted(name):
     batch = torch.randn(64, 128)
     raw = raw_peak_bytes(CASES[name], batch)
