@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,7 @@ from lightning_memopt.models.mapped import is_mapped
 try:
     from torch._guards import active_fake_mode
     from torch.distributed._tools.common_utils import get_untyped_storages
-    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType, _UpdateType
+    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType, _UpdateType, _WeakRefInfo
 except ImportError as error:
     raise ImportError(
         f"lightning_memopt reads memory with torch.distributed._tools, which torch {torch.__version__} lacks or has "
@@ -146,14 +147,25 @@ class StorageTracker(MemTracker):
 
     def _track(self, reftype: Any, t: torch.Tensor) -> None:
         for part in _strided_parts(t):
-            if all(is_mapped(storage) for storage in get_untyped_storages(part)):
-                continue
-            super()._track(reftype, part)
             for storage in get_untyped_storages(part):
-                winfo, _ = self._WINFO.get(storage, (None, None))
-                holding = self._holdings.get(winfo)
-                if holding is not None and holding.address is None and storage.device.type != "meta":
-                    holding.address = storage.data_ptr()
+                if not is_mapped(storage):
+                    self._track_storage(reftype, part, storage)
+
+    def _track_storage(self, reftype: Any, tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
+        winfo, _ = self._WINFO.get(storage, (None, None))
+        if winfo is None:
+            device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+            winfo, reference = _WeakRefInfo.create_winfo(storage, device, reftype, self._delete_callback)
+            self._WINFO[storage] = (winfo, reference)
+            if winfo.mem_consumed > 0:
+                self._update_snap(_UpdateType.ADD, winfo)
+        elif winfo.size != storage.size():
+            consumed = winfo.mem_consumed
+            winfo.update_mem_consumed(storage)
+            self._update_snap(_UpdateType.SIZE, winfo, old_mem_consumed=consumed)
+        holding = self._holdings.get(winfo)
+        if holding is not None and holding.address is None and storage.device.type != "meta":
+            holding.address = storage.data_ptr()
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         """Nothing: the peak is found when the ledger is replayed."""
@@ -289,7 +301,8 @@ class StorageTracker(MemTracker):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # asked of fakes as often as all operators together
-            return func(*args)
+            is_asked_outside = isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation
+            return args[0].fake_device if is_asked_outside else func(*args)
         begin = self.now()
         call = describe_call(func, args, kwargs) if self._workspace is not None else None
         if self._probe is not None:

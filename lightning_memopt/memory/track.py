@@ -12,7 +12,7 @@ from lightning_memopt.memory._torch_tracker import StorageTracker, active_fake_m
 from lightning_memopt.memory.allocator_events import AllocatorEvents, settle
 from lightning_memopt.memory.cuda_allocator import CudaAllocator
 from lightning_memopt.memory.report import MemoryReport
-from lightning_memopt.memory.workspace import Workspace
+from lightning_memopt.memory.workspace import Need, Workspace
 
 
 class track_memory:
@@ -34,6 +34,7 @@ class track_memory:
             containers is skipped. Give the optimizers to have the state that they already hold counted.
         timeline_points: The most points that the report's timeline has; where there are more, the largest of each run
             of neighbours.
+        known_kernels: Of runs on fake tensors: what was found of kernels before, to which is added.
 
     Raises:
         ValueError: An argument is no module, optimizer, tensor or container.
@@ -48,8 +49,11 @@ class track_memory:
         288
     """
 
-    def __init__(self, *tracked: Any, timeline_points: int = 1000) -> None:
+    def __init__(
+        self, *tracked: Any, timeline_points: int = 1000, known_kernels: dict[str, Need] | None = None
+    ) -> None:
         self._timeline_points = timeline_points
+        self._known_kernels = known_kernels
         self._take(tracked)
         self._notes: list[str] = []
         self._workspace: Workspace | None = None
@@ -66,7 +70,7 @@ class track_memory:
         is_fake = active_fake_mode() is not None
         is_cuda = device.type == "cuda" and not is_fake
         self._cuda = CudaAllocator(device) if is_cuda else None
-        self._workspace = Workspace() if is_fake else None
+        self._workspace = Workspace(self._known_kernels) if is_fake else None
         self._tracker = StorageTracker(device.type, workspace=self._workspace, probe=self._cuda)
         self._label()
         self._events = None if is_cuda or is_fake else AllocatorEvents()

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memopt.memory.allocator_events import AllocatorEvents
+from lightning_memopt.memory.arguments import tensor_arguments
 
 aten = torch.ops.aten
 
@@ -77,6 +78,12 @@ _BATCH_DIMENSIONS: dict[str, dict[int, int]] = {
 }
 """Which arguments carry the batch, and in which dimension, for calls that are run smaller than they are."""
 
+_HEAD_DIMENSIONS: dict[str, dict[int, int]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": {0: 1, 1: 1, 2: 1},
+    "_scaled_dot_product_flash_attention_for_cpu_backward": dict.fromkeys(range(6), 1),
+}
+"""Likewise for the heads of attention, where even one sample of them all is too large."""
+
 
 class TensorSpec(NamedTuple):
     """A tensor's shape without its bytes."""
@@ -137,7 +144,7 @@ class Call(NamedTuple):
 
 def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
     """What :class:`Workspace` needs to know of a call; None where the operator takes no scratch."""
-    tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)]
+    tensors = tensor_arguments(arguments, keywords)
     if not tensors or operator.namespace != "aten" or _is_free(operator, tensors):
         return None
 
@@ -174,21 +181,31 @@ def _suits_blas(matrix: torch.Tensor) -> bool:
 
 
 class Need(NamedTuple):
-    """What a call takes: beside its results while it runs, and for its results."""
+    """What a call takes.
+
+    Attributes:
+        scratch_bytes: Beside its results while it runs.
+        result_bytes: For its results.
+        unknown: Why neither could be told; empty if they could.
+    """
 
     scratch_bytes: int
     result_bytes: int
+    unknown: str = ""
 
 
 class Workspace:
     """Measures what operators take, each once.
 
+    Args:
+        known: What was found before, to which is added; several runs may share it.
+
     Attributes:
         unknown: Names of the operators whose scratch could not be told, with the reason.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[str, Need] = {}
+    def __init__(self, known: dict[str, Need] | None = None) -> None:
+        self._known = {} if known is None else known
         self.unknown: dict[str, str] = {}
 
     def scratch_bytes(self, call: Call) -> int:
@@ -220,31 +237,38 @@ class Workspace:
         ]
 
     def _need(self, call: Call) -> Need:
-        if call.key not in self._known:
-            self._known[call.key] = self._find(call)
-        return self._known[call.key]
+        key = call.key
+        need = self._known.get(key)
+        if need is None:
+            need = self._known[key] = self._find(call)
+        if need.unknown:
+            self.unknown[call.name] = need.unknown
+        return need
 
     def _find(self, call: Call) -> Need:
         if call.size_bytes <= _MAX_REAL_BYTES:
             return self._run(call)
-        dimensions = {
-            index: dimension
-            for index, dimension in _BATCH_DIMENSIONS.get(call.name, {}).items()
-            if index < len(call.arguments) and _is_spec(call.arguments[index])
-        }
-        if not dimensions:
-            self.unknown[call.name] = "it is too large to try, and nothing is known of how it grows"
-            return Need(0, 0)
-        first, dimension = next(iter(dimensions.items()))
-        batch = call.arguments[first].shape[dimension]
-        large = max(2, batch * _MAX_REAL_BYTES // call.size_bytes)
-        small = max(1, large // 2)
-        if large >= batch:
+        scales = [scale for table in (_BATCH_DIMENSIONS, _HEAD_DIMENSIONS) if (scale := _scale_of(call, table))]
+        if not scales:
+            return Need(0, 0, "it is too large to try, and nothing is known of how it grows")
+        return self._extrapolate(call, scales)
+
+    def _extrapolate(self, call: Call, scales: list[dict[int, int]]) -> Need:
+        """From two smaller sizes along the first of the ``scales``, found along the others if still too large."""
+        if not scales or call.size_bytes <= _MAX_REAL_BYTES:
             return self._run(call)
-        at_large, at_small = (self._run(_resized(call, dimensions, size)) for size in (large, small))
-        return Need(
-            *(a + (a - b) * (batch - large) // (large - small) for a, b in zip(at_large, at_small, strict=True))
+        scale, *others = scales
+        argument, dimension = next(iter(scale.items()))
+        whole = call.arguments[argument].shape[dimension]
+        large = max(2, whole * _MAX_REAL_BYTES // call.size_bytes)
+        small = max(1, large // 2)
+        if large >= whole:
+            return self._extrapolate(call, others)
+        at_large, at_small = (self._extrapolate(_resized(call, scale, size), others) for size in (large, small))
+        grown = (
+            a + (a - b) * (whole - large) // (large - small) for a, b in zip(at_large[:2], at_small[:2], strict=True)
         )
+        return Need(*grown, unknown=at_large.unknown or at_small.unknown)
 
     def _run(self, call: Call) -> Need:
         random_state = torch.default_generator.get_state()
@@ -252,10 +276,20 @@ class Workspace:
             with unset_fake_temporarily():
                 return _measure(call)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            self.unknown[call.name] = f"it does not run on zeros ({error})"
-            return Need(0, 0)
+            return Need(0, 0, f"it does not run on zeros ({error})")
         finally:
             torch.default_generator.set_state(random_state)
+
+
+def _scale_of(call: Call, table: dict[str, dict[int, int]]) -> dict[int, int]:
+    """Which of the call's tensors can be smaller, in which dimension; none where they differ in it."""
+    scale = {
+        index: dimension
+        for index, dimension in table.get(call.name, {}).items()
+        if index < len(call.arguments) and _is_spec(call.arguments[index])
+    }
+    sizes = {call.arguments[index].shape[dimension] for index, dimension in scale.items()}
+    return scale if table is _BATCH_DIMENSIONS or len(sizes) == 1 else {}
 
 
 def _measure(call: Call) -> Need:

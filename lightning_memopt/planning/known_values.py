@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lightning_memopt.memory.arguments import tensor_arguments, tensor_results
 
 _MAX_ELEMENTS = 2**22
 aten = torch.ops.aten
@@ -25,15 +26,19 @@ class KnownValues(TorchDispatchMode):
     their values known a fake step takes the branch of the real one, and tensors of data-dependent shape have one.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a fake run, and to make sure of it at every call takes time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args)
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = tensor_arguments(args, kwargs)
         if tensors and all(map(stays_real, tensors)):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
-            if all(stays_real(leaf) for leaf in tree_leaves(real) if isinstance(leaf, torch.Tensor)):
+            if all(map(stays_real, tensor_results(real))):
                 return real
         if func is aten.index.Tensor:
             args = (args[0], _without_masks(args[1]))

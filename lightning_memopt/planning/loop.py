@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
+from lightning_memopt.memory.workspace import Need
 from lightning_memopt.planning.operators import OperatorLog
 
 _MAX_BATCHES = 1000
@@ -49,19 +51,31 @@ class StayInPlace(SingleDeviceStrategy):
         """Nothing."""
 
 
-class _MeasureSecondStep(Callback):
-    """Lets the report begin before the second optimizer step and end after it, and then ends the fit."""
+class _MeasureStep(Callback):
+    """Lets the report begin before an optimizer step that finds the optimizer's state and end after it.
 
-    def __init__(self, tracker: track_memory, log: OperatorLog | None) -> None:
+    That is the second; or the first, with ``prepares``, which makes the state without forward and backward. Then it
+    ends the fit.
+    """
+
+    def __init__(self, tracker: track_memory, log: OperatorLog | None, prepares: bool) -> None:
         self._tracker = tracker
         self._log = log
+        self._prepares = prepares
         self._steps_before: int | None = None
         self.is_done = False
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # The gradients stay, as those of the step before do until Lightning sets them to None after the forward.
+        for optimizer in trainer.optimizers if self._prepares else ():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._steps_before is None and trainer.global_step > 0:
+        if self._steps_before is None and (self._prepares or trainer.global_step > 0):
             self._steps_before = trainer.global_step
             self._tracker.restart(module, list(trainer.optimizers), batch)
             if self._log is not None:
@@ -84,6 +98,8 @@ def run_second_step(
     *,
     log: OperatorLog | None = None,
     timeline_points: int = 1000,
+    known_kernels: dict[str, Need] | None = None,
+    prepares: bool = False,
 ) -> MemoryReport:
     """Fit ``module`` on ``batch`` until its second optimizer step is done, and report that step.
 
@@ -97,12 +113,16 @@ def run_second_step(
         trainer_options: Arguments of ``pl.Trainer``, over those that keep it quiet.
         log: Lists the operators of that step; the caller has entered it.
         timeline_points: The most points that the report's timeline has.
+        known_kernels: As for :class:`~lightning_memopt.memory.track.track_memory`.
+        prepares: Take the first step, before which the optimizers step on gradients that no backward made: for runs
+            on fake tensors, of modules and optimizers for which it makes no difference.
 
     Raises:
         ValueError: The loop does not step an optimizer.
     """
-    with _silence(), track_memory(module, _trackable(batch), timeline_points=timeline_points) as tracker:
-        watcher = _MeasureSecondStep(tracker, log)
+    tracking = track_memory(module, _trackable(batch), timeline_points=timeline_points, known_kernels=known_kernels)
+    with _silence(), tracking as tracker:
+        watcher = _MeasureStep(tracker, log, prepares)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
         trainer.fit(module, _SameBatch(batch))
     if not watcher.is_done:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.memory.arguments import tensor_arguments, tensor_results
 from lightning_memopt.planning.devices import CollectiveKind
 from lightning_memopt.techniques.checkpointing.profile import is_product, product_flops
 
@@ -111,8 +111,7 @@ class OperatorLog(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs, inputs = tensor_results(result), tensor_arguments(args, kwargs)
         name = str(func.overloadpacket)
         if func.namespace in ("c10d", "_c10d_functional"):
             if name in _COLLECTIVES:

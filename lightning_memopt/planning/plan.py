@@ -8,15 +8,17 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.planning import written
 from lightning_memopt.planning.device_cache import this_device
 from lightning_memopt.planning.devices import DeviceModel, device_model
+from lightning_memopt.planning.estimates import Estimates
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
-from lightning_memopt.planning.read_module import read_space, without_memory
-from lightning_memopt.planning.search import Evaluation, Found, Refused, search
+from lightning_memopt.planning.read_module import can_be_copied, check_budget, read_space, without_memory
+from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, search
 from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
 from lightning_memopt.planning.time_model import seconds_per_batch
 from lightning_memopt.planning.trace import StepTracer
@@ -148,7 +150,8 @@ def plan(
         **trainer_options: Other arguments of your trainer, such as ``gradient_clip_val``.
 
     Raises:
-        ValueError: No batch, an unknown device, a budget without a unit, or a step that cannot be predicted.
+        ValueError: No batch, an unknown device, a budget without a unit or below one block's parameters, or a step
+            that cannot be predicted.
 
     Example:
         >>> result = plan(module, batch, budget="2GiB")
@@ -158,19 +161,36 @@ def plan(
     model = device if isinstance(device, DeviceModel) else this_device() if device is None else device_model(device)
     budget_bytes = model.memory_bytes if budget is None else parse_bytes(budget)
     made = without_memory(module)
+    layouts = layouts or find_layouts(devices, nodes, has_host=model.kind == "cuda")
+    check_budget(
+        made,
+        budget_bytes,
+        ways=max(layout.sizes.tensor for layout in layouts),
+        least_itemsize=4 if exact and precision == "32-true" else 2,
+    )
     space = read_space(made, batch, precision, trainer_options)
-    planner = _Planner(StepTracer(module, made, batch, trainer_options), space, model, devices, nodes, batch)
-    return planner.run(budget_bytes, wanted, layouts or find_layouts(devices, nodes), exact)
+    tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options)
+    blocks = [stack.name for stack in find_block_stacks(made)]
+    planner = _Planner(tracer, space, blocks, model, devices, nodes, batch)
+    return planner.run(budget_bytes, wanted, layouts, exact)
 
 
 class _Planner:
     """One run of :func:`plan`."""
 
     def __init__(
-        self, tracer: StepTracer, space: Space, device: DeviceModel, devices: int, nodes: int, batch: Any
+        self,
+        tracer: StepTracer,
+        space: Space,
+        blocks: Sequence[str],
+        device: DeviceModel,
+        devices: int,
+        nodes: int,
+        batch: Any,
     ) -> None:
         self._tracer = tracer
         self._space = space
+        self._blocks = blocks
         self._device = device
         self._devices = devices
         self._nodes = nodes
@@ -180,29 +200,40 @@ class _Planner:
         plain = Choice(layouts[0], self._space.plain)
         # Also the scale of what is expected, and what every plan is compared with.
         first = self._evaluate(plain)
-        looked_at = Found({}, {plain: first} if first.peak_bytes > budget_bytes else {}, {})
+        estimates = Estimates(self._tracer.trace(plain), self._samples, self._blocks)
+        estimates.learn(plain, first.by_category)
+
+        def evaluate(choice: Choice) -> Evaluation:
+            evaluation = self._evaluate(choice)
+            estimates.learn(choice, evaluation.by_category)
+            return evaluation
+
+        found = Found({}, {}, {})
         for tier in self._space.tiers(layouts, exact):
-            found = search(
+            found |= search(
                 tier,
                 lambda choice: first.total_seconds * choice.usual_slowdown(self._samples),
-                self._evaluate,
+                estimates,
+                evaluate,
                 budget_bytes,
                 wanted=wanted,
             )
-            looked_at.too_large |= found.too_large
-            looked_at.refused |= found.refused
             if found.fitting:
-                looked_at.fitting = found.fitting
                 break
-        return self._result(looked_at, budget_bytes, wanted)
+        else:
+            found |= find_smallest(self._space.tiers(layouts, exact), estimates.least, evaluate)
+        if first.peak_bytes > budget_bytes:
+            found.too_large[plain] = first
+        fewest = None if found.fitting else self._fewest_devices(budget_bytes, estimates)
+        return self._result(found, budget_bytes, wanted, fewest)
 
     def _evaluate(self, choice: Choice) -> Evaluation:
         trace = self._tracer.trace(choice)
-        categories = rank_peak(trace, self._device)
+        categories = rank_peak(trace, choice.layout, self._device)
         seconds = seconds_per_batch(trace, choice, self._device, self._devices)
         return Evaluation(sum(categories.values()), categories, seconds)
 
-    def _result(self, found: Found, budget_bytes: int, wanted: int) -> PlanResult:
+    def _result(self, found: Found, budget_bytes: int, wanted: int, fewest_devices: int | None) -> PlanResult:
         evaluations = found.fitting | found.too_large
         fastest = min(evaluation.total_seconds for evaluation in evaluations.values())
         too_large = sorted(found.too_large.items(), key=lambda item: item[1].total_seconds)
@@ -228,23 +259,26 @@ class _Planner:
         if found.fitting:
             return PlanResult(plans, 0, budget_bytes, notes=notes)
         assert smallest is not None
-        return PlanResult(
-            plans, None, budget_bytes, smallest[1].peak_bytes, self._fewest_devices(budget_bytes), notes
-        )
+        return PlanResult(plans, None, budget_bytes, smallest[1].peak_bytes, fewest_devices, notes)
 
-    def _fewest_devices(self, budget_bytes: int) -> int | None:
+    def _fewest_devices(self, budget_bytes: int, estimates: Estimates) -> int | None:
         """How many devices of one node would do with all sharded, a power of two times those there are."""
         if self._nodes > 1:
             return None
         candidates = [self._devices * 2**doublings for doublings in range(1, 7)]
-        first_that_fits = bisect_left(candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes))
+        first_that_fits = bisect_left(
+            candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes, estimates)
+        )
         return candidates[first_that_fits] if first_that_fits < len(candidates) else None
 
-    def _fits_sharded(self, devices: int, budget_bytes: int) -> bool:
+    def _fits_sharded(self, devices: int, budget_bytes: int, estimates: Estimates) -> bool:
         layout = Layout("memopt_zero3", MeshSizes(shard=devices))
         for techniques in self._space.most_frugal():
+            choice = Choice(layout, techniques)
+            if estimates.least(choice) > budget_bytes:
+                return False
             try:
-                return self._evaluate(Choice(layout, techniques)).peak_bytes <= budget_bytes
+                return self._evaluate(choice).peak_bytes <= budget_bytes
             except Refused:
                 continue
         return False

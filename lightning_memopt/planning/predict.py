@@ -1,11 +1,10 @@
 """Measure or predict the memory of one optimizer step of any LightningModule."""
 
 import copy
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,23 +13,20 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memopt.memory._torch_tracker import StorageTracker
 from lightning_memopt.memory.report import MemoryReport
+from lightning_memopt.memory.workspace import Need
+from lightning_memopt.planning.build import build_fake
 from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
 from lightning_memopt.planning.loop import StayInPlace, run_second_step
 from lightning_memopt.planning.operators import OperatorLog
+from lightning_memopt.planning.values import explain_reads_of_values
 
-_PACKAGE = Path(__file__).parents[1]
 Module = pl.LightningModule | Callable[[], pl.LightningModule]
 
 
@@ -65,13 +61,30 @@ def measure_memory(
         >>> report = measure_memory(module, batch, gradient_clip_val=1.0)
         >>> report.by_category["optimizer_state"]
     """
+    return measure_step(module, batch, callbacks=callbacks, plugins=plugins, **trainer_options)
+
+
+def measure_step(
+    module: Module,
+    batch: Any,
+    *,
+    callbacks: Sequence[Callback] = (),
+    plugins: Sequence[Any] = (),
+    log: OperatorLog | None = None,
+    timeline_points: int = 1000,
+    **trainer_options: Any,
+) -> MemoryReport:
+    """As :func:`measure_memory`; ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline."""
     _check_options(trainer_options)
     _check_batch(batch, "measure_memory")
     with _isolated():
         own = _own_copy(module, "measure_memory")
         own_batch = _own_batch(batch, "measure_memory", copy.deepcopy)
         options = {"accelerator": "cpu", "devices": 1} | trainer_options | {"plugins": _copies(plugins)}
-        return run_second_step(own, own_batch, _copies(callbacks), options)
+        with log or nullcontext():
+            return run_second_step(
+                own, own_batch, _copies(callbacks), options, log=log, timeline_points=timeline_points
+            )
 
 
 def predict_memory(
@@ -120,13 +133,17 @@ def predict_step(
     plugins: Sequence[Any] = (),
     log: OperatorLog | None = None,
     timeline_points: int = 1000,
+    known_kernels: dict[str, Need] | None = None,
     rank_strategy: Strategy | None = None,
+    prepares: bool = False,
     **trainer_options: Any,
 ) -> MemoryReport:
     """As :func:`predict_memory`.
 
-    ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, and ``rank_strategy`` makes it
-    that of one rank of many (:func:`~lightning_memopt.planning.ranks.one_of_many`).
+    ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, ``known_kernels`` is what earlier
+    predictions found of kernels, ``rank_strategy`` makes it that of one rank of many
+    (:func:`~lightning_memopt.planning.ranks.one_of_many`), and ``prepares`` is as for
+    :func:`~lightning_memopt.planning.loop.run_second_step`.
     """
     _check_options(trainer_options)
     if "strategy" in trainer_options or trainer_options.get("accelerator", "cpu") != "cpu":
@@ -137,11 +154,7 @@ def predict_step(
     _check_batch(batch, "predict_memory")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _isolated():
-        if isinstance(module, pl.LightningModule):
-            own = _own_copy(module, "predict_memory", lambda original: fake_copy(mode, original))
-        else:
-            with mode:
-                own = _own_copy(module, "predict_memory", lambda original: original)
+        own = _own_copy(module, "predict_memory", partial(fake_copy, mode), lambda make: build_fake(make, mode))
         own_batch = _own_batch(batch, "predict_memory", lambda original: fake_copy(mode, original))
         adapt(own)
         metrics = silence_metrics(own)
@@ -151,16 +164,28 @@ def predict_step(
             "strategy": rank_strategy or StayInPlace(device=torch.device("cpu")),
             "plugins": _copies(plugins),
         }
-        with _explain_reads_of_values(own), mode, log or nullcontext(), KnownValues():
+        instead = "use measure_memory(), or keep that line out of the step (self.log takes the tensor itself)"
+        explained = explain_reads_of_values(f"{type(own).__name__} cannot be predicted", instead)
+        with explained, mode, log or nullcontext(), KnownValues():
             report = run_second_step(
-                own, own_batch, _copies(callbacks), options, log=log, timeline_points=timeline_points
+                own,
+                own_batch,
+                _copies(callbacks),
+                options,
+                log=log,
+                timeline_points=timeline_points,
+                known_kernels=known_kernels,
+                prepares=prepares,
             )
     notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []
     return replace(report, notes=(*report.notes, *notes))
 
 
 def _own_copy(
-    module: Module, caller: str, duplicate: Callable[[pl.LightningModule], pl.LightningModule] = copy.deepcopy
+    module: Module,
+    caller: str,
+    duplicate: Callable[[pl.LightningModule], pl.LightningModule] = copy.deepcopy,
+    build: Callable[[Callable[[], Any]], Any] = lambda make: make(),
 ) -> pl.LightningModule:
     if not isinstance(module, pl.LightningModule):
         if isinstance(module, torch.nn.Module) or not callable(module):
@@ -168,7 +193,7 @@ def _own_copy(
                 f"{caller}() was given a {type(module).__name__}; it needs a LightningModule, whose training_step "
                 "and configure_optimizers say what a step is, or a function without arguments that makes one"
             )
-        made = module()
+        made = build(module)
         if not isinstance(made, pl.LightningModule):
             raise ValueError(
                 f"{caller}() was given a function that makes a {type(made).__name__}; it must make a LightningModule"
@@ -234,33 +259,3 @@ def _check_options(trainer_options: dict[str, Any]) -> None:
         raise ValueError(
             "max_steps and max_epochs were given, but a measurement ends after two optimizer steps; leave them out"
         )
-
-
-@contextmanager
-def _explain_reads_of_values(module: pl.LightningModule) -> Iterator[None]:
-    try:
-        yield
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        raise _cannot_be_predicted(module, error, str(error.func)) from error
-    except RuntimeError as error:
-        if not str(error).startswith(".numpy() is not supported"):
-            raise
-        raise _cannot_be_predicted(module, error, "Tensor.numpy()") from error
-
-
-def _cannot_be_predicted(module: pl.LightningModule, error: Exception, operator: str) -> ValueError:
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_step(Path(frame.filename))]
-    where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
-    if operator.startswith("aten._local_scalar_dense"):
-        operator += " (.item(), float(), bool(), if)"
-    return ValueError(
-        f"{type(module).__name__} cannot be predicted: {where} runs {operator}, whose result depends on the values "
-        "of tensors, and fake tensors have none; use measure_memory(), or keep that line out of the step (self.log "
-        "takes the tensor itself)"
-    )
-
-
-def _is_of_step(path: Path) -> bool:
-    """Whether a file is the user's, a library's, or an optimizer of PyTorch's, and no machinery."""
-    is_optimizer = path.parent.match("torch/optim") and path.name != "optimizer.py"
-    return is_optimizer or not (path.is_relative_to(_PACKAGE) or "torch" in path.parts)

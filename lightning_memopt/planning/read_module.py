@@ -7,7 +7,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.parallel.agreement import find_batch_norms
+from lightning_memopt.planning.build import build_fake
+from lightning_memopt.planning.fake import fake_copy
 from lightning_memopt.planning.predict import Module
 from lightning_memopt.planning.space import Space, Techniques, halvings
 from lightning_memopt.techniques.batches import batch_size
@@ -17,11 +21,21 @@ def without_memory(module: Module) -> pl.LightningModule:
     """The module to look at; one that a function makes is made without memory for its parameters."""
     if isinstance(module, pl.LightningModule):
         return module
-    with FakeTensorMode():
-        made = module()
-        if isinstance(made, pl.LightningModule):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made = build_fake(module, mode)
+    if isinstance(made, pl.LightningModule):
+        with mode:
             made.configure_model()
     return made
+
+
+def can_be_copied(module: pl.LightningModule) -> bool:
+    """Whether a prediction can begin with a copy, which takes less time than to make the module again."""
+    try:
+        fake_copy(FakeTensorMode(), module)
+    except Exception:  # of the user's classes, or tensors that are no parameters nor buffers
+        return False
+    return True
 
 
 def read_space(module: pl.LightningModule, batch: Any, precision: str, trainer_options: dict[str, Any]) -> Space:
@@ -45,7 +59,35 @@ def read_space(module: pl.LightningModule, batch: Any, precision: str, trainer_o
         chunked_loss=_has_head(module),
         in_backward=automatic
         and not (clips_by_norm or accumulates or is_overridden("configure_gradient_clipping", module)),
+        accumulates=accumulates,
     )
+
+
+def check_budget(module: pl.LightningModule, budget_bytes: int, *, ways: int, least_itemsize: int) -> None:
+    """Refuse a budget that not even one block's parameters fit in.
+
+    Args:
+        module: It is only read.
+        budget_bytes: Of a device.
+        ways: Among how many devices at most a block is split while it computes.
+        least_itemsize: Bytes of an element in the lowest precision that may be chosen.
+
+    Raises:
+        ValueError: Names the block and its bytes.
+    """
+    sizes = {
+        name: sum(p.numel() * min(p.itemsize, least_itemsize) for p in block.parameters()) // ways
+        for stack in find_block_stacks(module)
+        for name, block in zip(stack.names, stack.blocks, strict=True)
+    }
+    name = max(sizes, key=lambda each: sizes[each], default="")
+    if name and sizes[name] > budget_bytes:
+        share = f" on each of {ways} devices that share it" if ways > 1 else ""
+        raise ValueError(
+            f"the budget of {format_bytes(budget_bytes)} is smaller than the parameters of one block: `{name}` has "
+            f"{format_bytes(sizes[name])} ({sizes[name]:,} bytes){share}, and a device holds at least one "
+            "block while it computes; give a larger budget"
+        )
 
 
 def _samples(batch: Any) -> int:

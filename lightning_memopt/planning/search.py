@@ -1,8 +1,10 @@
 """Find the fastest choices that fit, tracing as few of them as can be."""
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from lightning_memopt.planning.space import Choice, Layout
 
@@ -41,14 +43,33 @@ class Found:
     too_large: dict[Choice, Evaluation]
     refused: dict[Choice, str]
 
+    def __or__(self, later: "Found") -> "Found":
+        """Both together."""
+        return Found(self.fitting | later.fitting, self.too_large | later.too_large, self.refused | later.refused)
+
 
 class Refused(ValueError):
     """A choice cannot be; raised by what evaluates it."""
 
 
+class Estimator(Protocol):
+    """Knows about choices what others' traces tell."""
+
+    def least(self, choice: Choice) -> int:
+        """Bytes that it holds for certain."""
+
+    def of(self, choice: Choice) -> int | None:
+        """Bytes that it will hold, about; ``None`` where that is unknown."""
+
+
+_CLEARLY = 1.1
+"""What is estimated at so many times the budget is not traced while something else fits."""
+
+
 def search(
     choices: Iterable[Choice],
     expected: Callable[[Choice], float],
+    estimates: Estimator,
     evaluate: Callable[[Choice], Evaluation],
     budget_bytes: int,
     *,
@@ -57,66 +78,129 @@ def search(
     """Evaluate the choices that are expected to be fast first, until enough of them fit.
 
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
-    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Of each
-    layout the most frugal choice is looked at first: where that does not fit, nothing there does.
+    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once two
+    choices of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
+    What is clearly too large by an estimate is left for when nothing else fits.
 
     Args:
         choices: All there are.
         expected: Time as it is expected before evaluation, in the unit of ``evaluate``.
+        estimates: What choices hold, before evaluation.
         evaluate: The truth; raises :class:`Refused`.
         budget_bytes: What fits.
         wanted: Stop when so many fit and what is left is expected to be slower than each of them.
     """
     found = Found({}, {}, {})
-    remaining = list(choices)
+    remaining = [choice for choice in choices if estimates.least(choice) <= budget_bytes]
     waiting = [(expected(choice), index) for index, choice in enumerate(remaining)]
     heapq.heapify(waiting)
     kept: dict[Choice, Evaluation] = {}
     layouts: dict[Layout, bool] = {}
+    failures: Counter[Layout] = Counter()
+    deferred: list[Choice] = []
     while waiting:
         seconds, index = heapq.heappop(waiting)
         fastest = sorted(evaluation.total_seconds for evaluation in kept.values())[:wanted]
         if len(fastest) == wanted and seconds > fastest[-1]:
             break
         choice = remaining[index]
-        if choice.layout not in layouts:
-            possible = [other for other in remaining if other.layout == choice.layout]
-            layouts[choice.layout] = _may_fit(possible, evaluate, budget_bytes, found)
-        if not layouts[choice.layout] or choice in found.refused or _is_dominated(choice, found, kept):
+        if not layouts.get(choice.layout, True) or choice in found.refused or _is_dominated(choice, found, kept):
+            continue
+        if _is_clearly_large(choice, estimates, budget_bytes):
+            deferred.append(choice)
             continue
         if choice not in found.fitting:
-            _evaluate(choice, evaluate, budget_bytes, found)
+            _evaluate(choice, remaining, evaluate, budget_bytes, found)
         if choice in found.fitting:
             kept[choice] = found.fitting[choice]
+            continue
+        failures[choice.layout] += choice in found.too_large
+        if failures[choice.layout] > 1 and choice.layout not in layouts:
+            layouts[choice.layout] = _may_fit(
+                _on(choice.layout, remaining), evaluate, budget_bytes, found, estimates=estimates
+            )
     found.fitting = dict(sorted(kept.items(), key=lambda item: item[1].total_seconds))
+    for layout in dict.fromkeys(choice.layout for choice in deferred if not kept):
+        if _may_fit(_on(layout, remaining), evaluate, budget_bytes, found):
+            again = search(_on(layout, remaining), expected, _Unknown(), evaluate, budget_bytes, wanted=wanted)
+            found = Found(found.fitting | again.fitting, found.too_large | again.too_large, found.refused)
+            break
     return found
 
 
+class _Unknown:
+    """No estimates."""
+
+    def least(self, choice: Choice) -> int:
+        return 0
+
+    def of(self, choice: Choice) -> int | None:
+        return None
+
+
+def find_smallest(
+    tiers: Iterable[Iterable[Choice]], least: Callable[[Choice], int], evaluate: Callable[[Choice], Evaluation]
+) -> Found:
+    """Evaluate most frugal choices until what is left holds at least more than the smallest that was found."""
+    found = Found({}, {}, {})
+    groups = [
+        _on(layout, tier) for tier in map(list, tiers) for layout in dict.fromkeys(choice.layout for choice in tier)
+    ]
+    for group in sorted(groups, key=lambda group: min(map(least, group))):
+        smallest = min((evaluation.peak_bytes for evaluation in found.too_large.values()), default=None)
+        if smallest is not None and min(map(least, group)) >= smallest:
+            break
+        _may_fit(group, evaluate, 0, found)
+    return found
+
+
+def _is_clearly_large(choice: Choice, estimates: Estimator, budget_bytes: int) -> bool:
+    estimate = estimates.of(choice)
+    return estimate is not None and estimate > _CLEARLY * budget_bytes
+
+
 def _may_fit(
-    possible: list[Choice], evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found
+    possible: list[Choice],
+    evaluate: Callable[[Choice], Evaluation],
+    budget_bytes: int,
+    found: Found,
+    *,
+    estimates: Estimator | None = None,
 ) -> bool:
-    """Whether the most frugal of some choices of one layout fits; what that layout refuses is noted on the way."""
-    while possible:
-        frugal = _most_frugal(possible)
+    """Whether the most frugal of some choices of one layout fits, or is estimated to."""
+    while remaining := [choice for choice in possible if choice not in found.refused]:
+        frugal = _most_frugal(remaining)
+        if estimates is not None and all(estimates.of(choice) is not None for choice in frugal):
+            return not all(_is_clearly_large(choice, estimates, budget_bytes) for choice in frugal)
         for choice in frugal:
             if choice not in found.refused:
-                _evaluate(choice, evaluate, budget_bytes, found)
-        reasons = {choice: found.refused[choice] for choice in frugal if choice in found.refused}
-        if not reasons:
+                _evaluate(choice, remaining, evaluate, budget_bytes, found)
+        if not any(choice in found.refused for choice in frugal):
             return any(choice in found.fitting for choice in frugal)
-        for choice in possible:
-            for reason in reasons.values():
-                if choice.has_refused(reason):
-                    found.refused[choice] = reason
-        possible = [choice for choice in possible if choice not in found.refused]
     return False
 
 
-def _evaluate(choice: Choice, evaluate: Callable[[Choice], Evaluation], budget_bytes: int, found: Found) -> None:
+def _on(layout: Layout, choices: Iterable[Choice]) -> list[Choice]:
+    return [choice for choice in choices if choice.layout == layout]
+
+
+def _evaluate(
+    choice: Choice,
+    choices: Iterable[Choice],
+    evaluate: Callable[[Choice], Evaluation],
+    budget_bytes: int,
+    found: Found,
+) -> None:
+    """Evaluate one of ``choices``; where it is refused, so are those of its layout that have what was refused."""
+    if choice in found.fitting or choice in found.too_large:
+        return
     try:
         evaluation = evaluate(choice)
     except Refused as refusal:
-        found.refused[choice] = str(refusal)
+        reason = str(refusal)
+        is_layouts = not choice.has_refused(reason)
+        refused = [each for each in _on(choice.layout, choices) if is_layouts or each.has_refused(reason)]
+        found.refused.update(dict.fromkeys((choice, *refused), reason))
         return
     (found.fitting if evaluation.peak_bytes <= budget_bytes else found.too_large)[choice] = evaluation
 

@@ -119,6 +119,7 @@ _USUAL_SLOWDOWN = {
     "memopt_zero3": 1.08,
     "memopt_hybrid": 1.08,
     "memopt_tp": 1.2,
+    "memopt_zero3_offload": 1.5,
 }
 """The order in which layouts are looked at; their times follow from their traces."""
 
@@ -135,11 +136,23 @@ class Layout:
     strategy: str = "auto"
     sizes: MeshSizes = ONE
 
+    @property
+    def offloads(self) -> bool:
+        """Whether shards, their gradients and the optimizer's state are in the host's memory."""
+        return self.strategy.endswith("_offload")
+
     def takes(self, techniques: Techniques) -> bool:
-        """Whether what steps optimizers otherwise is possible here."""
-        return (not techniques.in_backward or self.strategy == "auto") and (
-            not techniques.low_bit or self.strategy in ("auto", "memopt_ddp")
+        """Whether what steps optimizers otherwise is possible here, and one kind of offload at a time."""
+        return (
+            (not techniques.in_backward or self.strategy == "auto")
+            and (not techniques.low_bit or self.strategy in ("auto", "memopt_ddp"))
+            and not (techniques.offload and self.offloads)
         )
+
+    @property
+    def gathers_all(self) -> bool:
+        """Whether all parameters are whole at once, though they are kept in shards."""
+        return self.strategy in ("memopt_zero1", "memopt_zero2")
 
     @property
     def usual_slowdown(self) -> float:
@@ -189,31 +202,42 @@ class Space:
         micro_batches: Sizes that divide the work of a batch, the largest first; empty where batches stay whole.
         chunked_loss: Whether the module has a loss to chunk.
         in_backward: Whether its optimizer may step in the backward.
+        accumulates: Whether the user's trainer accumulates gradients.
     """
 
     plain: Techniques
     micro_batches: tuple[int, ...]
     chunked_loss: bool
     in_backward: bool
+    accumulates: bool = False
 
     def tiers(self, layouts: Sequence[Layout], exact: bool) -> Iterator[list[Choice]]:
         """The choices, in groups of which a later is wanted only where nothing of an earlier fits.
 
-        First what changes neither the numbers nor where activations are, then offload, then, unless ``exact``, what
+        First what changes neither the numbers nor where anything is, then offload, then, unless ``exact``, what
         changes the numbers.
         """
         unchanged = self._exact()
         offloaded = [replace(each, offload=True) for each in unchanged if each.checkpointing != "selective"]
-        tiers = [unchanged, offloaded]
+        staying = [layout for layout in layouts if not layout.offloads]
+        offloading = [layout for layout in layouts if layout.offloads]
+        yield self._product(staying, unchanged)
+        yield self._product(staying, offloaded) + self._product(offloading, unchanged)
         if not exact:
-            tiers.append([replace(each, low_bit=True) for each in (*unchanged, *offloaded)])
+            yield self._product(layouts, [replace(each, low_bit=True) for each in (*unchanged, *offloaded)])
         if not exact and self.plain.precision == "32-true":
             half = [replace(each, precision="bf16-mixed") for each in (*unchanged, *offloaded)]
-            tiers.append(half + [replace(each, low_bit=True) for each in half])
-        for tier in tiers:
-            yield [
-                Choice(layout, techniques) for layout in layouts for techniques in tier if layout.takes(techniques)
-            ]
+            yield self._product(layouts, half + [replace(each, low_bit=True) for each in half])
+
+    def _product(self, layouts: Sequence[Layout], techniques: Sequence[Techniques]) -> list[Choice]:
+        return [
+            Choice(layout, each)
+            for layout in layouts
+            for each in techniques
+            # ZeRO 1 and 2 differ only while gradients add up: with one backward a step they are one and the same.
+            if layout.takes(each)
+            and (layout.strategy != "memopt_zero1" or self.accumulates or each.micro_batch is not None)
+        ]
 
     def most_frugal(self) -> list[Techniques]:
         """What saves the most on several devices, in the user's precision."""
@@ -237,11 +261,16 @@ class Space:
         ]
 
 
-def find_layouts(devices: int, nodes: int) -> list[Layout]:
+def find_layouts(devices: int, nodes: int, *, has_host: bool) -> list[Layout]:
     """The ways to spread a step over ``devices`` on each of ``nodes`` that the planner looks at.
 
     Tensor parallelism stays within a node. Pipelines are left out: what a stage holds follows from the values that
     stages tell each other, and no prediction has them.
+
+    Args:
+        devices: Devices of a node.
+        nodes: Nodes.
+        has_host: Whether there is another memory than the devices' to offload to.
     """
     world = devices * nodes
     if world == 1:
@@ -257,6 +286,8 @@ def find_layouts(devices: int, nodes: int) -> list[Layout]:
         else:
             layouts.append(Layout("memopt_hybrid", MeshSizes(shard=world // tensor, tensor=tensor)))
         tensor *= 2
+    if has_host:
+        layouts.append(Layout("memopt_zero3_offload", MeshSizes(shard=world)))
     return layouts
 
 

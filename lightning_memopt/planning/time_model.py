@@ -21,9 +21,20 @@ def seconds_per_batch(trace: StepTrace, choice: Choice, device: DeviceModel, dev
     if choice.techniques.offload:
         held = max(point.by_category["activations"] for point in trace.points)
         transfers.append(Transfer("offload", held, times=2, is_overlapped=True))
+    operators = list(trace.operators)
+    on_host = 0.0
+    if choice.layout.offloads:
+        shards = max(point.by_category["parameters"] for point in trace.points)
+        # Each shard is copied to the device for the forward and for the backward, and its gradient back.
+        transfers.append(Transfer("offload", shards, times=3, is_overlapped=True))
+        # Memory of the host, which all of its devices' ranks share, is taken for as fast for each as its link.
+        steps = [call for call in operators if call.part == "optimizer"]
+        on_host = sum(call.moved_bytes * call.times for call in steps) / device.host_link
+        operators = [call for call in operators if call.part != "optimizer"]
     sharing = min(sizes.world, devices) if device.kind == "cpu" else 1
-    time = step_time(trace.operators, device, transfers=transfers, sharing=sharing)
-    return {part: seconds / sizes.batches for part, seconds in time.parts.items()}
+    time = step_time(operators, device, transfers=transfers, sharing=sharing)
+    parts = time.parts | {"optimizer": time.optimizer + on_host}
+    return {part: seconds / sizes.batches for part, seconds in parts.items()}
 
 
 def _transfer(collective: Collective, devices: int) -> Transfer:

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils._pytree import tree_leaves
 
-from lightning_memopt.memory.report import TimelinePoint
+from lightning_memopt.memory.report import MemoryReport, TimelinePoint
+from lightning_memopt.memory.workspace import Need
+from lightning_memopt.planning.build import SMALL_BYTES
 from lightning_memopt.planning.depth import (
     SHALLOW,
     Stack,
@@ -21,10 +23,11 @@ from lightning_memopt.planning.depth import (
     with_blocks,
 )
 from lightning_memopt.planning.operators import Collective, OperatorCall, OperatorLog
-from lightning_memopt.planning.predict import Module, predict_step
+from lightning_memopt.planning.predict import Module, measure_step, predict_step
 from lightning_memopt.planning.ranks import one_of_many
 from lightning_memopt.planning.search import Refused
-from lightning_memopt.planning.space import Choice
+from lightning_memopt.planning.space import Choice, Layout, Techniques
+from lightning_memopt.planning.values import ReadsValues
 from lightning_memopt.techniques.batches import batch_size, micro_batches
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
 
@@ -52,6 +55,14 @@ class StepTrace:
         """The largest point."""
         return max(self.points, key=lambda point: point.total_bytes)
 
+    def is_same(self, other: "StepTrace") -> bool:
+        """Whether both do the same, with the same peak."""
+        return (
+            self.peak.by_category == other.peak.by_category
+            and set(self.operators) == set(other.operators)
+            and set(self.collectives) == set(other.collectives)
+        )
+
 
 class StepTracer:
     """Traces of one module and batch, kept.
@@ -70,6 +81,11 @@ class StepTracer:
         self._batch = batch
         self._options = dict(trainer_options)
         self._stack = find_deep_stack(look)
+        # Parameters, gradients and two moments of Adam's.
+        self._is_small = 4 * sum(parameter.nbytes for parameter in look.parameters()) <= SMALL_BYTES
+        self._real_because: ReadsValues | None = None
+        self._kernels: dict[str, Need] = {}
+        self._prepares: bool | None = None
         self._known: dict[Choice, StepTrace | str] = {}
 
     def trace(self, choice: Choice) -> StepTrace:
@@ -82,8 +98,10 @@ class StepTracer:
         if choice not in self._known:
             try:
                 self._known[choice] = self._of_few_blocks(choice) or self._run(choice)
-            except (MisconfigurationException, LogitsNotFormedError) as refusal:
+            except MisconfigurationException as refusal:
                 self._known[choice] = str(refusal)
+            except LogitsNotFormedError as refusal:
+                self._known[choice] = f"ChunkedLoss: {refusal}"
         known = self._known[choice]
         if isinstance(known, str):
             raise Refused(known)
@@ -95,7 +113,7 @@ class StepTracer:
             return None
         try:
             shallow, deep = (self._run(choice, (stack, count)) for count in (SHALLOW, SHALLOW + 1))
-        except (MisconfigurationException, LogitsNotFormedError):
+        except (MisconfigurationException, LogitsNotFormedError, ReadsValues):
             raise
         except Exception:  # code of the user's that counts on all of its blocks
             self._stack = None
@@ -111,6 +129,28 @@ class StepTracer:
         )
 
     def _run(self, choice: Choice, blocks: tuple[Stack, int] | None = None) -> StepTrace:
+        """Trace one step: the second of two, or one alone where the module and the layout make both the same."""
+        techniques, layout = choice.techniques, choice.layout
+        # Elsewhere the optimizers are not the trainer's, or the first step does what no other does: it makes the
+        # buckets of replicas, and tries whether layers can be split.
+        is_usual = not (techniques.in_backward or techniques.low_bit) and (
+            layout.strategy == "auto" or (layout.sizes.shard > 1 and layout.sizes.tensor == 1)
+        )
+        return self._step(choice, blocks, prepares=is_usual and self._is_alike(choice, blocks))
+
+    def _is_alike(self, choice: Choice, blocks: tuple[Stack, int] | None) -> bool:
+        """Whether the module's first step is its second, once the optimizers have their state; looked at once."""
+        if self._prepares is None:
+            plain = Choice(Layout(), Techniques(precision=choice.techniques.precision))
+            try:
+                second, first = (self._step(plain, blocks, prepares=prepares) for prepares in (False, True))
+            except Exception:  # of a module that needs more, or an optimizer that wants more than gradients
+                self._prepares = False
+            else:
+                self._prepares = self._real_because is None and first.is_same(second)
+        return self._prepares
+
+    def _step(self, choice: Choice, blocks: tuple[Stack, int] | None, prepares: bool) -> StepTrace:
         batch, repeats, left_out_bytes = self._batch, 1.0, 0
         size = choice.techniques.micro_batch
         if size is not None:
@@ -120,18 +160,8 @@ class StepTracer:
             repeats = samples / batch_size(batch)
             left_out_bytes = _size_bytes(self._batch) - _size_bytes(batch)
         log = OperatorLog()
-        is_alone = choice.layout.sizes.world == 1
-        with nullcontext() if is_alone else one_of_many(choice.layout) as strategy, self._cut(blocks) as module:
-            report = predict_step(
-                module,
-                batch,
-                callbacks=choice.techniques.callbacks("cpu"),
-                log=log,
-                timeline_points=_WHOLE_TIMELINE,
-                rank_strategy=strategy,
-                precision=choice.techniques.precision,
-                **self._options,
-            )
+        with self._cut(blocks) as module:
+            report = self._report(module, batch, choice, log, prepares)
         points = report.timeline
         if left_out_bytes:
             points = tuple(_with_more(point, "other", left_out_bytes) for point in points)
@@ -144,6 +174,34 @@ class StepTracer:
             for each in log.collectives
         ]
         return StepTrace(points, tuple(operators), tuple(collectives), report.notes)
+
+    def _report(self, module: Module, batch: Any, choice: Choice, log: OperatorLog, prepares: bool) -> MemoryReport:
+        options: dict[str, Any] = {
+            "callbacks": choice.techniques.callbacks("cpu"),
+            "log": log,
+            "timeline_points": _WHOLE_TIMELINE,
+            "precision": choice.techniques.precision,
+            **self._options,
+        }
+        is_alone = choice.layout.sizes.world == 1
+        if self._real_because is None:
+            try:
+                with nullcontext() if is_alone else one_of_many(choice.layout) as strategy:
+                    return predict_step(
+                        module,
+                        batch,
+                        known_kernels=self._kernels,
+                        rank_strategy=strategy,
+                        prepares=prepares,
+                        **options,
+                    )
+            except ReadsValues as refusal:
+                if not (is_alone and self._is_small):
+                    raise
+                self._real_because = refusal
+        report = measure_step(module, batch, **options)
+        reason = str(self._real_because).partition(";")[0]
+        return replace(report, notes=(*report.notes, f"{reason}; so one device was measured with real tensors"))
 
     @contextmanager
     def _cut(self, blocks: tuple[Stack, int] | None) -> Iterator[Module]:

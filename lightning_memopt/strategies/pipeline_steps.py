@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_memopt.callbacks.micro_batch_metrics import LogRecord, LogsOfMicroBatches
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.parallel.pipeline.boundary import StageDone
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
 from lightning_memopt.parallel.pipeline.stubs import is_stub
@@ -133,6 +134,9 @@ class PipelineSteps:
         fx = self._module._current_fx_name
         try:
             return optimization._make_step_fn(kwargs)()
+        except StageDone as done:
+            self._strategy.begin_backward_at(done.tensors)
+            raise
         finally:
             self._module._current_fx_name = fx  # Lightning does not put it back where a stage unwinds the step
 

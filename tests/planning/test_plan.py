@@ -95,7 +95,7 @@ def test_where_nothing_fits_the_smallest_budget_that_would_is_said_and_is_right(
 @pytest.mark.slow
 def test_what_changes_the_numbers_is_only_taken_where_nothing_else_fits():
     module, batch = Deep(3, 256), _batch(4, 256)
-    exact = min(plan.peak_bytes for plan in _plan(1, module, batch, exact=True).plans)
+    exact = min(plan.peak_bytes for plan in _plan("1MiB", module, batch, exact=True).plans)
     result = _plan(exact - 1, module, batch)
     assert result.best is not None and (
         result.best.choice.techniques.low_bit or result.best.choice.techniques.precision != "32-true"
@@ -106,7 +106,7 @@ def test_what_changes_the_numbers_is_only_taken_where_nothing_else_fits():
 def test_batches_are_not_split_where_batch_norm_sees_them_nor_under_manual_optimization():
     for name in ("cnn", "gan"):
         entry = ZOO[name]
-        result = _plan(1, entry.build(), entry.batch(), exact=True)
+        result = _plan("200KiB", entry.build(), entry.batch(), exact=True)
         assert all(plan.choice.techniques.micro_batch is None for plan in result.plans), name
 
 
@@ -143,6 +143,8 @@ def test_the_json_has_what_programs_read(tight):
         ({"budget": "24G"}, "two ways"),
         ({"budget": "1GiB", "device": "h1000"}, "h100"),
         ({"budget": "1GiB", "batch": None}, "given None for a batch"),
+        ({"budget": "4KB"}, r"one block: `blocks.0` has 4.1 KiB \(4,224 bytes\)"),
+        ({"budget": "8KiB", "exact": True}, r"one block: `blocks.0` has 8.2 KiB \(8,448 bytes\)"),
     ],
 )
 def test_bad_input_is_refused_by_name(options, message):
@@ -174,3 +176,45 @@ def test_a_model_that_counts_on_all_of_its_blocks_is_traced_whole():
     batch = _batch(64)
     result = _plan("1GiB", Counts(9), batch)
     assert result.best.peak_bytes == memopt.predict_memory(Counts(9), batch).peak_bytes
+
+
+class NamesItsRates(Deep):
+    """Reads values while it is built, as models with stochastic depth do."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(2, width)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.5, 2)]
+
+
+class KeepsWhatIsPositive(Deep):
+    """A step whose shapes depend on values."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        kept = (x[:, 0] > 0).nonzero().flatten()
+        return super().training_step((x[kept], y[kept]), batch_idx)
+
+
+def test_a_module_that_reads_values_while_it_is_built_is_built_for_real_if_it_is_small():
+    result = _plan("1GiB", NamesItsRates)
+    assert result.best.peak_bytes == memopt.predict_memory(Deep(), _batch()).peak_bytes
+
+
+def test_a_large_module_that_reads_values_while_it_is_built_is_refused_with_the_operator_and_the_line():
+    with pytest.raises(
+        ValueError, match=r"makes the module .*test_plan.py:\d+ runs aten._local_scalar_dense.* 1.00 GiB"
+    ):
+        memopt.plan(lambda: NamesItsRates(2**15), _batch(), budget="80GB", device=A_CPU)
+
+
+def test_a_small_step_that_depends_on_values_is_planned_from_runs_on_real_tensors():
+    batch = _batch()
+    result = _plan("1GiB", KeepsWhatIsPositive(), batch)
+    measured = memopt.measure_memory(KeepsWhatIsPositive(), batch)
+    assert result.best.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
+    assert any("aten.nonzero" in note and "measured" in note for note in result.notes)
+
+
+def test_a_large_step_that_depends_on_values_is_refused_with_the_operator_and_the_line():
+    with pytest.raises(ValueError, match=r"KeepsWhatIsPositive cannot .*test_plan.py:\d+ runs aten.nonzero"):
+        memopt.plan(lambda: KeepsWhatIsPositive(2, 2**14), _batch(4, 2**14), budget="80GB", device=A_CPU)

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,10 @@ from lightning_memopt.parallel.tensor.collectives import part_of
 if TYPE_CHECKING:
     from lightning_memopt.parallel.tensor.layers import SplitState
     from lightning_memopt.parallel.tensor.regions import Region
+
+
+_MOST_IN_PREDICTION = 2**20
+"""Random values that are drawn for one tensor of a step on fake tensors."""
 
 
 class StepRefused(ValueError):
@@ -220,13 +225,21 @@ def _gradients(trial: Trial, outputs: Iterable[Tensor], inputs: Sequence[Tensor]
 
 
 def _draw(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
-    """Random values, of another scale in each feature, so that no mean over some looks like that of all."""
+    """Random values, of another scale in each feature, so that no mean over some looks like that of all.
+
+    In a prediction of memory there are none where there would be many: they would take what it is to save.
+    """
+    if is_fake(like) and prod(shape) > _MOST_IN_PREDICTION:
+        return like.new_empty(shape, dtype=_dtype_like(like))
     generator = torch.Generator().manual_seed(seed % 2**31)
     scale = torch.randn(shape[-1], generator=generator).mul_(0.5).exp_()
     values = torch.randn(shape, generator=generator) * scale
-    kind = like.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-    return values.to(like.device, dtype)
+    return values.to(like.device, _dtype_like(like))
+
+
+def _dtype_like(tensor: Tensor) -> torch.dtype:
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

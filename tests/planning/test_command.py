@@ -1,0 +1,62 @@
+"""``lightning-memopt plan`` from the words that a user types to the exit code."""
+
+import json
+
+import pytest
+
+from lightning_memopt.cli import main
+from tests.planning.test_plan import Deep, _batch  # noqa: F401 (found by name)
+
+_WORDS = ["plan", "tests.planning.test_plan:Deep", "--batch-from", "tests.planning.test_plan:_batch", "--gpu", "h100"]
+
+
+def _run(capsys, *more: str) -> tuple[int, str, str]:
+    code = main([*_WORDS, *more])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_budget_with_room_gives_plans_as_json_that_name_what_to_switch_on(capsys):
+    code, out, err = _run(capsys, "--init", "blocks=3", "--data-init", "samples=64", "--budget", "1GiB", "--json")
+    said = json.loads(out)
+    assert (code, err) == (0, "")
+    chosen = said["plans"][said["chosen"]]
+    assert {"strategy", "callbacks", "peak_bytes", "by_category", "relative_time", "fits"} <= chosen.keys()
+    assert chosen["fits"] and chosen["peak_bytes"] == sum(chosen["by_category"].values()) <= 2**30
+    # 3 blocks of 2 layers of 32 by 32 and a bias, as --init says
+    assert chosen["by_category"]["parameters"] == 3 * 2 * (32 * 32 + 32) * 4
+
+
+def test_where_nothing_fits_the_exit_code_is_3_with_the_smallest_budget_and_the_fewest_devices(capsys):
+    # cuBLAS's workspace of an H100 alone is 32 MiB, so that no number of devices would do.
+    code, out, err = _run(capsys, "--budget", "1MiB")
+    assert code == 3 and "too large" in out
+    assert err.startswith(
+        "lightning-memopt plan: nothing fits 1.0 MiB a device: the smallest budget that would do is"
+    )
+    assert "devices would do" not in err
+
+
+def test_a_budget_below_the_parameters_of_one_block_is_refused_in_one_line_that_names_it(capsys):
+    code, out, err = _run(capsys, "--budget", "4KB")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "`blocks.0` has 4.1 KiB (4,224 bytes)" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--budget", "24G"], "'24GiB' (25,769,803,776 bytes) or '24GB' (24,000,000,000 bytes)"),
+        (["--gpu", "h1000"], "did you mean h100"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(capsys, more, message):
+    code, out, err = _run(capsys, *more)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and message in err
+
+
+def test_the_table_ends_with_a_trainer_to_paste(capsys):
+    code, out, _ = _run(capsys, "--budget", "1GiB", "--data-init", "samples=64")
+    assert code == 0
+    assert "trainer = pl.Trainer(" in out and "\ntrainer:\n  accelerator: gpu" in out
