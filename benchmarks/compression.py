@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch._inductor.config
 from compression_recipes import RECIPES, Recipe
 from compression_tasks import Task, tasks
 from environment import environment_record, now
@@ -97,10 +98,12 @@ def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recip
     # Each size of a batch is compiled by itself: this is about the best that either can do.
     before, small = first.forward, second.forward
     if recipe.is_compiled:
-        frozen = {"options": {"freezing": True}} if recipe.is_frozen else {}
-        before, small = torch.compile(before, dynamic=False), torch.compile(small, dynamic=False, **frozen)
+        before, small = torch.compile(before, dynamic=False), torch.compile(small, dynamic=False)
     for size in (1, 32):
-        latency = compare_latency(before, small, task.batch(size), size, runs=runs)
+        with torch.no_grad():
+            before(task.batch(size))  # compiled before the option below is set
+        with torch._inductor.config.patch(freezing=recipe.is_frozen):
+            latency = compare_latency(before, small, task.batch(size), size, runs=runs)
         record[f"speedup_at_{size}"] = latency.speedup
         record[f"seconds_at_{size}"] = [latency.before_seconds, latency.after_seconds]
     return record | _verdict(recipe, record, task.is_accuracy)

@@ -33,5 +33,5 @@ class ReportingCallback(Callback):
     @report.setter
     def report(self, report: CompressionReport) -> None:
         self._report = report
-        if parent_process() is not None and rank_zero_only.rank == 0:
+        if parent_process() is not None and getattr(rank_zero_only, "rank", 0) == 0:
             self._mailbox.write_text(report.to_json())

@@ -77,14 +77,14 @@ class FakeQuantization:
         dims = None if self._inputs is None else (-1,) if is_attention else sample_dims(carrier)
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            is_rounded = dims is not None and bool(inputs) and (not is_attention or _is_self(*inputs))
-            if is_rounded and self.observing and carrier.training:
+            is_rounded = bool(inputs) and (not is_attention or _is_self(*inputs))
+            if dims is not None and is_rounded and self.observing and carrier.training:
                 self._observe(name, inputs[0])
             if not self.enabled:
                 return None
             for part, key, weight in shadows:
                 vars(part)[key] = self._round_weight(part._parameters[key], weight)
-            if not is_rounded or (self._inputs == "static" and name not in self.ranges):
+            if dims is None or not is_rounded or (self._inputs == "static" and name not in self.ranges):
                 return None
             known = self.ranges[name] if self._inputs == "static" else "dynamic"
             rounded = _round_inputs(inputs[0], known, dims)

@@ -169,10 +169,9 @@ def _from_json(value: Any) -> Any:
 
 
 def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
-    attributes = edit.get("attributes") if isinstance(edit, dict) else None
-    sizes = edit.get("config", {}) if isinstance(edit, dict) else None
-    is_known = isinstance(attributes, dict) and isinstance(sizes, dict) and set(edit) <= {"attributes", "config"}
-    if not is_known:
+    attributes, sizes = (edit.get("attributes"), edit.get("config", {})) if isinstance(edit, dict) else (None, None)
+    is_known = set(edit) <= {"attributes", "config"} if isinstance(edit, dict) else False
+    if not is_known or not isinstance(attributes, dict) or not isinstance(sizes, dict):
         raise CompressedFileError(f"The edit of `{name}` is {edit!r}, which this version does not know.")
     try:
         part = skeleton.get_submodule(name)
@@ -188,6 +187,7 @@ def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
         setattr(part, key, value)
     config = getattr(part, "config", None)
     for key, value in sizes.items():
-        if not is_model_config(config) or type(vars(config).get(key)) is not int or type(value) is not int:
+        known = vars(config).get(key, "nothing") if is_model_config(config) else "nothing"
+        if not (known is None or type(known) is int) or type(value) is not int:
             raise CompressedFileError(f"`{name}.config.{key}` is no size of a model, so it is not set.")
         setattr(config, key, value)

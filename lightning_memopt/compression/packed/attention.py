@@ -21,7 +21,7 @@ def apart(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], linear: 
     """What ``function`` computes, with linear maps by ``linear``; ``NotImplemented`` for others and with masks."""
     if function not in (_layer, _native) or args[0].is_nested:
         return NotImplemented
-    given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
+    given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
     if given.get("mask") is not None:
         return NotImplemented
     if function is _layer:

@@ -155,3 +155,24 @@ def test_images_are_convolved_with_strides_padding_dilation_and_without_a_batch(
         with torch.no_grad():
             assert _signal_to_noise(layer(images), packed(images)) > 30
             torch.testing.assert_close(packed(images[0]), packed(images)[0])
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_torchs_fused_encoder_layer_multiplies_by_packed_weights_under_the_compiler(
+    norm_first, activation, monkeypatch
+):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first, activation=activation)
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    layer, x = layer.eval(), torch.randn(2, 7, 64)
+    packed = _packed(layer, names, Int8Weight, {"inputs": "dynamic"})
+    padding = torch.arange(7).expand(2, 7) > 4
+    with torch.no_grad():
+        expected, masked = layer(x), layer(x, src_key_padding_mask=padding)
+        compiled = torch.compile(packed, backend="aot_eager")
+        assert _signal_to_noise(masked[:, :5], compiled(x, src_key_padding_mask=padding)[:, :5]) > 30
+        monkeypatch.setattr(Int8Weight, "dequantize", None)
+        torch._dynamo.reset()
+        assert 30 < _signal_to_noise(expected, compiled(x)) < 60
+    torch._dynamo.reset()
