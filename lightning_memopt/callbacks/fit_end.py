@@ -22,6 +22,7 @@ from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.container.destination import check_destination
 from lightning_memopt.compression.latency import Latency, compare_latency
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.planning.quiet import quiet_lightning
 
@@ -56,6 +57,8 @@ class FitEndCallback(ReportingCallback):
         if stage != "fit":
             return
         self.refusal = ""
+        if holds_fakes(pl_module):  # what is predicted has no validation, and no end
+            return
         with named_errors(self):
             self._check_fit(trainer, pl_module)
 

@@ -11,6 +11,7 @@ from lightning_memopt.compression.packed.integers import round_inputs
 from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
 from lightning_memopt.compression.ranges import sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
+from lightning_memopt.models.fake import is_fake
 
 MOMENTUM = 0.05
 """Share of the newest batch in the moving average of a range."""
@@ -104,7 +105,7 @@ class FakeQuantization:
 
     def _observe(self, name: str, x: Any) -> None:
         if self._inputs == "static" and isinstance(x, Tensor) and x.numel():
-            largest = float(x.detach().abs().amax())
+            largest = 1.0 if is_fake(x) else float(x.detach().abs().amax())  # fake: only sizes are asked for
             if 0 < largest < float("inf"):
                 self.ranges[name] = largest + (1 - MOMENTUM) * (self.ranges.get(name, largest) - largest)
 

@@ -17,6 +17,7 @@ from lightning_memopt.compression.packed import (
     stored_bytes,
 )  # fmt: skip
 from lightning_memopt.compression.selection import Weight, WeightFilter
+from lightning_memopt.models.fake import is_fake
 
 Scheme = Literal[
     "int8", "int8_weight_only", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp16", "bf16", "fp8"
@@ -150,8 +151,15 @@ def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: 
         options = {**options, "inputs": input_range}
     if cls is Int8Weight:
         # With a scale for each output, one value of a cluster would become as many as there are outputs.
-        options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and len(torch.unique(parameter)) <= CLUSTERS}
+        options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and _has_few_values(parameter)}
     return cls.pack(parameter, weight.output_dim, **options)
+
+
+def _has_few_values(parameter: Tensor) -> bool:
+    if is_fake(parameter):
+        parameter.detach().reshape(-1).sort()  # the memory of `unique`, whose result depends on values
+        return False
+    return len(torch.unique(parameter)) <= CLUSTERS
 
 
 def why_not(weight: Weight) -> str:

@@ -16,6 +16,8 @@ from lightning_memopt import (
     QuantizationAwareTraining,
     QuantizeOnFitEnd,
     load_compressed,
+    measure_memory,
+    predict_memory,
 )
 from lightning_memopt.compression.fake_quantize import FakeQuantization
 from lightning_memopt.compression.packed import PackedWeight
@@ -150,6 +152,17 @@ def test_with_clustering_the_clusters_stay_clusters():
     assert len(torch.unique(module.net[2].weight)) <= 16
     assert len(torch.unique(packed.values)) <= 16 and packed.scale.numel() == 1
     assert callback.report.metrics_after["val_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_the_memory_of_rounding_in_each_forward_is_predicted(scheme):
+    entry = ZOO["mlp"]
+
+    def peak(measure):
+        callback = QuantizationAwareTraining(scheme)
+        return measure(entry.build(), entry.batch(), callbacks=[callback]).peak_bytes
+
+    assert peak(predict_memory) == pytest.approx(peak(measure_memory), rel=0.02)
 
 
 @pytest.mark.parametrize(
