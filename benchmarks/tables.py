@@ -152,6 +152,49 @@ def compression_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _provenance(results)]) + "\n"
 
 
+def planner_table(results: dict[str, Any]) -> str:
+    """How far predictions are off, by module, and what the chosen plans are worth beside the best.
+
+    Args:
+        results: What ``planner.py`` wrote.
+    """
+    lines = ["| module | plans | mean error of the peak | worst | most under |", "|---|---:|---:|---:|---:|"]
+    for name, row in _of_figure(results, "memory"):
+        errors = (row[key] for key in ("mean_error", "worst_error", "most_under"))
+        lines.append(f"| {name} | {len(row['plans'])} | {' | '.join(f'{error:.2%}' for error in errors)} |")
+    lines += [
+        "",
+        "| module | plans | budget (of the plain peak) | fits | time against the best that fits | order of times |",
+        "|---|---:|---:|:-:|---:|---:|",
+    ]
+    for name, row in _of_figure(results, "choice"):
+        for budget, found in row["budgets"].items():
+            time = "nothing fits" if found["time_to_best"] is None else f"{found['time_to_best']:.2f}"
+            fits = "yes" if found["fits"] else "**no**"
+            lines.append(
+                f"| {name} | {row['plans']} | {float(budget):.0%} | {fits} | {time} | {row['rank_correlation']:.2f} |"
+            )
+    return "\n".join([*lines, "", _environment(results)]) + "\n"
+
+
+def estimators_table(results: dict[str, Any]) -> str:
+    """What estimators of a step's memory are off by.
+
+    Args:
+        results: What ``planner_others.py`` wrote.
+    """
+    names = list(dict.fromkeys(name for row in results["rows"].values() for name in row["error"]))
+    lines = [f"| module | measured | {' | '.join(names)} |", "|---|---:|" + "---:|" * len(names)]
+    for module, row in results["rows"].items():
+        errors = (f"{row['error'][name]:+.1%}" if name in row["error"] else "" for name in names)
+        lines.append(f"| {module} | {row['measured_bytes'] / _MIB:.1f} MiB | {' | '.join(errors)} |")
+    return "\n".join([*lines, "", _environment(results)]) + "\n"
+
+
+def _of_figure(results: dict[str, Any], figure: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(name.split("/")[1], row) for name, row in results["rows"].items() if name.split("/")[0] == figure]
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
@@ -159,6 +202,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parallel": parallel_table,
     "parity": parity_table,
     "compression": compression_table,
+    "planner": planner_table,
+    "planner_others": estimators_table,
 }
 """How each results file is drawn, by its name."""
 
