@@ -30,7 +30,7 @@ def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
     fp32, and so are sums of up to 1040; longer ones are rounded.
     """
     rows, inner, columns = *inputs.shape, weight.shape[1]
-    if _in_bytes(inputs.device):
+    if _in_bytes(inputs.device) and rows >= 32:  # fewer do not pay for bringing the weight into order
         return _multiply_bytes((inputs + OFFSET).to(torch.uint8), weight)
     on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
     if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):

@@ -25,7 +25,7 @@ def _integers(largest, shape, extreme):
 
 @pytest.mark.parametrize("extreme", [False, True])
 def test_integers_are_multiplied_exactly_and_the_largest_do_not_overflow(way, extreme):
-    a = _integers(hardware.largest_input(CPU), (5, 1000), extreme)
+    a = _integers(hardware.largest_input(CPU), (40, 1000), extreme)
     b = _integers(127, (1000, 24), False) if not extreme else torch.full((1000, 24), 127)
     product = hardware.multiply_integers(a.float(), b.to(torch.int8))
     assert torch.equal(product.long(), a @ b)
@@ -42,7 +42,7 @@ def test_images_of_integers_are_convolved_exactly_at_the_borders_too(way, option
 
 
 def test_the_compiler_knows_the_shapes_and_the_layouts(way):
-    x, weight = torch.randint(-63, 64, (4, 16)).float(), torch.randint(-9, 9, (16, 8), dtype=torch.int8)
+    x, weight = torch.randint(-63, 64, (40, 16)).float(), torch.randint(-9, 9, (16, 8), dtype=torch.int8)
     images, filters = torch.randint(-63, 64, (2, 4, 5, 5)).float(), torch.ones(8, 4, 3, 3, dtype=torch.int8)
 
     def both(x, images):
