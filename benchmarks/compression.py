@@ -7,7 +7,6 @@
 The tasks are in ``compression_tasks.py``, the recipes and their targets in ``compression_recipes.py``.
 """
 
-import argparse
 import logging
 import sys
 import warnings
@@ -19,7 +18,8 @@ import torch
 from compression_recipes import RECIPES, Recipe
 from compression_tasks import Task, tasks
 from environment import environment_record, now
-from results_file import OtherEnvironmentError, ResultsFile
+from options import Options, open_results
+from safetensors.torch import load_model, save_model
 
 from lightning_memopt.compression.latency import compare_latency
 from lightning_memopt.compression.sizes import measure_sizes
@@ -28,30 +28,25 @@ RESULTS = Path(__file__).parent / "results" / "compression.json"
 
 
 def main() -> int:
-    options = _options()
+    options = _options().parse()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     found = tasks(options.quick)
-    order = [f"{task}.{recipe}" for task in found for recipe in RECIPES]
+    order = [f"{task}.{name}" for task in found for name, one in RECIPES.items() if task in (one.tasks or found)]
     wanted = options.only or order
     if unknown := set(wanted) - set(order):
         print(f"{', '.join(sorted(unknown))}: no such row; there are {', '.join(order)}", file=sys.stderr)
         return 2
     sizes = "toy" if options.quick else "full"
-    try:
-        time_method = f"Speed is the median ratio of {options.runs} pairs of neighbouring runs."
-        header = {"environment": environment_record(), "sizes": sizes, "time_method": time_method}
-        results = ResultsFile(options.out, header)
-    except OtherEnvironmentError as error:
-        print(error, file=sys.stderr)
-        return 2
+    time_method = f"Speed is the median ratio of {options.runs} pairs of neighbouring runs."
+    header = {"environment": environment_record(), "sizes": sizes, "time_method": time_method}
+    results = open_results(options.out, header)
     failed = False
     for name, task in found.items():
         rows = [row for row in wanted if row.startswith(f"{name}.")]
         if not rows:
             continue
-        module = task.build()
-        task.fit(module, task.epochs)
+        module = _trained(task, options.weights)
         score = task.score(module)
         for row in rows:
             recipe = RECIPES[row.split(".")[1]]
@@ -64,6 +59,20 @@ def main() -> int:
             results.add(row, record | {"measured_at": now()}, order)
             print(row, {key: value for key, value in record.items() if key not in ("task", "title")}, flush=True)
     return 1 if failed else 0
+
+
+def _trained(task: Task, folder: Path | None) -> pl.LightningModule:
+    """The task's module after its training, or with the weights that an earlier run left in ``folder``."""
+    module = task.build()
+    path = folder and folder / f"{task.name}.safetensors"
+    if path and path.exists():
+        load_model(module, path)
+        return module
+    task.fit(module, task.epochs)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(module, str(path))
+    return module
 
 
 def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recipe, runs: int) -> dict[str, Any]:
@@ -86,9 +95,10 @@ def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recip
     first, second = (one.eval() for one in (task.copy(module), task.copy(outcome.module)))
     torch.compiler.reset()
     # Each size of a batch is compiled by itself: this is about the best that either can do.
-    before, small = (
-        torch.compile(one.forward, dynamic=False) if recipe.is_compiled else one.forward for one in (first, second)
-    )
+    before, small = first.forward, second.forward
+    if recipe.is_compiled:
+        frozen = {"options": {"freezing": True}} if recipe.is_frozen else {}
+        before, small = torch.compile(before, dynamic=False), torch.compile(small, dynamic=False, **frozen)
     for size in (1, 32):
         latency = compare_latency(before, small, task.batch(size), size, runs=runs)
         record[f"speedup_at_{size}"] = latency.speedup
@@ -107,16 +117,12 @@ def _verdict(recipe: Recipe, record: dict[str, Any], is_accuracy: bool) -> dict[
     return {"targets": targets, "met": all(met) if met else None}
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", metavar="TASK.RECIPE", help="a row; may be given again")
-    parser.add_argument("--quick", action="store_true", help="toy sizes; needs --out")
-    parser.add_argument("--runs", type=int, default=50, help="pairs of runs that a speedup is the median of")
-    parser.add_argument("--out", type=Path, help=f"results file (default: results/{RESULTS.name})")
-    options = parser.parse_args()
-    if options.quick and options.out is None:
-        parser.error("--quick needs --out: its figures must not replace the real ones")
-    options.out = options.out or RESULTS
+def _options() -> Options:
+    options = Options(__doc__, RESULTS)
+    options.add_count("runs", 50, "pairs of runs that a speedup is the median of")
+    options.parser.add_argument(
+        "--weights", type=Path, help="keep what was trained in this folder, and take it from there"
+    )
     return options
 
 

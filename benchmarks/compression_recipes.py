@@ -14,7 +14,9 @@ from torch import nn
 
 from lightning_memopt import GradualPruning, PolynomialSparsity
 from lightning_memopt.compression.container import save_compressed
+from lightning_memopt.compression.packed.hardware import largest_input
 from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.ranges import observe_inputs
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import prune_structured
 
@@ -47,6 +49,7 @@ class Recipe:
         is_ours: Not another library's.
         tasks: Where it can be tried; ``None``: all.
         is_compiled: Speed is measured of both under ``torch.compile``.
+        is_frozen: With the small one's weights as constants, without which its kernels are not used.
         size_target: Largest share of the bytes on disk, or ``None``.
         drop_target: Largest drop in points of accuracy.
         perplexity_target: Largest rise in percent, where it is another number.
@@ -58,6 +61,7 @@ class Recipe:
     is_ours: bool = True
     tasks: tuple[str, ...] | None = None
     is_compiled: bool = False
+    is_frozen: bool = False
     size_target: float | None = None
     drop_target: float | None = None
     perplexity_target: float | None = None
@@ -75,6 +79,33 @@ def _pickled(module: pl.LightningModule, **notes: Any) -> Outcome:
         path = Path(folder) / "state.pt"
         torch.save(module.state_dict(), path)
         return Outcome(module, path.stat().st_size, notes)
+
+
+def _static(task: Task, module: pl.LightningModule) -> Outcome:
+    module = task.copy(module).eval()
+    with observe_inputs(module) as ranges, torch.no_grad():
+        for inputs in task.calibration():
+            module(inputs)
+    quantize(module, "int8_static", input_ranges=ranges)
+    return _exported(module)
+
+
+def _pt2e(task: Task, module: pl.LightningModule) -> Outcome:
+    """PyTorch's static quantization by export for Inductor on x86, with 7 bits for inputs where 8 overflow."""
+    from torchao.quantization.pt2e import allow_exported_model_train_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    module = task.copy(module).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+    exported = torch.export.export(module.net, (task.batch(32),), dynamic_shapes=dynamic).module()
+    config = x86.get_default_x86_inductor_quantization_config(reduce_range=largest_input(torch.device("cpu")) < 127)
+    prepared = prepare_pt2e(exported, x86.X86InductorQuantizer().set_global(config))
+    with torch.no_grad():
+        for inputs in task.calibration():
+            prepared(inputs)
+    module.net = allow_exported_model_train_eval(convert_pt2e(prepared))
+    return _pickled(module)
 
 
 def _quantized(scheme: Any) -> Callable[[Task, pl.LightningModule], Outcome]:
@@ -197,6 +228,10 @@ RECIPES = {
         "int8, inputs too, compiled", _quantized("int8_dynamic"), is_compiled=True, size_target=0.30, drop_target=0.5,
         speed_target=1.5,
     ),
+    "int8_static": Recipe(
+        "int8, inputs by ranges, compiled", _static, is_compiled=True, size_target=0.30, drop_target=0.5,
+        speed_target=1.5,
+    ),
     "nf4": Recipe("nf4", _quantized("nf4"), size_target=0.16, drop_target=1.0),
     "gradual": Recipe("80% of the weights, gradually", _gradual, size_target=0.25, drop_target=0.5),
     "structured": Recipe(
@@ -209,5 +244,9 @@ RECIPES = {
     "lightning": Recipe("Lightning's ModelPruning, 80%", _lightning_pruning, is_ours=False),
     "torch_prune": Recipe("torch.nn.utils.prune, 80% global", _torch_prune, is_ours=False),
     "torch_pruning": Recipe("torch-pruning, 50%", _torch_pruning, is_ours=False),
+    "pt2e": Recipe(
+        "torchao's PT2E, int8, compiled and frozen", _pt2e, is_ours=False, tasks=("digits_cnn", "digits_vit"),
+        is_compiled=True, is_frozen=True,
+    ),
     "torchao": Recipe("torchao, int8 weights only", _torchao, is_ours=False),
 }  # fmt: skip

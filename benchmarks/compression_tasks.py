@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -122,6 +123,11 @@ class Task:
         if self.is_accuracy:
             return torch.stack([image for image, _ in samples])
         return torch.stack(samples)[:, :-1]
+
+    def calibration(self) -> list[Tensor]:
+        """Inputs of a few batches of the training data."""
+        batches = islice(self.loaders()[0], 16)
+        return [batch[0] if self.is_accuracy else batch[:, :-1] for batch in batches]
 
     def copy(self, module: pl.LightningModule) -> pl.LightningModule:
         """A copy without the trainer."""

@@ -8,8 +8,6 @@ Two ranks on this machine's CPU over gloo, one thread each. How times are taken 
 groups of ranks take turns, and a group's step takes as long as its slowest rank's.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ from typing import Any
 
 import workload
 from environment import environment_record, now
+from options import Options, open_results
 from paired import compare_steps
 from parallel_bodies import loop_by_hand, train
 from parallel_workload import FULL, QUICK, Size
 from ranks import RankGroup
-from results_file import OtherEnvironmentError, ResultsFile
 from workers import WorkerError
 
 RESULTS = Path(__file__).parent / "results" / "parallel.json"
@@ -48,15 +46,11 @@ class Row:
 
 
 def main() -> int:
-    options = _options()
+    options = _options().parse()
     workload.preload()
     size = QUICK if options.quick else FULL
     header = {"environment": environment_record() | {"ranks": RANKS}, "workload": asdict(size)}
-    try:
-        results = ResultsFile(options.out, header)
-    except OtherEnvironmentError as error:
-        print(error, file=sys.stderr)
-        return 2
+    results = open_results(options.out, header)
     failed = False
     for name in options.only or ROWS:
         row = ROWS[name]
@@ -124,7 +118,8 @@ def _start(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
 def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
     """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory.
 
-    The same of a loop by hand says how much of it is the schedule's and this machine's.
+    A rank that has ended its part waits for the last one, whether it says so or not. The same of a loop by hand says
+    how much of the share is the schedule's and this machine's.
     """
     shares: dict[str, list[float]] = {"ours": [], "by_hand": []}
     with (
@@ -135,7 +130,8 @@ def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
             for name, group in (("ours", ours), ("by_hand", by_hand)):
                 clocks = group.ask("go")
                 if step >= WARM_UP:
-                    shares[name].append(1 - sum(computed for _, computed in clocks) / sum(wall for wall, _ in clocks))
+                    longest = max(wall for wall, _ in clocks)
+                    shares[name].append(1 - sum(computed for _, computed in clocks) / (RANKS * longest))
     share, share_by_hand = median(shares["ours"]), median(shares["by_hand"])
     # Narayanan et al. 2021 (https://arxiv.org/abs/2104.04473), section 2.2: of m + p - 1 slots, p - 1 are idle.
     theory = (RANKS - 1) / (size.micro_batches + RANKS - 1)
@@ -163,16 +159,9 @@ ROWS: dict[str, Row] = {
 }
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="a row; may be given again")
-    parser.add_argument("--quick", action="store_true", help="toy size; needs --out")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of steps that a row's time is taken from")
-    parser.add_argument("--out", type=Path, help=f"results file (default: results/{RESULTS.name})")
-    options = parser.parse_args()
-    if options.quick and options.out is None:
-        parser.error("--quick needs --out: its figures must not replace the real ones")
-    options.out = options.out or RESULTS
+def _options() -> Options:
+    options = Options(__doc__, RESULTS, ROWS)
+    options.add_count("pairs", 16, "pairs of steps that a row's time is taken from")
     return options
 
 

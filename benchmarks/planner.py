@@ -1,7 +1,8 @@
 """Is the planner right: predicted against measured memory and time of every plan, and its choice against the best.
 
-    python benchmarks/planner.py            # hours on 2 cores
-    python benchmarks/planner.py --quick    # does it run?
+    python benchmarks/planner.py                       # hours on 2 cores; what is known already is left
+    python benchmarks/planner.py --only memory/gpt2    # one row, measured again
+    python benchmarks/planner.py --quick --out x.json  # does it run?
 
 ``memory``: of each module of the zoo, plans of one device as the planner's space has them, predicted and measured by
 the allocator's events. ``choice``: six modules of some size under three budgets each, with every plan of the space
@@ -9,7 +10,6 @@ measured, so that the best is known; the chosen one is compared with it, and the
 measured ones. Times are medians of steps that are run in turn, since the machine is shared.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 from environment import environment_record, now
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from results_file import ResultsFile
+from options import Options, open_results
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,6 +36,8 @@ from tests.zoo import ZOO
 
 RESULTS = Path(__file__).parent / "results" / "planner.json"
 SIZED = ("mlp", "encoder", "gpt2", "llama", "bert_qa", "cnn")
+ROWS = [*(f"memory/{name}" for name in ZOO), *(f"choice/{name}" for name in SIZED)]
+QUICK_ROWS = ("memory/mlp", "choice/mlp")
 BUDGETS = (0.9, 0.65, 0.45)
 """Fractions of the plain peak."""
 
@@ -157,16 +159,10 @@ def spearman(first: list[float], second: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one module and a few plans of each figure")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    names = ["mlp"] if options.quick else list(ZOO)
-    sized = ["mlp"] if options.quick else list(SIZED)
-    results = ResultsFile(options.out, {"environment": environment_record(), "quick": options.quick})
-    order = [f"memory/{name}" for name in names] + [f"choice/{name}" for name in sized]
-    for row in order:
-        if row in results.rows:
+    options = Options(__doc__, RESULTS, ROWS).parse()
+    results = open_results(options.out, {"environment": environment_record(), "quick": options.quick})
+    for row in options.only or (QUICK_ROWS if options.quick else ROWS):
+        if row in results.rows and not options.only:
             continue
         figure, _, name = row.partition("/")
         if figure == "memory":
@@ -174,7 +170,7 @@ def main() -> None:
         else:
             quick = options.quick
             made = choice_row(name, 16 if quick else 64, rounds=1 if quick else 3, most=4 if quick else None)
-        results.add(row, made | {"date": now()}, order)
+        results.add(row, made | {"date": now()}, ROWS)
         print(row, {key: value for key, value in made.items() if key != "plans"}, flush=True)
 
 

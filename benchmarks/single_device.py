@@ -7,8 +7,6 @@
 How times are taken is said in ``paired.py``, what is compared in ``rows.py``.
 """
 
-import argparse
-import sys
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import Any
 
 import workload
 from environment import environment_record, now
+from options import Options, open_results
 from paired import Stepper, compare_steps
-from results_file import OtherEnvironmentError, ResultsFile
+from results_file import ResultsFile
 from rows import ROWS, plain_of
 from verdict import memory_ratio, summarize, time_bound
 from workers import Channel, WorkerError, in_worker
@@ -28,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "single_device.json"
 
 
 def main() -> int:
-    options = _options()
+    options = _options().parse()
     workload.preload()
     sizes = workload.QUICK if options.quick else workload.FULL
     header = {
@@ -36,11 +35,7 @@ def main() -> int:
         "time_method": f"Time is the median ratio of {options.pairs} pairs of neighbouring steps.",
         "workload": {str(vocabulary): asdict(size) for vocabulary, size in sizes.items()},
     }
-    try:
-        results = ResultsFile(options.out, header)
-    except OtherEnvironmentError as error:
-        print(error, file=sys.stderr)
-        return 2
+    results = open_results(options.out, header)
     failed = False
     names = sorted(options.only or ROWS, key=lambda name: (ROWS[name].vocabulary, list(ROWS).index(name)))
     for vocabulary, group in groupby(names, key=lambda name: ROWS[name].vocabulary):
@@ -114,18 +109,9 @@ def _keep(name: str, record: dict[str, Any], results: ResultsFile) -> None:
     print(line, flush=True)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help="a row; may be given again")
-    parser.add_argument("--quick", action="store_true", help="toy sizes; needs --out")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of steps that a row's time is taken from")
-    parser.add_argument("--out", type=Path, help=f"results file (default: results/{RESULTS.name})")
-    options = parser.parse_args()
-    if options.quick and options.out is None:
-        parser.error("--quick needs --out: its figures must not replace the real ones")
-    if options.pairs < 2:
-        parser.error(f"--pairs {options.pairs}: a median with quartiles needs 2 or more")
-    options.out = options.out or RESULTS
+def _options() -> Options:
+    options = Options(__doc__, RESULTS, ROWS)
+    options.add_count("pairs", 8, "pairs of steps that a row's time is taken from")
     return options
 
 

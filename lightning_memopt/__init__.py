@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd as QuantizeOnFitEnd
     from lightning_memopt.checkpoints.atomic import latest_checkpoint as latest_checkpoint
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
+    from lightning_memopt.compression.clustering import cluster_weights as cluster_weights
     from lightning_memopt.compression.container import load_compressed as load_compressed
+    from lightning_memopt.compression.masks import find_sparsity as find_sparsity
+    from lightning_memopt.compression.masks import prune_weights as prune_weights
     from lightning_memopt.compression.onnx import export_onnx as export_onnx
     from lightning_memopt.compression.report import CompressionReport as CompressionReport
     from lightning_memopt.compression.report import compression_report as compression_report
@@ -78,8 +81,10 @@ _HOME = {
     "QuantizeOnFitEnd": "callbacks.quantize_on_fit_end",
     "TensorParallelStrategy": "strategies.tensor",
     "chunked_cross_entropy": "techniques.chunked_loss",
+    "cluster_weights": "compression.clustering",
     "compression_report": "compression.report",
     "export_onnx": "compression.onnx",
+    "find_sparsity": "compression.masks",
     "full_state_dict": "checkpoints.sharded",
     "latest_checkpoint": "checkpoints.atomic",
     "load_compressed": "compression.container",
@@ -87,6 +92,7 @@ _HOME = {
     "plan": "planning.plan",
     "predict_memory": "planning.predict",
     "prune_structured": "compression.structured",
+    "prune_weights": "compression.masks",
     "scan_sensitivity": "compression.sensitivity",
     "track_memory": "memory.track",
 }

@@ -40,10 +40,12 @@ def _compress(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lightning_memopt.compression.container import save_compressed
+    from lightning_memopt.compression.container.destination import check_destination
     from lightning_memopt.compression.onnx import export_onnx
     from lightning_memopt.compression.recipe import Recipe
 
     recipe = Recipe.from_yaml(options.recipe)
+    check_destination(options.out)
     module = _load(options.module, options.checkpoint)
     inputs = getattr(module, "example_input_array", None)
     if options.onnx is not None and inputs is None:
@@ -63,6 +65,7 @@ def _load(name: str, checkpoint: str) -> Any:
     """The module of the checkpoint; only tensors and plain values are unpickled."""
     import os
     from importlib import import_module
+    from pickle import UnpicklingError
 
     import lightning.pytorch as pl
 
@@ -78,7 +81,13 @@ def _load(name: str, checkpoint: str) -> Any:
         cls = getattr(cls, part)
     if not (isinstance(cls, type) and issubclass(cls, pl.LightningModule)):
         raise ValueError(f"--module {name} is no LightningModule")
-    return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+    try:
+        return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+    except (UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{checkpoint} is no whole checkpoint of tensors and plain values, and nothing else is loaded, since it "
+            f"could run code: {str(error).splitlines()[0] if str(error) else 'the file ends early'}"
+        ) from error
 
 
 def _call(module: Any, inputs: Any) -> Any:

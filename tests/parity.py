@@ -39,6 +39,15 @@ class _RecordLosses(Callback):
             self.losses.append(float(outputs["loss"]))
 
 
+def quiet_trainer(steps: int, *callbacks: Callback, **options: Any) -> pl.Trainer:
+    """One CPU, and nothing that is printed or written."""
+    defaults = {
+        "accelerator": "cpu", "devices": 1, "max_steps": steps, "max_epochs": -1, "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+    }  # fmt: skip
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
 def train(
     module: pl.LightningModule,
     loader: DataLoader,
@@ -51,17 +60,7 @@ def train(
 ) -> Run:
     """Fit ``module`` for ``steps`` optimizer steps on one CPU with everything that writes files switched off."""
     recorder = _RecordLosses()
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_steps": steps,
-        "max_epochs": -1,
-    }
-    trainer = pl.Trainer(**(options | trainer_options), callbacks=[*callbacks, recorder])
+    trainer = quiet_trainer(steps, *callbacks, recorder, **trainer_options)
     torch.manual_seed(seed)
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

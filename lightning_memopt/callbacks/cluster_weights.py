@@ -1,28 +1,26 @@
 """Weight clustering under Lightning: at the end of a fit, or from a step on with training going on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_memopt.compression.bits import empty_packed
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_end import refuse_behind_quantization
+from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import check_step
-from lightning_memopt.compression.selection import Selection, WeightFilter
+from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
-class ClusterWeights(Callback):
+class ClusterWeights(HoldingCallback):
     """Rounds the elements of each weight to ``n`` values of its own, found by k-means.
 
     In memory nothing changes; on disk each element is an index: 4 bits for 16 values. Where a share of a weight is
@@ -52,6 +50,8 @@ class ClusterWeights(Callback):
         >>> trainer = pl.Trainer(callbacks=[ClusterWeights(16)], logger=False)
     """
 
+    _held: Clusters | None
+
     def __init__(
         self,
         n: int,
@@ -63,113 +63,66 @@ class ClusterWeights(Callback):
         embeddings: bool = False,
         seed: int = 0,
     ) -> None:
-        try:
-            self._which = WeightFilter(include, exclude, embeddings)
+        with named_errors(self):
             check_clusters(n, init)
+            super().__init__(WeightFilter(include, exclude, embeddings), bits=(n - 1).bit_length())
             if begin_step is not None:
                 check_step(begin_step, "begin_step")
-        except ValueError as error:
-            raise MisconfigurationException(f"ClusterWeights: {error}") from error
         self.n, self.init, self.begin_step, self.seed = n, init, begin_step, seed
-        self.report: CompressionReport | None = None
-        self._clusters: Clusters | None = None
-        self._state: dict[str, Any] = {}
-        self._hooks: list[RemovableHandle] = []
-        self._predicted: list[Tensor] = []
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(which=str(self._which))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._state = {}  # of a fit before this one; what is resumed is loaded after this
-            if not is_overridden("configure_model", pl_module):
-                self._select(pl_module)
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = self._select(pl_module).weights
-        if self.begin_step is None:
-            return
-        if holds_fakes(pl_module):
-            bits = (self.n - 1).bit_length()
-            self._predicted = [empty_packed(weight.parameter, bits) for weight in weights]
-            return
-        parted = [w.name for w in weights if isinstance(w.parameter, DTensor) or w.parameter.is_meta]
-        if parted:
-            raise MisconfigurationException(
-                f"ClusterWeights: {parted[0]!r} is not whole on this rank under {type(trainer.strategy).__name__}, "
-                "and a value that trains is the mean over all of its elements. Use begin_step=None, which clusters "
-                "when training is over, or a strategy of replicas."
-            )
-        self._clusters = Clusters(weights)
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._clusters is None:
-            return
-        try:
-            self._clusters.load_state_dict(self._state)
-        except ValueError as error:
-            raise MisconfigurationException(f"ClusterWeights: {error}") from error
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after(trainer.global_step + 1)))
-        if not self._state:
-            self._after(trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
+        if stage == "fit" and self.begin_step is None:
+            with named_errors(self):
+                refuse_behind_quantization(trainer, self)
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if holds_fakes(pl_module):
             return
+        before = measure_sizes(pl_module, packed=False)
         # The strategy has made the weights whole, and weight averaging, if any, has written them.
-        before, selection = measure_sizes(pl_module, packed=False), self._select(pl_module)
         if self._state:
-            apply_clusters(pl_module, self._state)
+            self._apply_at_end(pl_module)
         else:
-            Clusters(selection.weights).find(self.n, self.init, self.seed)
-        self.report = compression_report(before, pl_module, skipped=selection.skipped)
+            self._hold(self._select(pl_module).weights).find(self.n, self.init, self.seed)
+        self.report = compression_report(before, pl_module, skipped=self._skipped)
+
+    @property
+    @override
+    def _last_step(self) -> int | None:
+        return self.begin_step
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
+    def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:
+        parted = [w.name for w in weights if isinstance(w.parameter, DTensor) or w.parameter.is_meta]
+        if parted:
+            raise ValueError(
+                f"{parted[0]!r} is not whole on this rank under {type(trainer.strategy).__name__}, "
+                "and a value that trains is the mean over all of its elements. Use begin_step=None, which clusters "
+                "when training is over, or a strategy of replicas."
+            )
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+    def _hold(self, weights: Sequence[Weight]) -> Clusters:
+        return Clusters(weights)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"clusters": self._clusters.state_dict() if self._clusters else self._state}
+    def _advance(self, step: int) -> bool:
+        assert self._held is not None and self.begin_step is not None
+        if self._held.found or step < self.begin_step:
+            return False
+        self._held.find(self.n, self.init, self.seed)
+        return True
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict["clusters"]
+    def _apply_to(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        apply_clusters(module, state)
 
-    def _select(self, module: pl.LightningModule) -> Selection:
-        try:
-            return self._which.select(module)
-        except ValueError as error:
-            raise MisconfigurationException(f"ClusterWeights: {error}") from error
-
-    def _after(self, step: int) -> None:
-        assert self._clusters is not None and self.begin_step is not None
-        if self._clusters.found:
-            self._clusters.apply()
-        elif step >= self.begin_step:
-            self._clusters.find(self.n, self.init, self.seed)
-
-    def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._predicted.clear()
-        if self._clusters is not None:
-            self._state = self._clusters.state_dict()  # a checkpoint may yet be saved
-            self._clusters = None
+    @override
+    def _say_too_short(self, steps: int) -> str:
+        return (
+            f"training ends after {steps} steps and begin_step is {self.begin_step}: values are found when training "
+            "is over, and do not train."
+        )

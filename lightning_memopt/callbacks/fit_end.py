@@ -1,15 +1,111 @@
-"""Validate a module, or a compressed copy of it, when training is over."""
+"""What is compressed when training is over: validated before and after, judged, and written to disk."""
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.reporting import ReportingCallback
+from lightning_memopt.compression.container import save_compressed
+from lightning_memopt.compression.container.destination import check_destination
+from lightning_memopt.compression.latency import Latency, compare_latency
+from lightning_memopt.models.instance_patch import replaced
+
+
+class FitEndCallback(ReportingCallback):
+    """Compresses when training is over; refuses before it begins what would fail then.
+
+    Args:
+        max_metric_drop: How much worse ``monitor`` may become; ``None``: it is not judged.
+        monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
+        mode: ``"max"`` where more of it is better.
+        export_path: A folder to write the result to.
+
+    Attributes:
+        refusal: Why the result was refused; empty where it was not.
+    """
+
+    def __init__(
+        self,
+        max_metric_drop: float | None,
+        monitor: str | None,
+        mode: Literal["min", "max"],
+        export_path: str | Path | None,
+    ) -> None:
+        super().__init__()
+        self.export_path = export_path
+        self.refusal = ""
+        self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.refusal = ""
+        with named_errors(self):
+            self._check_fit(trainer, pl_module)
+
+    def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise where it could not be done when training is over; for ``setup``, and nobody's name is said yet."""
+        refuse_behind_quantization(trainer, self)
+        if self._gate is not None:
+            self._gate = self._gate.resolved(trainer)
+            require_validation(trainer, pl_module)
+        if self.export_path is not None and trainer.is_global_zero:
+            check_destination(self.export_path)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        logged = trainer.callback_metrics
+        is_known = logged or not trainer.sanity_checking  # where Lightning leaves out those of several loaders
+        if self._gate is not None and trainer.state.fn == TrainerFn.FITTING and is_known:
+            self._gate.check(logged)
+
+    def _validate_if_possible(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        """The metrics of ``module``; none where it is trained without validation."""
+        try:
+            require_validation(trainer, module)
+        except MisconfigurationException:
+            return {}
+        return validate_now(trainer, module)
+
+    def _export(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | Path | None:
+        """Write what was not refused, and return where."""
+        if self.export_path is None or self.refusal:
+            return None
+        if trainer.is_global_zero:
+            save_compressed(module, self.export_path)
+        trainer.strategy.barrier(type(self).__name__)
+        return self.export_path
+
+
+def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:
+    """Raise where ``callback``, which needs plain weights when training is over, would find them packed.
+
+    Raises:
+        MisconfigurationException: A callback before it quantizes the module itself.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[: callbacks.index(callback)]:
+        if getattr(other, "inplace", False):
+            name = type(other).__name__
+            raise MisconfigurationException(
+                f"{name}(inplace=True) comes before it in the list of callbacks, and packs the weights that it would "
+                f"change. Put it before {name}."
+            )
 
 
 def validate_now(
@@ -17,9 +113,10 @@ def validate_now(
 ) -> dict[str, float]:
     """Run the validation loop of ``module`` within ``on_fit_end`` and return what it logs.
 
-    A trainer of its own runs it, without loggers, callbacks and checkpoints, so that those of ``trainer``, its
-    metrics and its progress are not touched. ``setup``, ``teardown`` and ``prepare_data`` of the module are not
-    called again. Under several ranks all must call it; each validates its part and the mean is returned.
+    A trainer of its own runs it, with a logger that keeps nothing and without callbacks and checkpoints, so that
+    those of ``trainer``, its metrics and its progress are not touched. ``setup``, ``teardown`` and ``prepare_data``
+    of the module and of its data module are not called again. Under several ranks all must call it; each validates
+    its part and the mean is returned.
 
     Args:
         trainer: The trainer that is at the end of ``fit``.
@@ -34,13 +131,19 @@ def validate_now(
     data = trainer.val_dataloaders if dataloaders is None else dataloaders
     device = trainer.strategy.root_device
     inner = pl.Trainer(
-        accelerator=device.type, devices=1 if device.type == "cpu" else [device.index or 0], logger=False,
+        accelerator=device.type, devices=1 if device.type == "cpu" else [device.index or 0], logger=DummyLogger(),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=trainer.limit_val_batches if batches is None else batches, inference_mode=False,
         plugins=[copy.copy(trainer.precision_plugin)],
     )  # fmt: skip
-    with _borrowed(module):
-        inner.validate(module, dataloaders=data, verbose=False)
+    source: dict[str, Any] = {"dataloaders": data}
+    with ExitStack() as stack:
+        stack.enter_context(_lent(module))
+        if (datamodule := trainer.datamodule) is not None:  # type: ignore[attr-defined]
+            # With it, since it may change batches as they are moved, and the module may read it.
+            stack.enter_context(_lent(datamodule, val_dataloader=lambda: data))
+            source = {"datamodule": datamodule}
+        inner.validate(module, verbose=False, **source)
         metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
     if trainer.world_size > 1:
         metrics = {
@@ -71,31 +174,46 @@ def require_validation(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 @contextmanager
-def _borrowed(module: pl.LightningModule) -> Iterator[None]:
-    """Give the module to another trainer, with its hooks for setting up switched off."""
-    owner, names = module._trainer, ("setup", "teardown", "prepare_data")
-    kept = {name: vars(module)[name] for name in names if name in vars(module)}
-    for name in names:
-        setattr(module, name, lambda *_, **__: None)
-    modes = {part: part.training for part in module.modules()}
+def _lent(owned: pl.LightningModule | pl.LightningDataModule, **instead: Any) -> Iterator[None]:
+    """Give a module, or its data, to another trainer, with hooks for setting up switched off and others replaced."""
+    owner = owned.trainer if isinstance(owned, pl.LightningDataModule) else owned._trainer
+    hooks = dict.fromkeys(("setup", "teardown", "prepare_data"), lambda *_, **__: None) | instead
+    modes = {part: part.training for part in owned.modules()} if isinstance(owned, nn.Module) else {}
     try:
-        yield
+        with replaced(owned, **hooks):
+            yield
     finally:
-        for name in names:
-            delattr(module, name)
-        vars(module).update(kept)
-        module._trainer = owner
+        owned.trainer = owner
         for part, training in modes.items():
             part.training = training
 
 
 def copy_module(module: pl.LightningModule) -> pl.LightningModule:
     """A deep copy of ``module`` and not of the trainer that it is attached to."""
-    owner, module._trainer = module._trainer, None
+    owner = module._trainer
+    module.trainer = None  # of modules in it too
     try:
         return copy.deepcopy(module)
     finally:
-        module._trainer = owner
+        module.trainer = owner
+
+
+def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.LightningModule) -> tuple[Latency, ...]:
+    """Time both, not compiled, on ``before.example_input_array`` and on its first sample, where it is a tensor."""
+    inputs = before.example_input_array
+    if not isinstance(inputs, torch.Tensor) or not inputs.dim():
+        return ()
+    precision = trainer.precision_plugin
+    inputs = precision.convert_input(inputs.to(before.device))
+    modes = {part: part.training for module in (before, after) for part in module.modules()}
+    before.eval(), after.eval()
+    try:
+        with precision.forward_context():
+            sizes = sorted({1, len(inputs)})
+            return tuple(compare_latency(before, after, inputs[:size], size) for size in sizes)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @dataclass(frozen=True)
@@ -135,16 +253,26 @@ class Gate:
             "monitor it."
         )
 
+    def check(self, logged: Mapping[str, Any]) -> None:
+        """Raise where the metric is not among those logged.
+
+        Raises:
+            MisconfigurationException: Says which are.
+        """
+        if self.monitor not in logged:
+            raise MisconfigurationException(
+                f"monitor={self.monitor!r} is not logged by validation_step, which logs {sorted(logged)}."
+            )
+
     def refusal(self, before: Mapping[str, float], after: Mapping[str, float]) -> str:
         """Why the result is refused; empty where it is not.
 
         Raises:
             MisconfigurationException: The metric is not among those logged.
         """
-        if self.monitor is None or self.monitor not in before or self.monitor not in after:
-            raise MisconfigurationException(
-                f"monitor={self.monitor!r} is not logged by validation_step, which logs {sorted(before)}."
-            )
+        for logged in (before, after):
+            self.check(logged)
+        assert self.monitor is not None
         old, new = before[self.monitor], after[self.monitor]
         drop = old - new if self.mode == "max" else new - old
         if drop <= self.max_drop:  # false for NaN

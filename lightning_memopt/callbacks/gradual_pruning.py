@@ -1,30 +1,27 @@
 """Prune while training goes on, so that what remains can make up for what is gone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_memopt.compression.bits import empty_packed
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
-from lightning_memopt.compression.selection import Selection, WeightFilter
+from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
-class GradualPruning(Callback):
+class GradualPruning(HoldingCallback):
     """Raises the share of zero weights along a schedule, and keeps what is pruned at zero after every step.
 
     The targets are absolute: 0.5 is half of the weights, however often it is asked for. What is pruned stays pruned.
@@ -56,6 +53,8 @@ class GradualPruning(Callback):
         >>> trainer = pl.Trainer(callbacks=[GradualPruning(schedule)], logger=False)
     """
 
+    _held: Masks | None
+
     def __init__(
         self,
         schedule: SparsitySchedule,
@@ -70,95 +69,41 @@ class GradualPruning(Callback):
     ) -> None:
         self.schedule = schedule
         self.sparsity = 0.0
-        self.report: CompressionReport | None = None
-        self._skipped: dict[str, str] = {}
         self._target = 0.0
-        self._masks: Masks | None = None
-        self._restored: dict[str, torch.Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
-        self._predicted: list[torch.Tensor] = []
-        try:
-            self._which = WeightFilter(include, exclude, embeddings)
+        with named_errors(self):
+            super().__init__(WeightFilter(include, exclude, embeddings), bits=1)
             check_schedule(schedule)
             self._choice = Choice(method, pattern, scope, seed)
             self._choice.pattern.limit(schedule.final_sparsity)
-        except ValueError as error:
-            raise MisconfigurationException(f"GradualPruning: {error}") from error
-        if method == "saliency" and not schedule.begin_step:
-            raise MisconfigurationException(
-                "GradualPruning: method='saliency' needs gradients, and the schedule prunes before the first step. "
-                "Give it a begin_step of 1 or later."
-            )
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(which=str(self._which))
+            if method == "saliency" and not schedule.begin_step:
+                raise ValueError(
+                    "method='saliency' needs gradients, and the schedule prunes before the first step. Give it a "
+                    "begin_step of 1 or later."
+                )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        self._target, self._restored = 0.0, {}  # of a fit before this one; what is resumed is loaded after this
+        self._target = 0.0
         others = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        if self._choice.method == "saliency" and "OptimizerInBackward" in others:
+        if stage == "fit" and self._choice.method == "saliency" and "OptimizerInBackward" in others:
             raise MisconfigurationException(
                 "GradualPruning: method='saliency' needs gradients, and OptimizerInBackward frees them in the "
                 "backward. Use method='magnitude', or leave OptimizerInBackward out."
             )
-        if not is_overridden("configure_model", pl_module):
-            self._select(pl_module)
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not in `setup`: by now `configure_model` has made the layers, and the strategy has taken them apart.
-        selection = self._select(pl_module)
-        weights, self._skipped = selection.weights, selection.skipped
-        away = [weight.name for weight in weights if weight.parameter.is_meta]
-        if away:
-            raise MisconfigurationException(
-                f"GradualPruning: {away[0]!r} is on another pipeline stage, and targets are of the whole model. Use "
-                "a strategy without pipeline stages, or PruneOnFitEnd."
-            )
-        if holds_fakes(pl_module):
-            self._predicted = [empty_packed(weight.parameter, bits=1) for weight in weights]
-        else:
-            self._masks = Masks(weights)
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._masks is None:
-            return
-        try:
-            self._masks.load_state_dict(self._restored)
-        except ValueError as error:
-            raise MisconfigurationException(f"GradualPruning: {error}") from error
-        self.sparsity = self._masks.sparsity
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)))
-        self._prune(trainer.global_step)
-        self._masks.apply()
-        if pl_module.automatic_optimization and trainer.estimated_stepping_batches < self.schedule.end_step:
-            rank_zero_warn(
-                f"The schedule of GradualPruning ends at step {self.schedule.end_step}, and training after "
-                f"{int(trainer.estimated_stepping_batches)}: the model will be pruned to "
-                f"{self.schedule.at(int(trainer.estimated_stepping_batches)):.1%} and not to "
-                f"{self.schedule.final_sparsity:.1%}."
-            )
+        super().on_train_start(trainer, pl_module)
+        if self._held is not None:
+            self.sparsity = self._held.sparsity
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._masks is not None:
-            self._masks.apply_to_gradients()
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 0 and self._masks is not None:
-            self._masks.apply()  # weight averaging may have written the weights between two epochs
+        if self._held is not None:
+            self._held.apply_to_gradients()
 
     @override
     def on_train_batch_end(
@@ -167,24 +112,11 @@ class GradualPruning(Callback):
         pl_module.log("sparsity", self.sparsity)
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if batch_idx == dataloader_idx == 0 and self._masks is not None:
-            self._masks.apply()  # to an average that a callback has put in for validation
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._masks is not None:
-            self._masks.apply()
-        self._release()
-
-    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if holds_fakes(pl_module):
             return
         # Not only in `on_train_end`, where weight averaging may come later. The strategy has made the weights whole.
-        apply_masks(pl_module, self._restored)
+        self._apply_at_end(pl_module)
         self.report = compression_report(
             measure_sizes(pl_module, packed=False),
             pl_module,
@@ -192,48 +124,51 @@ class GradualPruning(Callback):
             eligible_sparsity=self.sparsity,
         )
 
+    @property
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+    def _last_step(self) -> int:
+        return self.schedule.end_step
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"target": self._target, "masks": self._masks.state_dict() if self._masks else self._restored}
+    def _check(self, weights: Sequence[Weight]) -> None:
+        self._choice.check(weights, self.schedule.final_sparsity)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._target, self._restored = state_dict["target"], state_dict["masks"]
+    def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:
+        away = [weight.name for weight in weights if weight.parameter.is_meta]
+        if away:
+            raise ValueError(
+                f"{away[0]!r} is on another pipeline stage, and targets are of the whole model. Use "
+                "a strategy without pipeline stages, or PruneOnFitEnd."
+            )
 
-    def _select(self, module: pl.LightningModule) -> Selection:
-        try:
-            selection = self._which.select(module)
-            self._choice.check(selection.weights, self.schedule.final_sparsity)
-        except ValueError as error:
-            raise MisconfigurationException(f"GradualPruning: {error}") from error
-        return selection
+    @override
+    def _hold(self, weights: Sequence[Weight]) -> Masks:
+        return Masks(weights)
 
-    def _after_step(self, trainer: pl.Trainer) -> None:
-        # Within the step, before any other callback sees or saves the weights; Lightning counts it afterwards.
-        assert self._masks is not None
-        self._prune(trainer.global_step + 1)
-        self._masks.apply()
-
-    def _prune(self, step: int) -> None:
-        assert self._masks is not None
+    @override
+    def _advance(self, step: int) -> bool:
+        assert self._held is not None
         target = self.schedule.at(step)
-        if target > self._target:
-            self._masks.prune(target, self._choice)
-            self._target, self.sparsity = target, self._masks.sparsity
+        if target <= self._target or (self._choice.method == "saliency" and not self._has_gradients):
+            return False
+        self._held.prune(target, self._choice)
+        self._target, self.sparsity = target, self._held.sparsity
+        return True
 
-    def _release(self) -> None:
-        if self._masks is not None:
-            self._restored = self._masks.state_dict()  # a checkpoint may yet be saved
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._predicted.clear()
-        self._masks = None
+    @property
+    def _has_gradients(self) -> bool:
+        """Not before the first step of a run that is resumed: what is due then is pruned in that step."""
+        assert self._held is not None
+        return any(weight.parameter.grad is not None for weight in self._held.weights.values())
+
+    @override
+    def _apply_to(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        apply_masks(module, state)
+
+    @override
+    def _say_too_short(self, steps: int) -> str:
+        return (
+            f"the schedule ends at step {self.schedule.end_step}, and training after {steps}: the model will be "
+            f"pruned to {self.schedule.at(steps):.1%} and not to {self.schedule.final_sparsity:.1%}."
+        )

@@ -9,6 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_memopt.techniques.low_bit import Bits, LowBitState, check_bits, hold_low_bit_state
+from lightning_memopt.techniques.packed_state import put_packed, take_packed
+
+_PACKED_KEY = "low_bit_optimizer_states"
 
 
 class LowBitOptimizer(Callback):
@@ -17,7 +20,8 @@ class LowBitOptimizer(Callback):
     The optimizer stays the object that ``configure_optimizers`` made, with its groups, hyper-parameters and
     learning-rate schedulers; only what it remembers between steps is packed. Tensors of fewer than 4096
     elements (biases, norms) keep fp32 state. A checkpoint holds the packed state and resumes exactly; one saved
-    without the callback, or with other ``bits``, is converted when it is loaded.
+    without the callback, or with other ``bits``, is converted when it is loaded. Resumed without the callback, the
+    optimizer begins the state of the large tensors anew.
 
     Args:
         bits: 8 (dynamic levels, 0.254 of fp32's bytes), ``"fp8"`` (e4m3, the same bytes) or 4 (0.133).
@@ -60,6 +64,25 @@ class LowBitOptimizer(Callback):
     def state_dict(self) -> dict[str, Any]:
         # So that Lightning says that this callback is missing where such a checkpoint is resumed without it.
         return {"bits": self.bits}
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Apart from the rest: resumed without this callback, which Lightning names in a warning, the optimizer finds
+        # no state of these parameters and begins it anew, where packed state would fail in its step.
+        taken = [take_packed(state) for state in checkpoint.get("optimizer_states", [])]
+        if taken:
+            checkpoint["optimizer_states"] = [rest for rest, _ in taken]
+            checkpoint[_PACKED_KEY] = [packed for _, packed in taken]
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if packed := checkpoint.get(_PACKED_KEY):
+            states = zip(checkpoint["optimizer_states"], packed, strict=True)
+            checkpoint["optimizer_states"] = [put_packed(*both) for both in states]
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

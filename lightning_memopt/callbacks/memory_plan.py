@@ -1,6 +1,7 @@
 """The planner inside a run: choose, switch on, and compare with what the first steps take."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class MemoryPlan(Callback):
         self.device = device
         self.result: PlanResult | None = None
         self.measured_bytes: int | None = None
+        self._planned_for: tuple[weakref.ref[pl.Trainer], weakref.ref[pl.LightningModule]] | None = None
         self._chosen: Plan | None = None
         self._again: Callable[[int], PlanResult] | None = None
         self._added: list[Callback] = []
@@ -68,8 +70,13 @@ class MemoryPlan(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" or self.result is not None:
+        if stage != "fit" or getattr(trainer.strategy, "memory_plan", None) is self:  # whose strategy has planned
             return
+        if self._planned_for == (weakref.ref(trainer), weakref.ref(pl_module)):
+            return
+        for callback in self._added:  # of a fit of another module
+            if callback in trainer.callbacks:  # type: ignore[attr-defined]
+                trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy) or getattr(
             trainer.strategy, "splits_module", False
         ):
@@ -82,7 +89,7 @@ class MemoryPlan(Callback):
             batch = batch_of(trainer.fit_loop._data_source.dataloader())
             return self.make_plan(trainer, pl_module, batch, budget, layouts=[Layout()])
 
-        self._again = again
+        self._again, self.measured_bytes = again, None
         self.follow(trainer, pl_module, again(self.budget))
 
     def make_plan(
@@ -111,6 +118,7 @@ class MemoryPlan(Callback):
         Raises:
             MisconfigurationException: Nothing fits, or the trainer has such a callback already.
         """
+        self._planned_for = weakref.ref(trainer), weakref.ref(module)
         self.result = result
         if result.best is None:
             raise MisconfigurationException(f"{type(self).__name__}: {describe_failure(result)}.")
@@ -162,7 +170,7 @@ class MemoryPlan(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the callback (spawned processes) plan for themselves.
-        return {**self.__dict__, "_tracker": None, "_again": None}
+        return {**self.__dict__, "_tracker": None, "_again": None, "_planned_for": None}
 
     def _stop_tracking(self) -> None:
         if self._tracker is not None:

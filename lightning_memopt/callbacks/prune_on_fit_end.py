@@ -8,34 +8,34 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.callbacks.fit_end import Gate, copy_module, require_validation, validate_now
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_end import FitEndCallback, copy_module
+from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
-from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.masks import Masks, find_sparsity
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import prune_structured
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
+from lightning_memopt.planning.first_batch import batch_of
 from lightning_memopt.techniques.snapshot import StepSnapshot
 
 EndMethod = Literal["magnitude", "random", "n:m", "structured"]
 
 
-class PruneOnFitEnd(Callback):
+class PruneOnFitEnd(FitEndCallback):
     """Prunes the module when ``fit`` ends, under any strategy and launcher.
 
     By then the strategy has made the module whole again, so that every rank prunes the same. Single weights, groups,
@@ -94,51 +94,66 @@ class PruneOnFitEnd(Callback):
         mode: Literal["min", "max"] = "max",
         export_path: str | Path | None = None,
     ) -> None:
+        super().__init__(max_metric_drop, monitor, mode, export_path)
         self.amount = amount
-        self.export_path = export_path
-        self.report: CompressionReport | None = None
-        self.refusal = ""
         self._is_structured = method == "structured"
         self._batch: Any = None
-        self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
-        try:
+        with named_errors(self):
             self._which = WeightFilter(include, exclude, embeddings)
             check_sparsity(amount)
             self._choice = _choice_of(method, amount, pattern, scope, seed)
-        except ValueError as error:
-            raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        self._batch, self.refusal = None, ""
-        if self._is_structured and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise MisconfigurationException(
-                "PruneOnFitEnd: the processes that this strategy spawns or forks send weights back to a module of "
-                "the old sizes, which method='structured' changes. Use strategy='ddp' (or a memopt one), which "
-                "starts the script itself again, or torchrun."
-            )
-        if self._gate is not None:
-            self._gate = self._gate.resolved(trainer)
-            require_validation(trainer, pl_module)
-        if not is_overridden("configure_model", pl_module):
+    def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_fit(trainer, pl_module)
+        self._batch = None
+        if self._is_structured:
+            _check_structured(trainer, pl_module)
+        if has_its_layers(pl_module):
             self._check(pl_module)
+            if self._is_structured and getattr(trainer.strategy, "splits_module", False):
+                self._batch = _first_batch(trainer, pl_module)  # no rank can run its part by itself later
+                self._try_structured(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check(pl_module)  # `configure_model` may have made the layers since
+        with named_errors(self):
+            self._check(pl_module)  # by now the module has all its layers
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._is_structured or self._batch is not None or holds_fakes(pl_module):
+        if self._is_structured and self._batch is None and not holds_fakes(pl_module):
+            self._batch = move_data_to_device(batch, "cpu")
+            if not any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in pl_module.parameters()):
+                with named_errors(self):
+                    self._try_structured(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if holds_fakes(pl_module):
             return
-        self._batch = move_data_to_device(batch, "cpu")
-        if any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in pl_module.parameters()):
-            return  # in parts, of which none can be run by itself
-        trial = copy_module(pl_module).cpu()
+        before = measure_sizes(pl_module, packed=False)
+        metrics = self._validate_if_possible(trainer, pl_module)
+        module = pl_module if self._gate is None else copy_module(pl_module)
+        skipped, sparsity = self._prune(module, [] if self._gate else trainer.optimizers)
+        after = self._validate_if_possible(trainer, module)
+        if self._gate is not None:
+            self.refusal = self._gate.refusal(metrics, after)
+            if self.refusal:
+                rank_zero_warn(f"PruneOnFitEnd: {self.refusal}, so the module is left as it is. Prune less.")
+            else:
+                self._prune(pl_module, trainer.optimizers)
+        self.report = compression_report(
+            before, module, skipped=skipped, eligible_sparsity=sparsity, metrics_before=metrics, metrics_after=after,
+            export_path=self._export(trainer, pl_module),
+        )  # fmt: skip
+
+    def _try_structured(self, module: pl.LightningModule) -> None:
+        """Prune a copy in host memory, so that a module that cannot be followed is refused now and not at the end."""
+        trial = copy_module(module).cpu()
+        trial.trainer = module.trainer
         random_state = StepSnapshot(trial)
         try:
             self._prune(trial)
@@ -147,48 +162,20 @@ class PruneOnFitEnd(Callback):
             del trial, random_state
             gc.collect()  # modules refer to themselves, and a copy is large
 
-    @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if holds_fakes(pl_module):
-            return
-        validates = is_overridden("validation_step", pl_module) and trainer.val_dataloaders is not None
-        before = measure_sizes(pl_module, packed=False)
-        metrics = validate_now(trainer, pl_module) if validates else {}
-        module = pl_module if self._gate is None else copy_module(pl_module)
-        skipped, sparsity = self._prune(module, [] if self._gate else trainer.optimizers)
-        after = validate_now(trainer, module) if validates else {}
-        if self._gate is not None:
-            self.refusal = self._gate.refusal(metrics, after)
-            if self.refusal:
-                rank_zero_warn(f"PruneOnFitEnd: {self.refusal}, so the module is left as it is. Prune less.")
-            else:
-                self._prune(pl_module, trainer.optimizers)
-        exported = self._export(trainer, pl_module)
-        self.report = compression_report(
-            before, module, skipped=skipped, eligible_sparsity=sparsity, metrics_before=metrics, metrics_after=after,
-            export_path=exported,
-        )  # fmt: skip
-
     def _check(self, module: nn.Module) -> None:
-        try:
-            selection = self._which.select(module)
-            if not self._is_structured:
-                self._choice.check(selection.weights, self.amount)
-        except ValueError as error:
-            raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error
+        selection = self._which.select(module)
+        if not self._is_structured:
+            self._choice.check(selection.weights, self.amount)
 
     def _prune(
         self, module: pl.LightningModule, optimizers: Sequence[Optimizer] = ()
     ) -> tuple[Mapping[str, str], float | None]:
         """Prune ``module``, the same whenever its weights are the same; what was skipped, and the share of zeros."""
         if self._is_structured:
-            try:
-                done = prune_structured(
-                    module, self.amount, self._run, include=self._which.include, exclude=self._which.exclude,
-                    optimizers=optimizers,
-                )  # fmt: skip
-            except ValueError as error:
-                raise MisconfigurationException(f"PruneOnFitEnd: {error}") from error
+            done = prune_structured(
+                module, self.amount, self._run, include=self._which.include, exclude=self._which.exclude,
+                optimizers=optimizers,
+            )  # fmt: skip
             return done.skipped, None
         selection = self._which.select(module)
         masks = Masks(selection.weights)
@@ -208,13 +195,26 @@ class PruneOnFitEnd(Callback):
             for part, training in modes.items():
                 part.training = training
 
-    def _export(self, trainer: pl.Trainer, module: nn.Module) -> str | Path | None:
-        if self.export_path is None or self.refusal:
-            return None
-        if trainer.is_global_zero:
-            save_compressed(module, self.export_path)
-        trainer.strategy.barrier("PruneOnFitEnd")
-        return self.export_path
+
+def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "the processes that this strategy spawns or forks send weights back to a module of the old sizes, which "
+            "method='structured' changes. Use strategy='ddp' (or a memopt one), which starts the script itself "
+            "again, or torchrun."
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"method='structured' follows training_step, and that of {type(module).__name__} steps its optimizers "
+            "itself (automatic_optimization=False). Use another method, or prune_structured when training is over."
+        )
+
+
+def _first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+    """A batch like the first that training will see, in host memory."""
+    with isolate_rng():
+        batch = module._on_before_batch_transfer(batch_of(trainer.fit_loop._data_source.dataloader()))
+        return module._apply_batch_transfer_handler(batch, torch.device("cpu"))
 
 
 def _choice_of(method: Any, amount: float, pattern: Any, scope: Any, seed: int) -> Choice:

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_time import ReleasingCallback
 from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd
 from lightning_memopt.compression.fake_quantize import FakeQuantization
 from lightning_memopt.compression.quantize import Scheme
@@ -16,7 +18,7 @@ from lightning_memopt.compression.schedules import check_step
 from lightning_memopt.models.selectors import Selector
 
 
-class QuantizationAwareTraining(QuantizeOnFitEnd):
+class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
     """Rounds weights (and inputs, where the scheme does) in each forward from ``start_step`` on, then quantizes.
 
     The module learns to do with the rounding; parameters, optimizer and checkpoints keep full precision and their
@@ -64,16 +66,12 @@ class QuantizationAwareTraining(QuantizeOnFitEnd):
             scheme, include=include, exclude=exclude, max_metric_drop=max_metric_drop, monitor=monitor, mode=mode,
             export_path=export_path,
         )  # fmt: skip
-        try:
+        with named_errors(self):
             check_step(start_step, "start_step")
             if freeze_observers_step is not None:
                 check_step(freeze_observers_step, "freeze_observers_step")
-        except ValueError as error:
-            raise MisconfigurationException(f"QuantizationAwareTraining: {error}") from error
-        if scheme in ("fp16", "bf16"):
-            raise MisconfigurationException(
-                f"QuantizationAwareTraining: scheme={scheme!r} rounds too little to train for. Use QuantizeOnFitEnd."
-            )
+            if scheme in ("fp16", "bf16"):
+                raise ValueError(f"scheme={scheme!r} rounds too little to train for. Use QuantizeOnFitEnd.")
         self.start_step = start_step
         self.freeze_observers_step = freeze_observers_step
         self.convert_on_fit_end = convert_on_fit_end
@@ -105,22 +103,9 @@ class QuantizationAwareTraining(QuantizeOnFitEnd):
         self._follow(trainer)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
-
-    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
         if self.convert_on_fit_end:
             super().on_fit_end(trainer, pl_module)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -140,6 +125,7 @@ class QuantizationAwareTraining(QuantizeOnFitEnd):
         self._fake.enabled = step >= self.start_step
         self._fake.observing = freeze is None or step < freeze
 
+    @override
     def _release(self) -> None:
         if self._fake is not None:
             self._ranges = dict(self._fake.ranges)

@@ -1,27 +1,34 @@
 """Quantize once, when training is over."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from typing_extensions import override
 
-from lightning_memopt.callbacks.fit_end import Gate, copy_module, require_validation, validate_now
-from lightning_memopt.compression.container import save_compressed
-from lightning_memopt.compression.quantize import Scheme, packing, quantize
+from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_end import (
+    FitEndCallback,
+    copy_module,
+    require_validation,
+    time_example,
+    validate_now,
+)
+from lightning_memopt.callbacks.fit_time import has_its_layers
+from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import observe_inputs
-from lightning_memopt.compression.report import CompressionReport, compression_report
+from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
+from lightning_memopt.compression.sensitivity import scan_sensitivity
 from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
 
-class QuantizeOnFitEnd(Callback):
+class QuantizeOnFitEnd(FitEndCallback):
     """Packs the weights in few bits when ``fit`` ends: of a copy, so that the module and its checkpoints stay usable.
 
     ``trainer.predict(callback.quantized, ...)`` and ``trainer.test(callback.quantized, ...)`` work, and
@@ -35,6 +42,8 @@ class QuantizeOnFitEnd(Callback):
         calibration_batches: Batches of the training data that the ranges of ``"int8_static"`` are taken from; they go
             through ``validation_step``.
         max_metric_drop: Refuse the result, with a warning, where ``monitor`` becomes worse by more than this.
+        back_off: Where the result is refused, leave as few weights as they were as bring it within bounds, which
+            takes one validation for each (:func:`~lightning_memopt.compression.sensitivity.scan_sensitivity`).
         monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
         mode: ``"max"`` where more of it is better.
         inplace: Quantize the module itself.
@@ -43,7 +52,7 @@ class QuantizeOnFitEnd(Callback):
     Attributes:
         quantized: The quantized module; ``None`` before, and where it was refused.
         report: A :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before and after where
-            the module validates.
+            the module validates, and latencies where it has a tensor as ``example_input_array``; ``None`` before.
         refusal: Why the result was refused; empty where it was not.
 
     Raises:
@@ -62,71 +71,95 @@ class QuantizeOnFitEnd(Callback):
         exclude: Selector | Sequence[Selector] | None = None,
         calibration_batches: int = 16,
         max_metric_drop: float | None = None,
+        back_off: bool = False,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
         inplace: bool = False,
         export_path: str | Path | None = None,
     ) -> None:
-        self.scheme = scheme
-        self.calibration_batches = calibration_batches
-        self.inplace = inplace
-        self.export_path = export_path
-        self.quantized: pl.LightningModule | None = None
-        self.report: CompressionReport | None = None
-        self.refusal = ""
-        self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
-        if calibration_batches < 1:
-            raise MisconfigurationException(
-                f"QuantizeOnFitEnd: calibration_batches={calibration_batches} sees no data; give 1 or more."
-            )
-        if inplace and self._gate is not None:
-            raise MisconfigurationException(
-                "QuantizeOnFitEnd: inplace=True cannot be refused by max_metric_drop, since the module is rounded by "
-                "then. Leave inplace out."
-            )
-        try:
+        with named_errors(self):
+            super().__init__(max_metric_drop, monitor, mode, export_path)
             self._which = WeightFilter(include, exclude, embeddings=True)
             packing(scheme)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            if calibration_batches < 1:
+                raise ValueError(f"calibration_batches={calibration_batches} sees no data; give 1 or more.")
+            if back_off and self._gate is None:
+                raise ValueError("back_off=True has nothing to keep to without max_metric_drop; give one.")
+            if inplace and self._gate is not None:
+                raise ValueError(
+                    "inplace=True cannot be refused by max_metric_drop, since the module is rounded by then. Leave "
+                    "inplace out."
+                )
+        self.scheme = scheme
+        self.calibration_batches = calibration_batches
+        self.back_off = back_off
+        self.inplace = inplace
+        self.quantized: pl.LightningModule | None = None
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        try:
-            if self._gate is not None:
-                self._gate = self._gate.resolved(trainer)
-            if self._gate is not None or self.scheme == "int8_static":
-                require_validation(trainer, pl_module)
-            if not is_overridden("configure_model", pl_module):
-                self._which.select(pl_module)
-        except (ValueError, MisconfigurationException) as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+    def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_fit(trainer, pl_module)
+        if self.scheme == "int8_static":
+            require_validation(trainer, pl_module)
+        if has_its_layers(pl_module):
+            check_quantizable(pl_module, self.scheme, self._which)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with named_errors(self):
+            self._which.select(pl_module)  # by now the module has all its layers, but perhaps not whole
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        validates = is_overridden("validation_step", pl_module) and trainer.val_dataloaders is not None
-        metrics = validate_now(trainer, pl_module) if validates else None
+        if holds_fakes(pl_module):
+            return
+        metrics = self._validate_if_possible(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy_module(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
-        done = quantize(module, self.scheme, self._which, ranges)
-        module.eval()
-        after = validate_now(trainer, module) if validates else None
-        if self._gate is not None and metrics is not None and after is not None:
+        skipped = quantize(module, self.scheme, self._which, ranges).skipped
+        after = self._validate_if_possible(trainer, module)
+        if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
+            if self.refusal and self.back_off and (found := self._backed_off(trainer, pl_module, ranges)):
+                module, left = found
+                after = validate_now(trainer, module)
+                self.refusal = self._gate.refusal(metrics, after)
+                skipped = skipped | left
+        module.eval()
         if not self.refusal:
             self.quantized = module
-            self._export(trainer)
         else:
             rank_zero_warn(
                 f"{type(self).__name__}: {self.refusal}, so the result is dropped. Try a scheme of more bits."
             )
         self.report = compression_report(
-            before, module, skipped=done.skipped, metrics_before=metrics, metrics_after=after,
-            export_path=None if self.refusal else self.export_path,
+            before, module, skipped=skipped, metrics_before=metrics, metrics_after=after,
+            latency=() if self.inplace else time_example(trainer, pl_module, module),
+            export_path=self._export(trainer, module),
         )  # fmt: skip
+
+    def _backed_off(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranges: Mapping[str, float]
+    ) -> tuple[pl.LightningModule, dict[str, str]] | None:
+        """A copy with as many weights packed as the gate bears, and why others are not; ``None``: it bears none."""
+        gate, module = self._gate, copy_module(pl_module)
+        assert gate is not None and gate.monitor is not None
+
+        def judge(candidate: nn.Module) -> float:
+            return validate_now(trainer, candidate)[gate.monitor]  # type: ignore[arg-type, index]
+
+        found = scan_sensitivity(
+            module, judge, [self.scheme], include=self._which.include, exclude=self._which.exclude, mode=gate.mode,
+            input_ranges=ranges,
+        )  # fmt: skip
+        try:
+            recipe = found.mixed(gate.max_drop, judge, module, mode=gate.mode, input_ranges=ranges)
+        except ValueError:
+            return None
+        recipe.apply(module, input_ranges=ranges)
+        left = {trial.weight for trial in found.trials}.difference(recipe.quantize[0]["include"])
+        return module, dict.fromkeys(left, "left as it was, to meet max_metric_drop")
 
     def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         if self.scheme != "int8_static":
@@ -134,9 +167,3 @@ class QuantizeOnFitEnd(Callback):
         with observe_inputs(module) as ranges:
             validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=self.calibration_batches)
         return ranges
-
-    def _export(self, trainer: pl.Trainer) -> None:
-        if self.export_path is not None and self.quantized is not None:
-            if trainer.is_global_zero:
-                save_compressed(self.quantized, self.export_path)
-            trainer.strategy.barrier("QuantizeOnFitEnd")

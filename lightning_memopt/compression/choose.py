@@ -53,6 +53,11 @@ class Choice:
         self.pattern.limit(sparsity)
         for weight in weights:
             self.pattern.check(weight)
+            if self.method == "saliency" and not weight.parameter.requires_grad:
+                raise ValueError(
+                    f"{weight.name!r} is frozen and has no gradient, so its saliency is not known. Exclude it, or "
+                    "use method='magnitude'."
+                )
 
 
 def check_sparsity(value: Any, name: str = "amount") -> None:

@@ -1,17 +1,17 @@
 """Let the elements of each weight share a few values: an index for each, and a short list."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from lightning_memopt.compression.bits import pack_bits, unpack_bits
 from lightning_memopt.compression.codecs import LARGEST_CODEBOOK
+from lightning_memopt.compression.held import Held
 from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 
 Init = Literal["kmeans++", "density", "linear", "random"]
@@ -73,7 +73,7 @@ def check_clusters(n: Any, init: Any) -> None:
         raise ValueError(f"init={init!r} is none of {', '.join(map(repr, get_args(Init)))}.")
 
 
-class Clusters:
+class Clusters(Held):
     """Which elements of some weights share a value; at first none.
 
     Args:
@@ -81,9 +81,8 @@ class Clusters:
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
-        self.weights = {weight.name: weight for weight in weights}
+        super().__init__(weights)
         self._members: dict[str, _Members] = {}
-        self._hooks: list[RemovableHandle] = []
 
     @property
     def found(self) -> bool:
@@ -112,6 +111,7 @@ class Clusters:
             self._members[name] = _Members(pack_bits(indices, bits), n, keeps_zero)
         self.apply()
 
+    @override
     @torch.no_grad()
     def apply(self) -> None:
         """Set each element to the mean of its cluster.
@@ -122,17 +122,7 @@ class Clusters:
         for name, members in self._members.items():
             _share(self.weights[name].parameter, members)
 
-    def hold(self, optimizers: Iterable[Optimizer]) -> None:
-        """Apply after every step of ``optimizers``, until :meth:`remove`."""
-        for optimizer in optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.apply()))
-
-    def remove(self) -> None:
-        """Let the optimizers go; the weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
+    @override
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Of each weight, by name, the packed numbers of its elements' clusters."""
         return {
@@ -140,6 +130,7 @@ class Clusters:
             for name, members in self._members.items()
         }
 
+    @override
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the clusters; the weights do not change.
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memopt.compression.packed.integers import input_scale
+from lightning_memopt.compression.packed.integers import round_inputs
 from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
+from lightning_memopt.compression.ranges import sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
-from lightning_memopt.models.linears import read_linear
 
 MOMENTUM = 0.05
 """Share of the newest batch in the moving average of a range."""
@@ -72,19 +72,23 @@ class FakeQuantization:
         self._handles.clear()
 
     def _hook(self, name: str, carrier: nn.Module, shadows: list[tuple[nn.Module, str, Weight]]) -> None:
-        rounds_inputs = self._inputs is not None and read_linear(carrier) is not None
+        # Of attention the inputs are rounded; what goes into its last projection is within, and is not.
+        is_attention = isinstance(carrier, nn.MultiheadAttention)
+        dims = None if self._inputs is None else (-1,) if is_attention else sample_dims(carrier)
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if rounds_inputs and self.observing and carrier.training:
+            is_rounded = dims is not None and bool(inputs) and (not is_attention or _is_self(*inputs))
+            if is_rounded and self.observing and carrier.training:
                 self._observe(name, inputs[0])
             if not self.enabled:
                 return None
             for part, key, weight in shadows:
                 vars(part)[key] = self._round_weight(part._parameters[key], weight)
-            if not rounds_inputs or (self._inputs == "static" and name not in self.ranges):
+            if not is_rounded or (self._inputs == "static" and name not in self.ranges):
                 return None
             known = self.ranges[name] if self._inputs == "static" else "dynamic"
-            return _round_inputs(inputs[0], known), *inputs[1:]
+            rounded = _round_inputs(inputs[0], known, dims)
+            return tuple(rounded if given is inputs[0] else given for given in inputs)
 
         def after(*_: Any) -> None:
             for part, key, _weight in shadows:
@@ -105,6 +109,11 @@ class FakeQuantization:
                 self.ranges[name] = largest + (1 - MOMENTUM) * (self.ranges.get(name, largest) - largest)
 
 
+def _is_self(query: Any, key: Any = None, value: Any = None, *_: Any) -> bool:
+    """Whether a call of attention is of a sequence with itself, of which alone inputs are rounded."""
+    return query is key and key is value
+
+
 def _carrier(module: nn.Module, owner: str) -> tuple[nn.Module, nn.Module]:
     """The module whose ``forward`` reads the weights of ``owner``, and that module itself."""
     part = module.get_submodule(owner)
@@ -112,9 +121,9 @@ def _carrier(module: nn.Module, owner: str) -> tuple[nn.Module, nn.Module]:
     return (parent if isinstance(parent, nn.MultiheadAttention) else part), part
 
 
-def _round_inputs(x: Tensor, inputs: float | str) -> Tensor:
+def _round_inputs(x: Tensor, inputs: float | str, dims: tuple[int, ...]) -> Tensor:
     with torch.no_grad():
-        scale = input_scale(x, inputs)
-        rounded = ((x / scale).round().clamp(-127, 127) * scale).to(x.dtype)
-        inside = (x.abs() <= 127.5 * scale).to(x.dtype)  # what is cut off does not learn
+        integers, step = round_inputs(x, inputs, dims)
+        rounded = (integers * step).to(x.dtype)
+        inside = (x.abs() <= rounded.abs() + 0.51 * step).to(x.dtype)  # what is cut off does not learn
     return x * inside + (rounded - x * inside).detach()

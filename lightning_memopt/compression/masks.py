@@ -1,16 +1,16 @@
 """Masks over weights: one bit an element, beside the module and not in it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes, unpack_bits
 from lightning_memopt.compression.choose import Choice, choose_pruned, read_whole
+from lightning_memopt.compression.held import Held
 from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 from lightning_memopt.parallel.shards import shards_of_whole
 
@@ -77,7 +77,7 @@ def apply_masks(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             _clear(parameters[name], packed.to(parameters[name].device))
 
 
-class Masks:
+class Masks(Held):
     """Which elements of some weights are pruned; at first none.
 
     Args:
@@ -86,10 +86,9 @@ class Masks:
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
-        self.weights = {weight.name: weight for weight in weights}
+        super().__init__(weights)
         self._packed: dict[str, Tensor] = {}
         self._local: dict[str, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
 
     @property
     def sparsity(self) -> float:
@@ -135,6 +134,7 @@ class Masks:
             pruned = ~kept.detach().bool()
             self._set(self.weights[name], self.of(name).to(pruned.device) | pruned)
 
+    @override
     @torch.no_grad()
     def apply(self) -> None:
         """Set what is pruned to zero."""
@@ -149,21 +149,12 @@ class Masks:
             if gradient is not None and not gradient.is_sparse:
                 _clear(gradient, packed)
 
-    def hold(self, optimizers: Iterable[Optimizer]) -> None:
-        """Apply the masks after every step of ``optimizers``, until :meth:`remove`."""
-        for optimizer in optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.apply()))
-
-    def remove(self) -> None:
-        """Let the optimizers go; the weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
+    @override
     def state_dict(self) -> dict[str, Tensor]:
         """The packed masks by name: of whole weights, whoever holds which shard."""
         return {name: packed.cpu() for name, packed in self._packed.items()}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the masks.
 

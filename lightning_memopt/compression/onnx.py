@@ -1,6 +1,7 @@
 """Write a module as ONNX, and run the file once to see that it computes the same."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_memopt.compression.packed import PackedWeight
+from lightning_memopt.compression.packed import Float8Weight, HalfWeight, Int8Weight, PackedWeight
 from lightning_memopt.compression.sizes import plain_values
 
 
 def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float = 1e-3, atol: float = 1e-4) -> Path:
     """Export by torch's dynamo-based exporter and compare what onnxruntime computes with what ``module`` does.
 
-    Quantized weights are written as the numbers they stand for: the file computes what the module computes, but it is
-    as large as before. Sizes that pruning by structure made smaller stay smaller.
+    Weights in int8, fp8, fp16 and bf16 are written as they are held, to be widened when the file runs, so that it is
+    as small as the module; those in 4 bits are written as the numbers they stand for. Inputs are not rounded in the
+    file. Sizes that pruning by structure made smaller stay smaller.
 
     Args:
         module: Any module that ``torch.export`` can follow; it is only read.
@@ -41,15 +43,18 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
         ) from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = _unpacked(module).eval()
+    plain, held = _unpacked(module)
     named = inputs if isinstance(inputs, dict) else {}
     positional = () if named else inputs if isinstance(inputs, tuple) else (inputs,)
     try:
         with torch.no_grad():
             expected = [leaf for leaf in tree_leaves(plain(*positional, **named)) if isinstance(leaf, Tensor)]
-            torch.onnx.export(
-                plain, positional, path, kwargs=named or None, dynamo=True, external_data=False, verbose=False
+            program: Any = torch.onnx.export(
+                plain, positional, kwargs=named or None, dynamo=True, verbose=False, optimize=False
             )
+            _narrow(program.model.graph, held)  # before constants are folded, weights among them
+            program.optimize()
+            program.save(path, external_data=False)
     except Exception as error:
         raise ValueError(
             f"{type(module).__name__} cannot be exported to ONNX: {type(error).__name__}: "
@@ -69,18 +74,50 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
     return path
 
 
-def _unpacked(module: nn.Module) -> nn.Module:
-    """A copy with plain weights, without the trainer that a LightningModule may be attached to."""
+def _unpacked(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]]:
+    """A copy with plain weights, without the trainer of a LightningModule, and what it held packed, by name."""
     trainer = vars(module).pop("_trainer", None)
     try:
-        plain = copy.deepcopy(module)
+        plain = copy.deepcopy(module).eval()
     finally:
         if trainer is not None:
             vars(module)["_trainer"] = trainer
     if hasattr(plain, "_jit_is_scripting"):  # a LightningModule: `trainer` is read by nothing in a forward
         vars(plain)["_trainer"] = None
-    for child in plain.modules():
+    held: dict[str, PackedWeight] = {}
+    dense: dict[int, nn.Parameter] = {}  # by the packed one, so that ties stay
+    for prefix, child in plain.named_modules():
         for name, parameter in child._parameters.items():
             if isinstance(parameter, PackedWeight):
-                child._parameters[name] = nn.Parameter(plain_values(parameter), requires_grad=False)
-    return plain
+                held[f"{prefix}.{name}" if prefix else name] = parameter
+                if id(parameter) not in dense:
+                    dense[id(parameter)] = nn.Parameter(plain_values(parameter), requires_grad=False)
+                child._parameters[name] = dense[id(parameter)]
+    return plain, held
+
+
+def _narrow(graph: Any, held: Mapping[str, PackedWeight]) -> None:
+    """Put the parts of packed weights, and a node that widens them, in the place of dense initializers."""
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    for name, weight in held.items():
+        dense = graph.initializers.get(name)  # of a tied weight, under its first name
+        if dense is None or not isinstance(weight, Int8Weight | Float8Weight | HalfWeight):
+            continue
+        parts = []
+        for part, tensor in weight.parts.items():
+            if part == "scale":
+                tensor = tensor.flatten() if tensor.numel() > 1 else tensor.reshape(())
+            parts.append(onnx_ir.val(f"{name}/{part}", const_value=TorchTensor(tensor.contiguous())))
+            graph.register_initializer(parts[-1])
+        if isinstance(weight, HalfWeight):
+            node = onnx_ir.node("Cast", parts, {"to": dense.dtype})
+        else:
+            lengths = list(weight.scale.shape)
+            node = onnx_ir.node("DequantizeLinear", parts, {"axis": lengths.index(max(lengths))})
+        widened = node.outputs[0]
+        widened.shape, widened.dtype = dense.shape, dense.dtype
+        graph.insert_before(graph[0], node)
+        dense.replace_all_uses_with(widened)
+        del graph.initializers[name]

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_memopt.memory.pictures import drawn_to
 
 if TYPE_CHECKING:
     from lightning_memopt.compression.report import CompressionReport
@@ -23,6 +25,7 @@ def plot_report(report: "CompressionReport", path: str | Path) -> Path:
         Where the picture is.
 
     Raises:
+        ValueError: ``path`` is not a ``.png`` file.
         ModuleNotFoundError: matplotlib is missing; it comes with the extra ``lightning-memopt[plot]``.
     """
     modules = sorted(report.modules, key=lambda module: -module.bytes_before - module.bytes_after)
@@ -39,16 +42,17 @@ def plot_report(report: "CompressionReport", path: str | Path) -> Path:
             series.values(), ("bytes_before", "bytes_after", "disk_bytes_after"), strict=True
         ):
             values.append(sum(getattr(module, field) for module in rest))
-    figure, axes, style = _figure(9, 1.2 + 0.42 * len(names))
-    for place, (title, (color, values)) in enumerate(series.items()):
-        heights = [row + 0.27 * (place - 1) for row in range(len(names))]
-        axes.barh(heights, [value / _MIB for value in values], height=0.25, color=color, label=title)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("MiB")
-    axes.set_title(f"{report.ratio:.3f} of the bytes in memory, {report.disk_ratio:.3f} on disk", loc="left")
-    axes.legend(frameon=False)
-    return _save(figure, path, style)
+    with drawn_to(path, 9, 1.2 + 0.42 * len(names)) as figure:
+        axes = figure.subplots()
+        for place, (title, (color, values)) in enumerate(series.items()):
+            heights = [row + 0.27 * (place - 1) for row in range(len(names))]
+            axes.barh(heights, [value / _MIB for value in values], height=0.25, color=color, label=title)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("MiB")
+        axes.set_title(f"{report.ratio:.3f} of the bytes in memory, {report.disk_ratio:.3f} on disk", loc="left")
+        axes.legend(frameon=False)
+    return Path(path)
 
 
 def plot_tradeoff(points: Mapping[str, tuple[float, float]], path: str | Path, metric: str = "metric") -> Path:
@@ -63,35 +67,16 @@ def plot_tradeoff(points: Mapping[str, tuple[float, float]], path: str | Path, m
         Where the picture is.
 
     Raises:
+        ValueError: ``path`` is not a ``.png`` file.
         ModuleNotFoundError: matplotlib is missing; it comes with the extra ``lightning-memopt[plot]``.
     """
-    figure, axes, style = _figure(7, 4.2)
-    for name, (size, value) in points.items():
-        axes.scatter(size / 1024, value, color=_AFTER, zorder=3)
-        axes.annotate(name, (size / 1024, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("KiB on disk")
-    axes.set_ylabel(metric)
-    axes.grid(alpha=0.3)
-    return _save(figure, path, style)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any, Any]:
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'drawing needs matplotlib, which is not installed: pip install "lightning-memopt[plot]"'
-        ) from error
-    with style.context("default"):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(), style
-
-
-def _save(figure: Any, path: str | Path, style: Any) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with style.context("default"):
-        figure.savefig(path, dpi=140)
-    return path
+    with drawn_to(path, 7, 4.2) as figure:
+        axes = figure.subplots()
+        for name, (size, value) in points.items():
+            axes.scatter(size / 1024, value, color=_AFTER, zorder=3)
+            axes.annotate(name, (size / 1024, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlabel("KiB on disk")
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.3)
+    return Path(path)

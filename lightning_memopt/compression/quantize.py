@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memopt.compression.packed import (
+    Float8Weight,
     HalfWeight,
     Int4Weight,
     Int8Weight,
@@ -27,6 +28,7 @@ _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
     "int8_static": (Int8Weight, {}),  # with the range of each layer's inputs, once it is known
     "int4_weight_only": (Int4Weight, {}),
     "nf4": (NF4Weight, {}),
+    "fp8": (Float8Weight, {}),
     "fp16": (HalfWeight, {"kind": "fp16"}),
     "bf16": (HalfWeight, {"kind": "bf16"}),
 }
@@ -34,6 +36,10 @@ _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
 
 CLUSTERS = 256
 """A weight of no more distinct values is taken to be clustered."""
+
+
+class GrowthError(ValueError):
+    """Nothing that a module holds becomes smaller."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,17 @@ def quantize(
 
     Args:
         module: A trained module. It can predict afterwards, not train.
-        scheme: ``"int8_weight_only"`` (``"int8"``), ``"int4_weight_only"``, ``"nf4"``, ``"fp16"`` and ``"bf16"``
-            store weights so and compute in the type of the inputs; ``"int8_dynamic"`` and ``"int8_static"`` round the
-            inputs of linear layers too and multiply integers.
+        scheme: ``"int8_weight_only"`` (``"int8"``), ``"int4_weight_only"``, ``"nf4"``, ``"fp8"``, ``"fp16"`` and
+            ``"bf16"`` store weights so and compute in the type of the inputs; ``"int8_dynamic"`` and
+            ``"int8_static"`` round the inputs of linear layers, 2-d convolutions and self-attention too and multiply
+            integers.
         which: Which weights; ``None``: all, embeddings too.
         input_ranges: For ``"int8_static"``: by name of a module, the largest magnitude of its inputs
             (:func:`~lightning_memopt.compression.ranges.observe_inputs`).
 
     Raises:
-        ValueError: The scheme is unknown or not to be had on this hardware, or nothing became smaller.
+        ValueError: The scheme is unknown, or nothing became smaller (:class:`GrowthError`).
+        ImportError: nf4 needs bitsandbytes, which is missing.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -88,36 +96,40 @@ def quantize(
     for weight in selection.weights:
         reason = why_not(weight)
         if not reason:
-            # A layer that calibration did not reach has its weights rounded and no inputs.
-            packed = pack_weight(weight.parameter, weight, scheme, (input_ranges or {}).get(weight.module_name))
-            if stored_bytes(packed) < stored_bytes(weight.parameter):
+            packed = pack_weight(weight.parameter, weight, scheme, _range_of(weight, input_ranges or {}))
+            reason = _too_large(packed, weight)
+            if not reason:
                 _replace(module, weight, packed)
                 names += [weight.name, *weight.tied]
                 continue
-            reason = f"would take {stored_bytes(packed)} bytes instead of {stored_bytes(weight.parameter)}"
         skipped[weight.name] = reason
-    after = module_bytes(module)
-    if after >= before:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        raise ValueError(
-            f"{type(module).__name__} would have {after:,} bytes as {scheme} and has {before:,}: nothing in it "
-            f"becomes smaller ({reasons}). Leave it as it is."
-        )
-    return Quantized(names, skipped, before, after)
+    if not names:
+        raise _growth(module, scheme, skipped)
+    return Quantized(names, skipped, before, module_bytes(module))
+
+
+def check_quantizable(module: nn.Module, scheme: Scheme, which: WeightFilter) -> None:
+    """Raise what :func:`quantize` would, without changing anything; quick, and sizes alone matter.
+
+    Raises:
+        ValueError: No weight is selected, or none becomes smaller (:class:`GrowthError`).
+    """
+    skipped: dict[str, str] = {}
+    for weight in which.select(module).weights:
+        reason = why_not(weight) or _too_large(pack_weight(weight.parameter, weight, scheme), weight)
+        if not reason:
+            return
+        skipped[weight.name] = reason
+    raise _growth(module, scheme, skipped)
 
 
 def packing(scheme: str) -> tuple[type[PackedWeight], dict[str, Any]]:
     """The class and the options that weights are packed with.
 
     Raises:
-        ValueError: There is no such scheme, or not here.
+        ValueError: There is no such scheme.
+        ImportError: nf4 needs bitsandbytes, which is missing.
     """
-    if scheme == "fp8":
-        raise ValueError(
-            "scheme='fp8' needs products of 8-bit floats, which processors and GPUs before Ada and Hopper "
-            "lack, and which are not implemented here for others; use 'int8_weight_only' or 'int8_dynamic', of the "
-            "same bytes."
-        )
     found = _PACKINGS.get("int8_weight_only" if scheme == "int8" else scheme)
     if found is None:
         raise ValueError(f"scheme={scheme!r} is not known; possible are {', '.join(map(repr, get_args(Scheme)))}.")
@@ -134,7 +146,7 @@ def module_bytes(module: nn.Module) -> int:
 def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: float | None = None) -> PackedWeight:
     """Pack ``parameter`` as ``weight`` is to be: one scale for all of it where it is clustered, and stays so."""
     cls, options = packing(scheme)
-    if scheme == "int8_static" and weight.kind in ("linear", "conv1d"):
+    if scheme == "int8_static":
         options = {**options, "inputs": input_range}
     if cls is Int8Weight:
         # With a scale for each output, one value of a cluster would become as many as there are outputs.
@@ -149,6 +161,25 @@ def why_not(weight: Weight) -> str:
     if "forward" in vars(weight.module):
         return "its forward is replaced on the instance"
     return "" if weight.parameter.element_size() > 1 else f"is {weight.parameter.dtype} already"
+
+
+def _too_large(packed: PackedWeight, weight: Weight) -> str:
+    new, old = stored_bytes(packed), stored_bytes(weight.parameter)
+    return f"would take {new} bytes instead of {old}" if new >= old else ""
+
+
+def _growth(module: nn.Module, scheme: str, skipped: Mapping[str, str]) -> GrowthError:
+    reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+    return GrowthError(
+        f"{type(module).__name__} has {module_bytes(module):,} bytes and would have no fewer as {scheme}: nothing in "
+        f"it becomes smaller ({reasons}). Leave it as it is."
+    )
+
+
+def _range_of(weight: Weight, ranges: Mapping[str, float]) -> float | None:
+    """Of all layers that have it; a weight that calibration did not reach is rounded, and its inputs are not."""
+    owners = (name.rpartition(".")[0] for name in (weight.name, *weight.tied))
+    return max((ranges[owner] for owner in owners if owner in ranges), default=None) or None
 
 
 def _replace(module: nn.Module, weight: Weight, packed: PackedWeight) -> None:

@@ -1,23 +1,24 @@
-"""Observe how large the inputs of linear layers are."""
+"""Observe how large the inputs are that quantized layers round."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_memopt.compression.packed.integers import FEWEST
 from lightning_memopt.models.linears import read_linear
 
 
 @contextmanager
 def observe_inputs(module: nn.Module) -> Iterator[dict[str, float]]:
-    """Collect, while the block runs, the largest magnitude that each linear layer below ``module`` is given.
+    """Collect, while the block runs, the largest magnitude that layers below ``module`` are given.
 
     Yields:
         By qualified name of the layer; filled as layers are called.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(2, 2))
         >>> with observe_inputs(net) as ranges:
         ...     _ = net(torch.tensor([[0.5, -3.0]]))
@@ -27,16 +28,30 @@ def observe_inputs(module: nn.Module) -> Iterator[dict[str, float]]:
     ranges: dict[str, float] = {}
     handles = []
     for name, layer in module.named_modules():
-        if read_linear(layer) is None:
+        if sample_dims(layer) is None and not isinstance(layer, nn.MultiheadAttention):
             continue
 
-        def observe(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-            if inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].numel():
-                ranges[name] = max(ranges.get(name, 0.0), float(inputs[0].detach().abs().amax()))
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = name) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor) and x.numel():
+                ranges[name] = max(ranges.get(name, 0.0), float(x.detach().abs().amax()))
 
-        handles.append(layer.register_forward_pre_hook(observe))
+        handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     try:
         yield ranges
     finally:
         for handle in handles:
             handle.remove()
+
+
+def sample_dims(layer: nn.Module) -> tuple[int, ...] | None:
+    """The dimensions of the inputs of ``layer`` that share a scale if that is dynamic: of a row, or of an image.
+
+    ``None``: the inputs are not rounded.
+    """
+    if read_linear(layer) is not None:
+        return (-1,)
+    if not isinstance(layer, nn.Conv2d) or type(layer).forward is not nn.Conv2d.forward:
+        return None
+    is_large = layer.groups == 1 and layer.weight[0].numel() >= FEWEST
+    return (-3, -2, -1) if is_large and not isinstance(layer.padding, str) else None

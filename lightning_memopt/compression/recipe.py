@@ -81,13 +81,16 @@ class Recipe:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
-    def apply(self, module: nn.Module, call: Call | None = None) -> CompressionReport:
+    def apply(
+        self, module: nn.Module, call: Call | None = None, *, input_ranges: Mapping[str, float] | None = None
+    ) -> CompressionReport:
         """Compress ``module`` in place.
 
         Args:
             module: A trained module.
             call: Runs it once, for structured pruning; see
                 :func:`~lightning_memopt.compression.structured.prune_structured`.
+            input_ranges: For ``"int8_static"``; see :func:`~lightning_memopt.compression.quantize.quantize`.
 
         Raises:
             ValueError: A step cannot be done to this module.
@@ -116,7 +119,7 @@ class Recipe:
         packed: set[str] = set()
         for step in self.quantize:
             which = WeightFilter(step.get("include"), _joined(step.get("exclude"), packed), embeddings=True)
-            done = quantize(module, step["scheme"], which)
+            done = quantize(module, step["scheme"], which, input_ranges)
             packed.update(done.packed)
             skipped.update(done.skipped)
         skipped = {name: reason for name, reason in skipped.items() if name not in packed}

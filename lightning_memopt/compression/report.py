@@ -1,16 +1,15 @@
 """What compressing a module did: bytes, zeros, latency and metrics, before and after, and what was left alone."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from lightning_memopt.compression.latency import Latency
-from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes
-from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes, plain_parts
+from lightning_memopt.memory.report import JsonReport, format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +37,7 @@ class ModuleChange:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(JsonReport):
     """What compressing a module did.
 
     Attributes:
@@ -53,6 +52,7 @@ class CompressionReport:
         metrics_before: The validation metrics, as the module logs them; empty where no gate was asked for.
         metrics_after: The same of the compressed module.
         skipped: Why a weight was left alone, by its name.
+        skipped_bytes: What it takes in memory.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -66,6 +66,9 @@ class CompressionReport:
     metrics_before: Mapping[str, float]
     metrics_after: Mapping[str, float]
     skipped: Mapping[str, str]
+    skipped_bytes: Mapping[str, int]
+
+    parts: ClassVar[Mapping[str, type[Any]]] = {"modules": ModuleChange, "latency": Latency}
 
     @property
     def ratio(self) -> float:
@@ -76,25 +79,6 @@ class CompressionReport:
     def disk_ratio(self) -> float:
         """Bytes on disk after by those of the plain ``state_dict``."""
         return self.disk_bytes_after / max(self.disk_bytes_before, 1)
-
-    def to_json(self) -> str:
-        """The whole report as JSON; :meth:`from_json` reads it back."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "CompressionReport":
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: ``text`` is not JSON or lacks a field.
-        """
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            fields["modules"] = tuple(ModuleChange(**module) for module in fields["modules"])
-            fields["latency"] = tuple(Latency(**latency) for latency in fields["latency"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a compression report: {error}") from error
 
     def plot(self, path: str | Path) -> Path:
         """Draw bytes before and after by module as a PNG (needs the ``plot`` extra) and return where it is.
@@ -141,7 +125,8 @@ class CompressionReport:
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            table.add_row(f"left alone: {names[0]}{others}", "", reason, "")
+            size = format_bytes(sum(self.skipped_bytes.get(name, 0) for name in names))
+            table.add_row(f"left alone: {names[0]}{others}", size, reason, "")
         return table
 
 
@@ -191,6 +176,11 @@ def compression_report(
         metrics_before=dict(metrics_before or {}),
         metrics_after=dict(metrics_after or {}),
         skipped=dict(skipped or {}),
+        skipped_bytes={
+            name: sum(part.nbytes for part in plain_parts(parameter))
+            for name, parameter in after.named_parameters(remove_duplicate=False)
+            if name in (skipped or {})
+        },
     )
 
 

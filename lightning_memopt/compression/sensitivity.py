@@ -1,16 +1,15 @@
 """How much each layer can bear, and the mixed recipe that follows from it."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lightning_memopt.compression.quantize import Scheme, quantize
+from lightning_memopt.compression.quantize import GrowthError, Scheme, quantize
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.selection import WeightFilter
-from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.selectors import Selector
 
 Score = Callable[[nn.Module], float]
@@ -46,7 +45,15 @@ class Sensitivity:
     score: float
     trials: tuple[Trial, ...]
 
-    def mixed(self, max_metric_drop: float, judge: Score, module: nn.Module, *, mode: str = "max") -> Recipe:
+    def mixed(
+        self,
+        max_metric_drop: float,
+        judge: Score,
+        module: nn.Module,
+        *,
+        mode: str = "max",
+        input_ranges: Mapping[str, float] | None = None,
+    ) -> Recipe:
         """The recipe of fewest bytes whose measured drop is at most ``max_metric_drop``.
 
         All weights start at their fewest bytes. Drops are taken to add up, and the weight that gives back most of the
@@ -58,6 +65,7 @@ class Sensitivity:
             judge: Gives the metric of a module.
             module: The module that was scanned.
             mode: ``"max"`` where more of the metric is better, or ``"min"``.
+            input_ranges: As the scan was given.
 
         Returns:
             The recipe, of one step for each scheme in use.
@@ -81,7 +89,7 @@ class Sensitivity:
             if sum(max(trial.drop, 0.0) for trial in current) <= max_metric_drop:
                 recipe = _recipe(current, schemes)
                 trial_module = copy.deepcopy(module)
-                recipe.apply(trial_module)
+                recipe.apply(trial_module, input_ranges=input_ranges)
                 if _worse(self.score, judge(trial_module), mode) <= max_metric_drop:
                     return recipe
             name = max(
@@ -99,6 +107,7 @@ def scan_sensitivity(
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     mode: str = "max",
+    input_ranges: Mapping[str, float] | None = None,
 ) -> Sensitivity:
     """Quantize one weight at a time and measure.
 
@@ -112,6 +121,7 @@ def scan_sensitivity(
         include: Only these weights: names, patterns or classes of modules. ``None``: all.
         exclude: Not these.
         mode: ``"max"`` where more of the metric is better, or ``"min"``.
+        input_ranges: For ``"int8_static"``; see :func:`~lightning_memopt.compression.quantize.quantize`.
 
     Raises:
         ValueError: ``mode`` or a scheme is unknown, or no weight is chosen.
@@ -131,24 +141,17 @@ def scan_sensitivity(
         for scheme in schemes:
             changed = copy.deepcopy(module)
             try:
-                done = quantize(changed, scheme, WeightFilter(weight.name, embeddings=True))
-            except ValueError as error:
-                if "smaller" in str(error):  # a weight too small to gain by it
-                    continue
-                raise
-            saved = _held(module) - _held(changed)
-            if done.packed and saved > 0:
-                drop = _worse(score, judge(changed), mode)
-                trials.append(Trial(weight.name, scheme, drop, weight.parameter.nbytes - saved))
+                done = quantize(changed, scheme, WeightFilter(weight.name, embeddings=True), input_ranges)
+            except GrowthError:  # a weight too small to gain by it
+                continue
+            drop = _worse(score, judge(changed), mode)
+            saved = done.bytes_before - done.bytes_after
+            trials.append(Trial(weight.name, scheme, drop, weight.parameter.nbytes - saved))
     return Sensitivity(score, tuple(trials))
 
 
 def _worse(before: float, after: float, mode: str) -> float:
     return before - after if mode == "max" else after - before
-
-
-def _held(module: nn.Module) -> int:
-    return sum(size.bytes for size in measure_sizes(module, packed=False).values())
 
 
 def _ladder(options: list[Trial]) -> list[Trial]:

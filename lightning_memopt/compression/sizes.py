@@ -57,7 +57,7 @@ def measure_sizes(module: nn.Module, *, packed: bool = True) -> ModuleSizes:
             parts = list(plain_parts(tensor))
             memory += sum(part.nbytes for part in parts)
             if key not in child._non_persistent_buffers_set:
-                disk += sum(packed_bytes(part) if packed else part.nbytes for part in parts)
+                disk += sum(encoded_bytes(part) if packed else part.nbytes for part in parts)
             if key in child._parameters:
                 values = plain_values(tensor)
                 weights += values.numel()
@@ -90,6 +90,6 @@ def plain_values(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor
 
 
-def packed_bytes(tensor: Tensor) -> int:
+def encoded_bytes(tensor: Tensor) -> int:
     """Bytes of the smallest exact encoding of a plain tensor."""
     return sum(part.nbytes for part in encode(tensor.detach()).tensors.values())

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
+from lightning_memopt.compression.model_config import update_configs
 from lightning_memopt.compression.units import Call, Slot, UnitGroup, find_units, output_tensors
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
@@ -75,10 +76,12 @@ def prune_structured(
         amount: Share to remove, in (0, 1); at least one unit of a group stays.
         call: Runs the module once and returns its outputs or its loss, with gradients:
             ``lambda module: module(batch)``.
-        include: Only groups of which one of these layers holds outputs: patterns of qualified names, or classes.
+        include: Only groups of which one of these modules holds outputs, itself or in a module within it: patterns of
+            qualified names, or classes.
         exclude: Not these.
         scores: Importance of each weight, of the parameter's shape; its magnitude where left out.
-        optimizers: Their parameters and state are made smaller alike, so that training goes on.
+        optimizers: Their parameters and state are made smaller alike, so that training goes on; state in another
+            shape than that of its parameter (packed, factored) begins anew.
 
     Raises:
         ValueError: ``amount`` is out of bounds, the module cannot be traced, its code cannot run smaller, a selector
@@ -109,7 +112,8 @@ def prune_structured(
         for optimizer in optimizers:
             _shrink_optimizer(optimizer, smaller)
         removed = {group.name: (group.size, int(mask.sum())) for group, mask in plan.kept}
-        return StructuredPruning(removed, plan.skipped, before, _count(module))
+        configs = update_configs(module, plan.kept, lambda: _runs(module, call, shapes))
+        return StructuredPruning(removed, plan.skipped | configs, before, _count(module))
     raise ValueError(
         f"{type(module).__name__} cannot be made smaller: its code does not run with "
         f"{', '.join(group.name for group, _ in plan.kept)} reduced ({failures[0]}). Exclude those layers, or prune "
@@ -136,8 +140,8 @@ def plan_structured(
     plan = StructuredPlan()
     groups = []
     for group in find_units(module, call):
-        layers = {id(slot.module): slot.module for slot in group.slots if slot.dimension == _output_dimension(slot)}
-        named = [(names[key], layer) for key, layer in layers.items()]
+        layers = {id(slot.module) for slot in group.slots if slot.dimension == _output_dimension(slot)}
+        named = [place for key in layers for place in _path(module, names[key])]
         if group.reason is None and group.size < 2:
             group.reason = "there is only one"
         if group.reason is None and chosen is not None and not _any(named, chosen):
@@ -184,6 +188,14 @@ def _output_dimension(slot: Slot) -> int:
     if isinstance(slot.module, _ConvNd):
         return int(slot.module.transposed)
     return 1 if type(slot.module).__name__ == "Conv1D" else 0
+
+
+def _path(root: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module of that name, and all that it is in."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:length])
+        yield prefix, root.get_submodule(prefix)
 
 
 def _any(named: Sequence[tuple[str, nn.Module]], selectors: Sequence[Selector]) -> bool:
@@ -360,13 +372,21 @@ def _shrink_optimizer(optimizer: Optimizer, smaller: Mapping[Tensor, _Smaller]) 
             change = smaller[parameter]
             group["params"][place] = change.new
             state = optimizer.state.pop(parameter, None)
-            if state is not None:
-                optimizer.state[change.new] = {
-                    name: change.cut(value).clone()
-                    if isinstance(value, Tensor) and value.shape == parameter.shape
-                    else value
-                    for name, value in state.items()
-                }
+            if state and (cut := _cut_state(state, parameter, change)):
+                optimizer.state[change.new] = cut
+
+
+def _cut_state(state: Mapping[str, Any], parameter: Tensor, change: _Smaller) -> dict[str, Any]:
+    """The state of what is left of a parameter; none where it is packed or factored, and so begins anew."""
+    cut: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            cut[name] = change.cut(value).clone()
+        elif isinstance(value, Mapping) or (isinstance(value, Tensor) and value.numel() > 1):
+            return {}
+        else:
+            cut[name] = value
+    return cut
 
 
 def _output_shapes(module: nn.Module, call: Call) -> list[torch.Size]:
@@ -378,6 +398,13 @@ def _output_shapes(module: nn.Module, call: Call) -> list[torch.Size]:
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+def _runs(module: nn.Module, call: Call, shapes: list[torch.Size]) -> bool:
+    try:
+        return _output_shapes(module, call) == shapes
+    except Exception:
+        return False
 
 
 def _count(module: nn.Module) -> int:

@@ -151,7 +151,17 @@ def _find_channels(
         raise ModuleNotFoundError(
             'structured pruning needs torch-pruning, which is not installed: pip install "lightning-memopt[prune]"'
         ) from error
-    graph = torch_pruning.DependencyGraph()
+    lost: list[nn.Module] = []
+
+    class Graph(torch_pruning.DependencyGraph):
+        def get_pruning_group(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
+            try:
+                return super().get_pruning_group(layer, *arguments, **options)
+            except IndexError:  # 1.6: some splits, such as of two outputs into a start and an end
+                lost.append(layer)
+                return []
+
+    graph = Graph()
     modes = {child: child.training for child in module.modules()}
     frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
     # A cache of keys and values is concatenated to an empty one, where the graph loses count.
@@ -189,8 +199,10 @@ def _find_channels(
             config.use_cache = True
         for child, mode in modes.items():
             child.training = mode
-    for items in found:
-        yield _read_group(graph, items, names)
+    yield from (_read_group(graph, items, names) for items in found if items)
+    for layer in lost:
+        reason = "where they go is split in a way that cannot be followed"
+        yield UnitGroup(names.get(id(layer), "?"), "channels", 0, reason=reason)
 
 
 def _read_group(graph: Any, items: Any, names: Mapping[int, str]) -> UnitGroup:

@@ -6,6 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from lightning_memopt.memory.pictures import drawn_to
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, TimelinePoint, format_bytes
 
 COLORS: Mapping[str, str] = {
@@ -52,24 +53,10 @@ def plot_timelines(reports: Mapping[str, MemoryReport], path: str | Path) -> Pat
         >>> plot_timelines({"plain": report}, "timeline.png").name
         'timeline.png'
     """
-    path = _checked(reports, path)
-    try:
-        from matplotlib import style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"drawing a timeline needs {error.name}, which is not installed: pip install 'lightning-memopt[plot]'",
-            name=error.name,
-        ) from error
-
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_empty(reports)
     rows, columns = ceil(len(reports) / _PANELS_PER_ROW), min(len(reports), _PANELS_PER_ROW)
     width, height = max(9.0, 5.2 * columns), 3.9 * rows + 0.7
-    # The object API instead of pyplot: the user's backend, open figures and style stay as they are.
-    with style.context("default"):
-        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+    with drawn_to(path, width, height) as figure:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
         unit_bytes, unit = _unit(max(report.peak_bytes for report in reports.values()))
         panels = list(grid.flat)
@@ -82,8 +69,7 @@ def plot_timelines(reports: Mapping[str, MemoryReport], path: str | Path) -> Pat
         highest = max(report.peak_bytes for report in reports.values())
         panels[0].set_ylim(0, max(highest, 1) * 1.14 / unit_bytes)
         _draw_legend(figure, reports)
-        canvas.print_png(str(path))
-    return path
+    return Path(path)
 
 
 def thin(timeline: Sequence[TimelinePoint], count: int) -> list[TimelinePoint]:
@@ -103,16 +89,12 @@ def thin(timeline: Sequence[TimelinePoint], count: int) -> list[TimelinePoint]:
     return kept
 
 
-def _checked(reports: Mapping[str, MemoryReport], path: str | Path) -> Path:
-    path = Path(path)
+def _refuse_empty(reports: Mapping[str, MemoryReport]) -> None:
     if not reports:
         raise ValueError("reports is empty: a picture needs at least one memory report")
     for title, report in reports.items():
         if not report.timeline:
             raise ValueError(f"report {title!r} has no timeline: there is nothing to draw")
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise ValueError(f"path is {str(path)!r}: timelines are drawn as PNG, give the name of a .png file")
-    return path
 
 
 def _unit(highest_bytes: int) -> tuple[int, str]:

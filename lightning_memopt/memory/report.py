@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 CATEGORIES = (
     "parameters",
@@ -45,7 +45,37 @@ class TimelinePoint:
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class JsonReport:
+    """A report that JSON can hold.
+
+    Attributes:
+        parts: Of what class the items of a field are, where they are reports themselves.
+    """
+
+    parts: ClassVar[Mapping[str, type[Any]]] = {}
+
+    def to_json(self) -> str:
+        """The whole report as JSON; :meth:`from_json` reads it back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: ``text`` is not JSON or lacks a field.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            for name, part in cls.parts.items():
+                fields[name] = [part(**item) for item in fields[name]]
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a {cls.__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class MemoryReport(JsonReport):
     """Memory of one optimizer step, measured or predicted.
 
     Attributes:
@@ -67,24 +97,7 @@ class MemoryReport:
     device: str = "cpu"
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """The whole report as JSON; :meth:`from_json` reads it back."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "MemoryReport":
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: ``text`` is not JSON or lacks a field.
-        """
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            fields["timeline"] = tuple(TimelinePoint(**point) for point in fields["timeline"])
-            fields["notes"] = tuple(fields["notes"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a memory report: {error}") from error
+    parts: ClassVar[Mapping[str, type[Any]]] = {"timeline": TimelinePoint}
 
     def plot(self, path: str | Path) -> Path:
         """Draw the timeline by category as a PNG (needs the ``plot`` extra) and return where it is.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -74,6 +74,15 @@ class Sharding:
             for root in self.roots:
                 root.set_requires_gradient_sync(True)
                 root.set_reshard_after_backward(True)
+
+    def begin_backward_at(self, tensors: Sequence[Tensor]) -> None:
+        """Do at the gradients of these what is done at those of what a root's call returns.
+
+        For a call that was unwound with them, and returned nothing. Without it nothing would reduce the gradients of
+        a root of which no unit took part in the call.
+        """
+        for root in self.roots:
+            root._get_fsdp_state()._register_pre_backward_hook(tuple(tensors))
 
     def reshard(self) -> None:
         """Free whatever is gathered, as after a forward pass without a backward pass."""

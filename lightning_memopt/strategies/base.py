@@ -1,7 +1,7 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
 from abc import abstractmethod
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -83,6 +83,9 @@ class MemoptStrategy(WatchedStrategy):
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``training_step``, ``validation_step``, ``test_step`` or ``predict_step``."""
         return getattr(self.lightning_module, name)(*args, **kwargs)
+
+    def begin_backward_at(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Told of the tensors that leave a step by another way than its return, and at which its backward begins."""
 
     @contextmanager
     def refusals(self, undo: bool = True) -> Generator[None, None, None]:

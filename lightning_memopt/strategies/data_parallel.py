@@ -1,6 +1,6 @@
 """Data parallelism for any LightningModule: replicas, or one of the three ZeRO stages."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -154,6 +154,12 @@ class DataParallelStrategy(MemoptStrategy):
     def block_backward_sync(self) -> Generator[None, None, None]:
         with super().block_backward_sync() if self._sharding is None else self._sharding.accumulate():
             yield
+
+    @override
+    def begin_backward_at(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().begin_backward_at(tensors)
+        if self._sharding is not None:
+            self._sharding.begin_backward_at(tensors)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:

@@ -145,6 +145,7 @@ class PipelineParallelStrategy(MemoptStrategy):
             self.lightning_module,
             partial(self.call_on, name, (0,)),
             split_evenly(batch, count)[0],
+            (name, ()),
             group=mesh.get_group(),
             device=self.root_device,
             schedule=self.schedule,

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_memopt.callbacks.micro_batch_metrics import LogRecord, LogsOfMicroBatches
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.parallel.pipeline.boundary import StageDone
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
 from lightning_memopt.parallel.pipeline.stubs import is_stub
@@ -43,6 +44,7 @@ class PipelineSteps:
         self._trainer = self._module.trainer
         self._captured: Tensor | None = None
         self._captures = False
+        self._metrics = {name: part for name, part in self._module.named_modules() if isinstance(part, Metric)}
         self._stale: set[Metric] = set()
         self._compared: set[str] = set()
 
@@ -60,9 +62,8 @@ class PipelineSteps:
     def metrics(self) -> Iterator[None]:
         """Within the block metrics compute on every rank from what the last stage gave them."""
         with ExitStack() as stack:
-            for metric in self._module.modules():
-                if isinstance(metric, Metric):
-                    stack.enter_context(replaced(metric, compute=partial(self._compute, metric, metric.compute)))
+            for metric in self._metrics.values():
+                stack.enter_context(replaced(metric, compute=partial(self._compute, metric, metric.compute)))
             yield
 
     @property
@@ -133,6 +134,9 @@ class PipelineSteps:
         fx = self._module._current_fx_name
         try:
             return optimization._make_step_fn(kwargs)()
+        except StageDone as done:
+            self._strategy.begin_backward_at(done.tensors)
+            raise
         finally:
             self._module._current_fx_name = fx  # Lightning does not put it back where a stage unwinds the step
 
@@ -159,15 +163,14 @@ class PipelineSteps:
 
     def _finish(self, output: Any, logs: LogsOfMicroBatches) -> Any:
         """Give every rank what the last stage returned and logged."""
-        self._stale = {metric for metric in self._module.modules() if isinstance(metric, Metric)}
+        self._stale = set(self._metrics.values())
         records = logs.records() if self._has_last_stage else []
         output, records = self._from_last_stage((output, records))
         results = self._trainer._results
-        metrics = dict(self._module.named_modules())
         for record in records:
             value = record.value
             if record.is_metric:
-                metric: Any = metrics[record.options["metric_attribute"]]
+                metric: Any = self._metrics[record.options["metric_attribute"]]
                 metric._forward_cache, value = value, metric
             assert results is not None
             results.log(record.fx, record.name, value, sync_dist_fn=self._strategy.reduce, **record.options)

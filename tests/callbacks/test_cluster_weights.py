@@ -1,6 +1,5 @@
 """ClusterWeights under Lightning: at the end, while training goes on, resumed, and with pruning."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -11,19 +10,12 @@ from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
 from tests.parity import train
+from tests.resuming import SavesAt, Watch, fit_same_batches
 from tests.zoo import ZOO
 
 
 def _most_values(module: torch.nn.Module) -> int:
     return max(len(weight.parameter.unique()) for weight in select_weights(module).weights)
-
-
-class _Watch(pl.Callback):
-    def __init__(self) -> None:
-        self.values: dict[int, int] = {}
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.values[trainer.global_step] = _most_values(module)
 
 
 @pytest.mark.parametrize("name", ["mlp", "late_mlp", "gpt2", "cnn", "lstm", "gan"])
@@ -37,15 +29,15 @@ def test_at_the_end_every_weight_has_n_values_after_plain_training(name):
 
 
 def test_from_its_step_on_values_are_shared_and_train():
-    entry, watch = ZOO["encoder"], _Watch()
+    entry, watch = ZOO["encoder"], Watch(_most_values)
     run = train(entry.build(), entry.loader(10), steps=10, callbacks=[watch, ClusterWeights(8, begin_step=4)])
-    assert all((values <= 8) == (step >= 4) for step, values in watch.values.items())
+    assert all((values <= 8) == (step >= 4) for step, values in watch.seen.items())
     stopped = train(entry.build(), entry.loader(10), steps=4, callbacks=[ClusterWeights(8, begin_step=4)])
     assert not torch.equal(run.weights["head.weight"].unique(), stopped.weights["head.weight"].unique())
 
 
 def test_after_gradual_pruning_what_is_pruned_stays_zero():
-    entry, watch = ZOO["mlp"], _Watch()
+    entry, watch = ZOO["mlp"], Watch(_most_values)
     callbacks = [GradualPruning(ConstantSparsity(0.75, begin_step=2)), ClusterWeights(8, begin_step=4), watch]
     run = train(entry.build(), entry.loader(10), steps=10, callbacks=callbacks)
     assert set(find_sparsity(run.module).values()) == {0.75} and _most_values(run.module) <= 8
@@ -56,32 +48,29 @@ def test_averaged_weights_end_clustered_too():
     assert _most_values(train(entry.build(), entry.loader(6), steps=6, callbacks=callbacks).module) <= 8
 
 
-class _Saves(pl.Callback):
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == 5:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("begin_step", [3, 7])
 def test_a_resumed_run_gives_the_weights_of_the_whole_one_bit_for_bit(tmp_path, begin_step):
-    entry = ZOO["mlp"]
-
-    class SameBatches(type(entry.build())):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(self.batches[self.trainer.global_step], batch_idx)
-
     def fit(*callbacks, **options):
-        torch.manual_seed(0)
-        module = SameBatches(0.0)
-        module.batches = list(entry.loader(10))
-        callbacks = [*callbacks, ClusterWeights(8, begin_step=begin_step)]
-        return train(module, entry.loader(10), steps=10, callbacks=callbacks, **options).weights
+        clustering = ClusterWeights(8, begin_step=begin_step)
+        return fit_same_batches(ZOO["mlp"], 10, *callbacks, clustering, **options).state_dict()
 
-    whole = fit(_Saves(tmp_path / "five.ckpt"))
+    whole = fit(SavesAt(tmp_path / "five.ckpt", 5))
     torch.testing.assert_close(fit(ckpt_path=tmp_path / "five.ckpt"), whole, rtol=0, atol=0)
+
+
+def test_an_average_is_clustered_in_every_checkpoint_once_the_weights_are(tmp_path):
+    entry, path = ZOO["mlp"], tmp_path / "some.ckpt"
+    callbacks = [ClusterWeights(8, begin_step=3), EMAWeightAveraging(decay=0.9), SavesAt(path, 5)]
+    train(entry.build(), entry.loader(6), steps=6, callbacks=callbacks)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert len(saved["net.3.weight"].unique()) <= 8
+
+
+def test_values_that_will_not_train_since_training_ends_before_are_said_at_the_start():
+    entry = ZOO["mlp"]
+    with pytest.warns(UserWarning, match="ends after 4 steps and begin_step is 9"):
+        run = train(entry.build(), entry.loader(4), steps=4, callbacks=[ClusterWeights(8, begin_step=9)])
+    assert _most_values(run.module) <= 8
 
 
 def _train_on_two(strategy: str, begin_step: int | None) -> tuple[int, list[float]]:

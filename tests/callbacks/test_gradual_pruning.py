@@ -25,7 +25,8 @@ from lightning_memopt import (
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
-from tests.parity import train
+from tests.parity import quiet_trainer, train
+from tests.resuming import SavesAt, Watch, fit_same_batches
 from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
 from tests.zoo import ZOO
 
@@ -37,32 +38,22 @@ def _share(module: torch.nn.Module) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-class _Watch(pl.Callback):
-    """The share of zeros after each optimizer step, as another callback sees it."""
-
-    def __init__(self) -> None:
-        self.shares: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.shares[trainer.global_step] = _share(module)
-
-
 @pytest.mark.parametrize("name", ["late_mlp", "encoder", "lstm", "gpt2", "cnn", "captioner"])
 def test_after_every_step_exactly_the_share_of_the_schedule_is_zero(name):
-    entry, watch = ZOO[name], _Watch()
+    entry, watch = ZOO[name], Watch(_share)
     run = train(
         entry.build(), entry.loader(14), steps=14, callbacks=[watch, GradualPruning(SCHEDULE, scope="global")]
     )
-    assert watch.shares == pytest.approx({step: SCHEDULE.at(step) for step in range(1, 15)}, abs=1e-3)
+    assert watch.seen == pytest.approx({step: SCHEDULE.at(step) for step in range(1, 15)}, abs=1e-3)
     assert _share(run.module) == pytest.approx(0.8, abs=1e-3)
     assert list(run.weights) == list(entry.build().state_dict()) or name == "late_mlp"
 
 
 def test_two_optimizers_stepped_by_hand_count_their_steps_together_as_lightning_does():
-    entry, watch = ZOO["gan"], _Watch()
+    entry, watch = ZOO["gan"], Watch(_share)
     schedule = ConstantSparsity(0.5, begin_step=4)
     run = train(entry.build(), entry.loader(4), steps=8, callbacks=[watch, GradualPruning(schedule)])
-    assert watch.shares == pytest.approx({2: 0.0, 4: 0.5, 6: 0.5, 8: 0.5})
+    assert watch.seen == pytest.approx({2: 0.0, 4: 0.5, 6: 0.5, 8: 0.5})
     assert all(share == 0.5 for share in find_sparsity(run.module).values())
 
 
@@ -82,7 +73,7 @@ def test_a_constant_mask_trains_the_network_that_torch_prunes_with_clipping_and_
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "memopt fp16", "memopt bf16 kahan"])
 def test_precisions_accumulation_and_clipping_leave_the_share_exact(precision):
-    entry, watch = ZOO["encoder"], _Watch()
+    entry, watch = ZOO["encoder"], Watch(_share)
     plugins = {"memopt fp16": MixedPrecision("fp16"), "memopt bf16 kahan": HalfPrecision("bf16", rounding="kahan")}
     options = {"plugins": [plugins[precision]]} if precision in plugins else {"precision": precision}
     run = train(
@@ -90,7 +81,7 @@ def test_precisions_accumulation_and_clipping_leave_the_share_exact(precision):
         gradient_clip_val=0.5, accumulate_grad_batches=2, **options,
     )  # fmt: skip
     assert run.trainer.global_step == 14
-    assert watch.shares == pytest.approx({0: 0} | {step: SCHEDULE.at(step) for step in range(1, 15)}, abs=2e-3)
+    assert watch.seen == pytest.approx({0: 0} | {step: SCHEDULE.at(step) for step in range(1, 15)}, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +108,7 @@ def test_averaged_weights_are_pruned_too_in_validation_in_checkpoints_and_at_the
 
     entry = ZOO["mlp"]
     averaging, pruning = EMAWeightAveraging(decay=0.9), GradualPruning(ConstantSparsity(0.5, begin_step=3))
-    trainer = _trainer(8, pruning, averaging) if first else _trainer(8, averaging, pruning)
+    trainer = quiet_trainer(8, pruning, averaging) if first else quiet_trainer(8, averaging, pruning)
     trainer.num_sanity_val_steps = 0
     module = Validating(0.0)
     trainer.fit(module, entry.loader(4), entry.loader(1))
@@ -144,50 +135,68 @@ def test_stochastic_weight_averaging_ends_with_pruned_weights(first):
     assert _share(module) == pytest.approx(0.5, abs=1e-3)
 
 
-def _trainer(steps: int, *callbacks, **options) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks), **options,
-    )  # fmt: skip
-
-
-class _Saves(pl.Callback):
-    def __init__(self, path, step: int) -> None:
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize(("method", "step"), [("magnitude", 5), ("saliency", 7), ("random", 1)])
 def test_a_run_resumed_in_mid_schedule_gives_the_weights_of_the_whole_one_bit_for_bit(tmp_path, method, step):
-    entry = ZOO["encoder"]
-
-    class SameBatches(type(entry.build())):
-        """Sees the batches of the whole run again after resuming, whatever Lightning skips."""
-
-        def training_step(self, batch, batch_idx):
-            return super().training_step(self.batches[self.trainer.global_step], batch_idx)
-
     def fit(*callbacks, **options):
-        torch.manual_seed(0)
-        module = SameBatches(0.0)
-        module.batches = list(entry.loader(14))
         pruning = GradualPruning(SCHEDULE, method, scope="global")
-        _trainer(14, *callbacks, pruning, gradient_clip_val=0.5).fit(module, entry.loader(14), **options)
+        module = fit_same_batches(ZOO["encoder"], 14, *callbacks, pruning, gradient_clip_val=0.5, **options)
         assert pruning.sparsity == pytest.approx(0.8, abs=1e-3)
         return module.state_dict()
 
-    # The checkpoint is written by a callback that comes before.
-    whole = fit(_Saves(tmp_path / "some.ckpt", step))
+    whole = fit(SavesAt(tmp_path / "some.ckpt", step))
     saved = torch.load(tmp_path / "some.ckpt", weights_only=True)
     (state,) = [state for key, state in saved["callbacks"].items() if key.startswith("GradualPruning")]
     assert not [name for name in saved["state_dict"] if "mask" in name]
-    bits = sum(mask.nbytes for mask in state["masks"].values())
+    bits = sum(mask.nbytes for mask in state["held"].values())
     assert bits <= sum(tensor.nbytes for tensor in saved["state_dict"].values()) / 32 + 100
     resumed = fit(ckpt_path=tmp_path / "some.ckpt")
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+BESIDE = {
+    "bf16, accumulation and clipping": (
+        list, {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+    ),
+    "fp16 with a loss scale": (list, {"plugins": lambda: [MixedPrecision("fp16")]}),
+    "OptimizerInBackward": (lambda: [OptimizerInBackward()], {}),
+    "LowBitOptimizer": (lambda: [LowBitOptimizer()], {}),
+    "MicroBatching": (lambda: [MicroBatching(3)], {}),
+    "EMA": (lambda: [EMAWeightAveraging(decay=0.9)], {}),
+    "SWA": (lambda: [StochasticWeightAveraging(1e-3, swa_epoch_start=1)], {"max_epochs": 3, "max_steps": -1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_beside_what_else_changes_training_a_resumed_run_is_the_whole_one_too(tmp_path, beside):
+    others, options = BESIDE[beside]
+
+    def fit(*callbacks, **more):
+        made = {name: value() if callable(value) else value for name, value in options.items()}
+        pruning = GradualPruning(SCHEDULE, scope="global")
+        return fit_same_batches(ZOO["mlp"], 15, *others(), pruning, *callbacks, **made, **more)
+
+    whole = fit(SavesAt(tmp_path / "some.ckpt", 7))
+    assert _share(whole) == pytest.approx(0.8, abs=1e-3)
+    torch.testing.assert_close(fit(ckpt_path=tmp_path / "some.ckpt").state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "saliency"])
+def test_a_checkpoint_of_plain_training_is_pruned_from_where_the_schedule_is(tmp_path, method):
+    entry, watch = ZOO["mlp"], Watch(_share)
+    quiet_trainer(6, SavesAt(tmp_path / "plain.ckpt", 6)).fit(entry.build(), entry.loader(6))
+    pruning = GradualPruning(ConstantSparsity(0.5, begin_step=2), method)
+    quiet_trainer(9, watch, pruning).fit(entry.build(), entry.loader(9), ckpt_path=tmp_path / "plain.ckpt")
+    assert watch.seen == pytest.approx({7: 0.5, 8: 0.5, 9: 0.5}, abs=1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_is_pruned_in_every_checkpoint_also_without_validation(tmp_path, first):
+    callbacks = [GradualPruning(ConstantSparsity(0.5, begin_step=3)), EMAWeightAveraging(decay=0.9)]
+    callbacks = callbacks if first else callbacks[::-1]
+    entry, path = ZOO["mlp"], tmp_path / "some.ckpt"
+    quiet_trainer(6, *callbacks, SavesAt(path, 5)).fit(entry.build(), entry.loader(6))
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert float((saved["net.3.weight"] == 0).float().mean()) == 0.5
 
 
 def test_after_training_raised_the_masks_are_still_in_a_checkpoint_and_the_optimizer_is_free(tmp_path):
@@ -197,13 +206,13 @@ def test_after_training_raised_the_masks_are_still_in_a_checkpoint_and_the_optim
                 raise RuntimeError("broken batch")
             return super().training_step(batch, batch_idx)
 
-    trainer = _trainer(10, GradualPruning(ConstantSparsity(0.5, begin_step=3)))
+    trainer = quiet_trainer(10, GradualPruning(ConstantSparsity(0.5, begin_step=3)))
     with pytest.raises(RuntimeError, match="broken batch"):
         trainer.fit(Failing(0.0), ZOO["mlp"].loader(10))
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     states = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"].values()
-    assert [list(state["masks"]) for state in states if "masks" in state] == [
+    assert [list(state["held"]) for state in states if "held" in state] == [
         ["net.0.weight", "net.3.weight", "net.5.weight"]
     ]
 
@@ -232,9 +241,9 @@ def test_prediction_counts_the_bits_of_the_masks_and_agrees_with_what_is_measure
 def test_a_second_fit_with_the_same_callback_starts_anew():
     entry, pruning = ZOO["mlp"], GradualPruning(ConstantSparsity(0.5, begin_step=3))
     for _ in range(2):
-        watch = _Watch()
+        watch = Watch(_share)
         train(entry.build(), entry.loader(5), steps=5, callbacks=[watch, pruning])
-        assert watch.shares == pytest.approx({1: 0, 2: 0, 3: 0.5, 4: 0.5, 5: 0.5}, abs=1e-3)
+        assert watch.seen == pytest.approx({1: 0, 2: 0, 3: 0.5, 4: 0.5, 5: 0.5}, abs=1e-3)
 
 
 def test_a_schedule_that_training_does_not_reach_the_end_of_is_said_at_the_start():
@@ -300,6 +309,16 @@ def test_pipeline_stages_are_refused_by_name_before_the_first_step():
     assert all("is on another pipeline stage" in message for message in messages)
 
 
+def test_where_nobody_knows_how_long_training_is_nothing_is_said_of_the_schedule(recwarn):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(ZOO["mlp"].loader(2))
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    quiet_trainer(-1, GradualPruning(SCHEDULE), max_epochs=1).fit(ZOO["mlp"].build(), loader)
+    assert not [warning for warning in recwarn if "schedule ends" in str(warning.message)]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -326,16 +345,20 @@ def test_arguments_that_cannot_be_are_refused_when_they_are_given(make, message)
             "include='nett' matches no parameter of LateMLP",
         ),
         ("cnn", lambda: GradualPruning(ConstantSparsity(0.5), pattern="2:4"), "'stem.weight' has 1 inputs, which 4"),
+        ("frozen", lambda: GradualPruning(SCHEDULE, "saliency"), "'net.0.weight' is frozen and has no gradient"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_by_name_before_the_first_step(name, pruning, message):
-    trainer = _trainer(2, pruning())
+    trainer = quiet_trainer(2, pruning())
+    module = ZOO[name if name in ZOO else "mlp"].build()
+    if name == "frozen":
+        module.net[0].requires_grad_(False)
     with pytest.raises(MisconfigurationException, match=f"GradualPruning: {message}"):
-        trainer.fit(ZOO[name].build(), ZOO[name].loader(2))
+        trainer.fit(module, ZOO["mlp"].loader(2))
     assert trainer.global_step == 0
 
 
 def test_saliency_beside_the_optimizer_in_the_backward_is_refused():
     pruning = GradualPruning(ConstantSparsity(0.5, begin_step=1), "saliency")
     with pytest.raises(MisconfigurationException, match="OptimizerInBackward frees them"):
-        _trainer(2, pruning, OptimizerInBackward()).fit(ZOO["mlp"].build(), ZOO["mlp"].loader(2))
+        quiet_trainer(2, pruning, OptimizerInBackward()).fit(ZOO["mlp"].build(), ZOO["mlp"].loader(2))

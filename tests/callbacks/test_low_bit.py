@@ -10,7 +10,8 @@ from lightning_memopt.techniques.blockwise import as_packed
 from lightning_memopt.techniques.low_bit import SMALLEST
 from tests.callbacks.low_bit_on_two_ranks import final_weights
 from tests.distributed import run_on_ranks
-from tests.parity import assert_same_training, train
+from tests.parity import assert_same_training, quiet_trainer, train
+from tests.resuming import SavesAt, fit_same_batches
 from tests.zoo import ZOO, cases
 
 LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}
@@ -19,13 +20,6 @@ LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}
 
 def _has_large_parameters(module: pl.LightningModule) -> bool:
     return any(parameter.numel() >= SMALLEST for parameter in module.parameters())
-
-
-def _trainer(steps: int, *callbacks, **options) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks), **options,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", cases())
@@ -87,59 +81,52 @@ def test_after_training_raised_the_step_is_the_users_and_a_checkpoint_can_still_
                 raise RuntimeError("broken batch")
             return super().training_step(batch, batch_idx)
 
-    trainer = _trainer(4, LowBitOptimizer())
+    trainer = quiet_trainer(4, LowBitOptimizer())
     module = Failing(ZOO["gpt2"].build().model)
     with pytest.raises(RuntimeError, match="broken batch"):
         trainer.fit(module, ZOO["gpt2"].loader(batches=4))
     assert not any("low_bit" in str(getattr(value, "__func__", "")) for value in vars(trainer.optimizers[0]).values())
     trainer.save_checkpoint(tmp_path / "after.ckpt")
-    resumed = _trainer(4, LowBitOptimizer())
+    resumed = quiet_trainer(4, LowBitOptimizer())
     resumed.fit(ZOO["gpt2"].build(), ZOO["gpt2"].loader(batches=4), ckpt_path=tmp_path / "after.ckpt")
     assert resumed.global_step == 4
 
 
-class _Saves(pl.Callback):
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == 5:
-            trainer.save_checkpoint(self.path)
-
-
 def test_a_checkpoint_of_mid_epoch_resumes_bit_for_bit(tmp_path):
-    entry = ZOO["gpt2"]
-
-    class SameBatches(type(entry.build())):
-        """Sees the batches of the whole run again after resuming, whatever Lightning skips."""
-
-        def training_step(self, batch, batch_idx):
-            return super().training_step(self.batches[self.trainer.global_step], batch_idx)
-
     def fit(*callbacks, **options):
-        module = SameBatches(entry.build().model)
-        module.batches = list(entry.loader())
-        trainer = _trainer(12, LowBitOptimizer(), *callbacks)
-        trainer.fit(module, entry.loader(), **options)
-        return module.state_dict()
+        return fit_same_batches(ZOO["gpt2"], 12, LowBitOptimizer(), *callbacks, **options).state_dict()
 
-    whole = fit(_Saves(tmp_path / "five.ckpt"))
-    saved = torch.load(tmp_path / "five.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    assert any(as_packed(state["exp_avg"]) for state in saved.values())
+    whole = fit(SavesAt(tmp_path / "five.ckpt", 5))
+    saved = torch.load(tmp_path / "five.ckpt", weights_only=True)
+    (packed,) = saved["low_bit_optimizer_states"]
+    assert packed and all(as_packed(state["exp_avg"]) for state in packed.values())
+    assert not packed.keys() & saved["optimizer_states"][0]["state"].keys()
     torch.testing.assert_close(fit(ckpt_path=tmp_path / "five.ckpt"), whole, rtol=0, atol=0)
 
 
-def test_a_checkpoint_without_the_callback_is_converted_and_one_with_it_names_what_is_missing(tmp_path):
+def test_a_checkpoint_without_the_callback_is_converted(tmp_path):
     entry = ZOO["gpt2"]
-    _trainer(8, _Saves(tmp_path / "plain.ckpt")).fit(entry.build(), entry.loader())
-    _trainer(8, _Saves(tmp_path / "packed.ckpt"), LowBitOptimizer()).fit(entry.build(), entry.loader())
-
-    converted = _trainer(8, LowBitOptimizer())
+    quiet_trainer(8, SavesAt(tmp_path / "plain.ckpt", 5)).fit(entry.build(), entry.loader())
+    converted = quiet_trainer(8, LowBitOptimizer())
     converted.fit(entry.build(), entry.loader(), ckpt_path=tmp_path / "plain.ckpt")
     assert converted.global_step == 8
 
-    with pytest.warns(UserWarning, match="LowBitOptimizer"), pytest.raises(AttributeError):
-        _trainer(8).fit(entry.build(), entry.loader(), ckpt_path=tmp_path / "packed.ckpt")
+
+@pytest.mark.parametrize("name", ["gpt2", "gan"])
+def test_resumed_without_the_callback_it_is_named_and_training_goes_on_with_fresh_state(tmp_path, name):
+    entry, path = ZOO[name], tmp_path / "packed.ckpt"
+    quiet_trainer(4, SavesAt(path, 4), LowBitOptimizer()).fit(entry.build(), entry.loader())
+    plain = quiet_trainer(8)
+    with pytest.warns(UserWarning, match="LowBitOptimizer"):
+        plain.fit(entry.build(), entry.loader(), ckpt_path=path)
+    assert plain.global_step == 8
+    steps = {
+        int(state["step"])
+        for optimizer in plain.optimizers
+        for parameter, state in optimizer.state.items()
+        if parameter.numel() >= SMALLEST
+    }
+    assert not steps or max(steps) <= 4
 
 
 @pytest.mark.distributed
@@ -175,7 +162,7 @@ class _WithOptimizer(type(ZOO["mlp"].build())):
 )
 def test_optimizers_that_it_cannot_serve_are_refused_by_name_before_the_first_step(make, message):
     with pytest.raises(MisconfigurationException, match=f"LowBitOptimizer cannot work here: {message}"):
-        _trainer(2, LowBitOptimizer()).fit(_WithOptimizer(make), ZOO["mlp"].loader())
+        quiet_trainer(2, LowBitOptimizer()).fit(_WithOptimizer(make), ZOO["mlp"].loader())
 
 
 def test_an_unknown_width_is_refused_when_it_is_given():

@@ -43,6 +43,24 @@ def test_a_run_under_a_plan_stays_within_its_budget_and_trains_the_same(tmp_path
     assert said["measured_bytes"] == plan.measured_bytes and said["chosen"] == 0
 
 
+def test_each_fit_of_another_trainer_is_planned_and_the_next_one_of_the_same_keeps_the_plan(tmp_path, monkeypatch):
+    plan, module, planned = memopt.MemoryPlan(TIGHT, device=A_CPU), Deep(), []
+    make = plan.make_plan
+
+    def counted(*args, **options):
+        planned.append(planned[0] if planned else make(*args, **options))  # which takes a while
+        return planned[-1]
+
+    monkeypatch.setattr(plan, "make_plan", counted)
+    first = _fit(module, plan, tmp_path=tmp_path)
+    first.fit_loop.epoch_loop.max_steps = 6
+    first.fit(module, _loader())
+    assert len(planned) == 1
+    second = _fit(module, plan, tmp_path=tmp_path)
+    kinds = [[type(callback) for callback in trainer.callbacks] for trainer in (first, second)]
+    assert len(planned) == 2 and kinds[0] == kinds[1] and plan.result.best.callbacks()
+
+
 @pytest.mark.slow
 def test_a_plan_that_was_wrong_is_made_again_once(tmp_path, monkeypatch):
     from dataclasses import replace

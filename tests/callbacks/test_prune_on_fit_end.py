@@ -5,14 +5,22 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import ConstantSparsity, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd
+from lightning_memopt import (
+    ClusterWeights,
+    ConstantSparsity,
+    GradualPruning,
+    LowBitOptimizer,
+    OptimizerInBackward,
+    PruneOnFitEnd,
+    QuantizeOnFitEnd,
+)
 from lightning_memopt.compression.codecs import encode
 from lightning_memopt.compression.container import load_compressed
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from lightning_memopt.compression.sizes import plain_values
 from tests.distributed import run_on_ranks
-from tests.parity import train
+from tests.parity import quiet_trainer, train
 from tests.zoo import ZOO, cases
 
 
@@ -184,13 +192,148 @@ def test_gradual_pruning_beside_quantization_of_the_module_itself_works_in_eithe
     assert float((weight == 0).float().mean()) >= 0.5
 
 
-def test_a_gate_without_validation_is_refused_before_the_first_step():
+def test_a_gate_without_validation_is_refused_in_setup():
     pruning = PruneOnFitEnd(0.5, max_metric_drop=0.1, monitor="val_loss")
     with pytest.raises(MisconfigurationException, match="without validation data"):
-        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), steps=1, callbacks=[_Never(), pruning])
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), steps=1, callbacks=[_NotEvenStarted(), pruning])
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "gpt2", "vit", "llama"])
+def test_a_gate_on_a_metric_that_is_not_logged_is_refused_before_the_first_step():
+    pruning = PruneOnFitEnd(0.5, max_metric_drop=0.1, monitor="val_accuracy")
+    with pytest.raises(MisconfigurationException, match=r"'val_accuracy' is not logged .* logs \['val_loss'\]"):
+        _learn(_Never(), pruning)
+
+
+def test_the_same_callback_beside_a_validation_of_its_own_does_not_judge():
+    trainer = quiet_trainer(1, PruneOnFitEnd(0.5, max_metric_drop=0.1))
+    assert trainer.validate(ZOO["mlp"].build(), ZOO["mlp"].loader(1), verbose=False)
+
+
+class _Talking(type(ZOO["mlp"].build())):
+    """Uses in its validation what users use there: the logger's own methods, and the data module."""
+
+    def validation_step(self, batch, batch_idx):
+        self.logger.experiment.add_histogram("weights", self.net[0].weight)
+        self.log("classes", float(self.trainer.datamodule.classes))
+        super().validation_step(batch, batch_idx)
+
+
+class _Data(pl.LightningDataModule):
+    classes = 4
+
+    def __init__(self):
+        super().__init__()
+        self.setups = []
+
+    def setup(self, stage):
+        self.setups.append(stage)
+
+    def train_dataloader(self):
+        return ZOO["mlp"].loader(2)
+
+    def val_dataloader(self):
+        return ZOO["mlp"].loader(3)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 0.5, batch[1]
+
+
+def test_validation_at_the_end_is_that_of_the_run_with_its_data_module_and_a_logger(tmp_path):
+    class Logger(pl.loggers.logger.DummyLogger):
+        """Takes all that a module says."""
+
+    pruning, data, module = PruneOnFitEnd(0.5), _Data(), _Talking(0.0)
+    trainer = quiet_trainer(2, pruning, logger=Logger())
+    trainer.fit(module, datamodule=data)
+    assert pruning.report.metrics_before["classes"] == 4
+    assert pruning.report.metrics_before["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    assert data.setups == ["fit"] and data.trainer is trainer and module.trainer is trainer
+
+
+def test_with_validation_switched_off_it_prunes_all_the_same():
+    trainer = quiet_trainer(1, pruning := PruneOnFitEnd(0.5), limit_val_batches=0)
+    trainer.fit(ZOO["mlp"].build(), ZOO["mlp"].loader(1), ZOO["mlp"].loader(1))
+    assert pruning.report.metrics_before == {} and find_sparsity(trainer.lightning_module)
+
+
+def test_a_module_within_a_module_is_copied_without_the_trainer_for_the_gate():
+    module = _Learning(0.0)
+    module.inner = ZOO["mlp"].build()
+    trainer = _learn(
+        PruneOnFitEnd(0.5, max_metric_drop=10.0, monitor="val_loss", mode="min"), module=module, epochs=1
+    )
+    assert module.inner.trainer is trainer and find_sparsity(module)
+
+
+@pytest.mark.parametrize("make", [lambda: PruneOnFitEnd(0.5), lambda: ClusterWeights(4)])
+def test_behind_quantization_of_the_module_itself_it_is_refused_in_setup(make):
+    callbacks = [_NotEvenStarted(), QuantizeOnFitEnd("int8", inplace=True), make()]
+    with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd\(inplace=True\) comes before it"):
+        train(ZOO["gpt2"].build(), ZOO["gpt2"].loader(1), callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: GradualPruning(ConstantSparsity(0.5)), lambda: ClusterWeights(4, begin_step=1)]
+)
+def test_what_weights_kept_while_they_trained_is_not_laid_over_a_module_made_smaller_since(make):
+    pytest.importorskip("torch_pruning")
+    runs = []
+    for last in (True, False):
+        callbacks = [PruneOnFitEnd(0.5, "structured"), make()]
+        callbacks = callbacks if last else callbacks[::-1]
+        runs.append(train(ZOO["mlp"].build(), ZOO["mlp"].loader(3), steps=3, callbacks=callbacks).weights)
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_a_gate_on_a_metric_of_one_of_several_loaders():
+    class Several(type(ZOO["mlp"].build())):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    pruning = PruneOnFitEnd(0.5, max_metric_drop=10.0, monitor="val_loss/dataloader_idx_1", mode="min")
+    loaders = [ZOO["mlp"].loader(1), ZOO["mlp"].loader(2)]
+    quiet_trainer(1, pruning).fit(Several(0.0), ZOO["mlp"].loader(1), loaders)
+    assert set(pruning.report.metrics_after) == {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"}
+
+
+class _BuiltInSetup(type(ZOO["mlp"].build())):
+    def __init__(self):
+        super().__init__(0.0)
+        del self.net
+
+    def setup(self, stage):
+        if not hasattr(self, "net"):
+            self.net = ZOO["mlp"].build().net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PruneOnFitEnd(0.5, include="net.3"),
+        lambda: GradualPruning(ConstantSparsity(0.5), include="net.3"),
+        lambda: ClusterWeights(4, include="net.3"),
+    ],
+)
+def test_layers_that_the_modules_own_setup_makes_are_waited_for(make):
+    run = train(_BuiltInSetup(), ZOO["mlp"].loader(1), steps=1, callbacks=[make()])
+    assert len(run.module.net[3].weight.unique()) <= run.module.net[3].weight.numel() // 2 + 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_setup(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    for path, reason in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "below", "is a file"),
+        (tmp_path / "other", "holds something else"),
+    ):
+        pruning = PruneOnFitEnd(0.5, export_path=path)
+        with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: .*{reason}"):
+            train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[_NotEvenStarted(), pruning])
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "gpt2", "vit", "bert_qa", "llama"])
 def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(name):
     pytest.importorskip("torch_pruning")
     entry, module, pruning = ZOO[name], ZOO[name].build(), PruneOnFitEnd(0.5, "structured")
@@ -214,6 +357,37 @@ def test_the_trainers_optimizer_holds_the_smaller_parameters_and_their_state():
     assert all(optimizer.state[parameter]["exp_avg"].shape == parameter.shape for parameter in held)
 
 
+@pytest.mark.parametrize("other", [lambda: LowBitOptimizer(), lambda: OptimizerInBackward()])
+def test_structured_pruning_beside_another_optimizer_state_leaves_one_that_goes_on(other):
+    pytest.importorskip("torch_pruning")
+    entry, module = ZOO["gpt2"], ZOO["gpt2"].build()
+    for callbacks in ([other(), PruneOnFitEnd(0.5, "structured")], [PruneOnFitEnd(0.25, "structured"), other()]):
+        run = train(module, entry.loader(3), steps=3, callbacks=callbacks)
+        module.model(**entry.batch()).loss.backward()
+        run.trainer.optimizers[0].step()
+
+
+def test_validation_after_structured_pruning_runs_on_the_smaller_module():
+    pytest.importorskip("torch_pruning")
+    pruning, widths = PruneOnFitEnd(0.5, "structured"), []
+
+    class Noting(_Learning):
+        def validation_step(self, batch, batch_idx):
+            widths.append(self(batch[0]).shape and self.net[0].out_features)
+            super().validation_step(batch, batch_idx)
+
+    trainer = _learn(pruning, module=Noting(0.0))
+    assert widths[-4:] == [32] * 4 and set(widths[:-4]) == {64}
+    checked = trainer.validate(trainer.lightning_module, ZOO["mlp"].loader(4), verbose=False)
+    assert checked[0]["val_loss"] == pytest.approx(pruning.report.metrics_after["val_loss"])
+
+
+def test_a_module_that_steps_its_optimizers_itself_is_refused_by_structure_in_setup():
+    callbacks = [_NotEvenStarted(), PruneOnFitEnd(0.5, "structured")]
+    with pytest.raises(MisconfigurationException, match="that of GAN steps its optimizers itself"):
+        train(ZOO["gan"].build(), ZOO["gan"].loader(1), callbacks=callbacks)
+
+
 class _Fixed(type(ZOO["mlp"].build())):
     def training_step(self, batch, batch_idx):
         assert self.net[0].out_features == 64, "made for 64"
@@ -231,10 +405,39 @@ def test_a_module_that_cannot_become_smaller_is_refused_before_the_first_step_is
     assert trainer.global_step == 0
 
 
-def test_a_module_that_cannot_be_traced_is_refused_by_name_before_the_first_step_is_taken():
+class _OnlyInTraining(type(ZOO["mlp"].build())):
+    def training_step(self, batch, batch_idx):
+        if not self.training:
+            raise RuntimeError("is not training")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: _OnlyInTraining(0.0), "_OnlyInTraining cannot be pruned by structure: .* is not training"),
+        (lambda: ZOO["lstm"].build(), "nothing in LSTMLanguageModel can be removed .*'lstm' is a LSTM"),
+    ],
+)
+def test_a_module_that_cannot_be_followed_or_cut_is_refused_by_name_before_the_first_step_is_taken(module, message):
     pytest.importorskip("torch_pruning")
-    with pytest.raises(MisconfigurationException, match="PruneOnFitEnd: LossInside cannot be pruned by structure"):
-        train(ZOO["bert_qa"].build(), ZOO["bert_qa"].loader(1), callbacks=[PruneOnFitEnd(0.5, "structured")])
+    trainer = quiet_trainer(1, PruneOnFitEnd(0.5, "structured"))
+    with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: {message}"):
+        trainer.fit(module := module(), ZOO["lstm" if hasattr(module, "lstm") else "mlp"].loader(1))
+    assert trainer.global_step == 0
+
+
+@pytest.mark.distributed
+def test_where_ranks_will_hold_parts_a_module_that_cannot_become_smaller_is_refused_in_setup():
+    pytest.importorskip("torch_pruning")
+
+    def fit() -> str:
+        callbacks = [_NotEvenStarted(), PruneOnFitEnd(0.5, "structured")]
+        with pytest.raises(MisconfigurationException) as refusal:
+            train(_Fixed(0.0), ZOO["mlp"].loader(4), callbacks=callbacks, devices=2, strategy="memopt_zero3")
+        return str(refusal.value)
+
+    assert all("_Fixed cannot be made smaller" in said for said in run_on_ranks(fit, 2, deadline_seconds=120))
 
 
 @pytest.mark.distributed
@@ -254,7 +457,14 @@ def _shrink_on_two(strategy: str) -> tuple[int, float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["memopt_zero3", pytest.param("memopt_ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "memopt_zero3",
+        pytest.param("memopt_ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_tp", marks=pytest.mark.slow),
+    ],
+)
 def test_structured_pruning_works_under_strategies_alike_on_every_rank(strategy):
     pytest.importorskip("torch_pruning")
     first, second = run_on_ranks(_shrink_on_two, 2, strategy, deadline_seconds=180)
@@ -263,13 +473,14 @@ def test_structured_pruning_works_under_strategies_alike_on_every_rank(strategy)
 
 
 @pytest.mark.distributed
-def test_the_process_that_launched_others_by_forking_gets_the_pruned_weights_back():
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_the_process_that_launched_others_gets_the_pruned_weights_back(strategy):
     entry = ZOO["mlp"]
     callbacks = [
         GradualPruning(ConstantSparsity(0.25, begin_step=1), include="net.0"),
         PruneOnFitEnd(0.5, include="net.3"),
     ]
-    run = train(entry.build(), entry.loader(2), steps=2, callbacks=callbacks, devices=2, strategy="ddp_fork")
+    run = train(entry.build(), entry.loader(2), steps=2, callbacks=callbacks, devices=2, strategy=strategy)
     assert find_sparsity(run.module) == {"net.0.weight": 0.25, "net.3.weight": 0.5}
 
 
@@ -299,6 +510,11 @@ def test_arguments_that_cannot_be_are_refused_when_they_are_given(make, message)
 def test_what_cannot_be_pruned_is_refused_before_the_first_step_and_not_at_the_end(name, options, message):
     with pytest.raises(MisconfigurationException, match=message):
         train(ZOO[name].build(), ZOO[name].loader(1), steps=1, callbacks=[_Never(), PruneOnFitEnd(0.5, **options)])
+
+
+class _NotEvenStarted(pl.Callback):
+    def on_fit_start(self, *args):
+        raise AssertionError("it was not refused in setup")
 
 
 class _Never(pl.Callback):

@@ -41,7 +41,7 @@ def test_the_forward_in_training_is_that_of_the_quantized_module(name, scheme):
     assert not any(name in vars(part) for part in module.modules() for name in part._parameters)
     quantize(module, scheme)
     assert float(trained) == pytest.approx(
-        float(module.training_step(batch, 0)), rel=1e-3 if "dynamic" in scheme else 1e-5
+        float(module.training_step(batch, 0)), rel=3e-3 if "dynamic" in scheme else 1e-5
     )
     assert float(trained) != plain
 

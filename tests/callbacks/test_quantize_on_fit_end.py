@@ -28,6 +28,7 @@ class Classifier(pl.LightningModule):
         self.head = nn.Linear(width, 2)
         self.accuracy = Accuracy("multiclass", num_classes=2)
         self.setups: list[str] = []
+        self.example_input_array = torch.randn(8, 16)
 
     def setup(self, stage):
         self.setups.append(stage)
@@ -75,10 +76,13 @@ def _fit(callback, module=None, *others, **options):
     return trainer, module
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp8", "fp16", "bf16"]
+)
 def test_the_copy_tests_predicts_and_loads_and_the_original_is_as_plain_training_leaves_it(scheme, tmp_path):
     callback = QuantizeOnFitEnd(scheme, max_metric_drop=0.05, monitor="val_accuracy", export_path=tmp_path / "net")
     trainer, module = _fit(callback)
+    assert [latency.batch_size for latency in callback.report.latency] == [1, 8]
     torch.manual_seed(0)
     plain = Classifier()
     _trainer().fit(plain, _loader(), _loader(1))
@@ -141,6 +145,39 @@ def test_a_result_that_loses_too_much_is_dropped_with_a_warning_and_the_original
     assert trainer.test(module, _loader(1), verbose=False)[0]["val_accuracy"] > 0.9
 
 
+def test_backing_off_packs_what_the_gate_bears_and_names_what_it_does_not(tmp_path):
+    class Tender(Classifier):
+        """As a classifier, and any rounding of the layer in the middle costs."""
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+            self.log("score", 1.0 - float(isinstance(self.net[2].weight, PackedWeight)))
+
+    callback = QuantizeOnFitEnd(
+        "int8_static", max_metric_drop=0.5, back_off=True, monitor="score", export_path=tmp_path / "net"
+    )
+    _fit(callback, Tender())
+    assert not callback.refusal and callback.report.metrics_after["score"] == 1.0
+    assert callback.report.skipped["net.2.weight"] == "left as it was, to meet max_metric_drop"
+    loaded = load_compressed(tmp_path / "net", Tender())
+    assert [isinstance(layer.weight, PackedWeight) for layer in (loaded.net[0], loaded.net[2], loaded.head)] == [
+        True, False, True,
+    ]  # fmt: skip
+    assert loaded.head.weight.inputs > 0
+
+
+def test_backing_off_to_nothing_is_a_refusal():
+    class Brittle(Classifier):
+        def validation_step(self, batch, batch_idx):
+            packed = sum(isinstance(parameter, PackedWeight) for parameter in self.parameters())
+            self.log("score", -float(packed))
+
+    callback = QuantizeOnFitEnd("int8", max_metric_drop=0.5, back_off=True, monitor="score")
+    with pytest.warns(UserWarning, match="the result is dropped"):
+        _fit(callback, Brittle())
+    assert callback.quantized is None and callback.refusal
+
+
 def test_in_place_the_module_itself_is_packed():
     callback = QuantizeOnFitEnd("int8", inplace=True)
     _, module = _fit(callback)
@@ -200,7 +237,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(make, module, options
     ("options", "match"),
     [
         ({"scheme": "int2"}, "possible are"),
-        ({"scheme": "fp8"}, "fp8"),
+        ({"back_off": True}, "without max_metric_drop"),
         ({"calibration_batches": 0}, "sees no data"),
         ({"max_metric_drop": -1.0}, "at least 0"),
         ({"max_metric_drop": 0.1, "inplace": True}, "cannot be refused"),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_memopt.compression.onnx import export_onnx
+from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import quantize
 
 pytest.importorskip("onnxscript")
@@ -16,14 +17,33 @@ def _net():
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
 
 
-def test_a_quantized_module_is_exported_and_computes_the_same_under_onnxruntime(tmp_path):
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "fp16", "nf4"])
+def test_a_quantized_module_is_exported_and_computes_the_same_under_onnxruntime(scheme, tmp_path):
     module, x = _net().eval(), torch.randn(2, 1, 8, 8)
-    quantize(module, "int8")
+    quantize(module, scheme)
     path = export_onnx(module, x, tmp_path / "deep" / "net.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-3, atol=1e-4)
-    assert type(module[3].weight).__name__ == "Int8Weight"
+    assert isinstance(module[3].weight, PackedWeight)
+
+
+@pytest.mark.parametrize(("scheme", "part"), [("int8", 0.3), ("fp8", 0.3), ("bf16", 0.53)])
+def test_the_file_is_as_small_as_the_weights_are_and_tied_ones_are_in_it_once(scheme, part, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(300, 128), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 300, bias=False))
+    module[3].weight = module[0].weight
+    x = torch.randint(0, 300, (2, 7))
+    dense = export_onnx(module.eval(), x, tmp_path / "dense.onnx").stat().st_size
+    quantize(module, scheme)
+    assert export_onnx(module, x, tmp_path / "net.onnx").stat().st_size < part * dense
+
+
+def test_attention_is_small_in_the_file(tmp_path):
+    module, x = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True).eval(), torch.randn(2, 5, 64)
+    dense = export_onnx(module, x, tmp_path / "dense.onnx").stat().st_size
+    quantize(module, "int8")
+    assert export_onnx(module, x, tmp_path / "net.onnx").stat().st_size < 0.45 * dense
 
 
 def test_what_cannot_be_exported_is_refused_by_name(tmp_path):

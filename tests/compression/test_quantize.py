@@ -12,7 +12,15 @@ from lightning_memopt.compression.ranges import observe_inputs
 from lightning_memopt.compression.selection import WeightFilter
 from tests.zoo import ZOO, cases
 
-SCHEMES = {"int8": 0.27, "int8_dynamic": 0.27, "int4_weight_only": 0.17, "nf4": 0.16, "fp16": 0.51, "bf16": 0.51}
+SCHEMES = {
+    "int8": 0.27,
+    "int8_dynamic": 0.27,
+    "int4_weight_only": 0.17,
+    "nf4": 0.16,
+    "fp16": 0.51,
+    "bf16": 0.51,
+    "fp8": 0.27,
+}
 """The largest part of fp32's bytes that a module of large linear layers has."""
 
 
@@ -36,7 +44,7 @@ def test_every_module_of_the_zoo_computes_nearly_the_same_loss_in_fewer_bytes(na
     done = quantize(quantized, scheme)
     actual = quantized.training_step(batch, 0)
     expected, actual = (float(x["loss"] if isinstance(x, dict) else x) for x in (expected, actual))
-    assert actual == pytest.approx(expected, rel=0.08 if "4" in scheme else 0.005)
+    assert actual == pytest.approx(expected, rel={"fp8": 0.02}.get(scheme, 0.08 if "4" in scheme else 0.005))
     assert done.bytes_after < done.bytes_before
 
 
@@ -95,10 +103,9 @@ def test_static_ranges_make_the_product_of_integers_and_inputs_beyond_them_are_c
     assert torch.equal(net(100 * x.abs() + 10), net(torch.full_like(x, float(x.abs().max()))))
 
 
-@pytest.mark.parametrize(("scheme", "match"), [("int3", "possible are 'int8'"), ("fp8", "use 'int8_weight_only'")])
-def test_schemes_that_there_are_not_are_refused_with_those_that_there_are(scheme, match):
-    with pytest.raises(ValueError, match=match):
-        quantize(nn.Linear(64, 64), scheme)
+def test_schemes_that_there_are_not_are_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="possible are 'int8'"):
+        quantize(nn.Linear(64, 64), "int3")
 
 
 def test_packed_modules_give_no_gradients_to_their_weights_and_pass_them_on_to_inputs():

@@ -12,6 +12,7 @@ from lightning_memopt.cli import main
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.demo.model import GPT
+from tests.checkpoints.disk import small_disk
 
 
 class Net(pl.LightningModule):
@@ -123,3 +124,39 @@ def test_the_command_says_in_one_line_what_is_wrong(checkpoint, tmp_path, capsys
         assert word in said and said.count("\n") == 1
     assert _run(tmp_path / "none.ckpt", "quantize: int8", tmp_path) == 2
     assert "none.ckpt" in capsys.readouterr().err
+
+
+class Unknown:
+    """What no checkpoint is to bring with it."""
+
+
+def test_a_checkpoint_that_is_damaged_or_holds_code_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    content = checkpoint.read_bytes()
+    for damage in (b"", content[:10], content[: len(content) // 2], b"no checkpoint"):
+        checkpoint.write_bytes(damage)
+        assert _run(checkpoint, "quantize: int8", tmp_path) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and len(said) > 40
+    torch.save({"state_dict": {}, "hyper_parameters": {"width": Unknown()}}, checkpoint)
+    assert _run(checkpoint, "quantize: int8", tmp_path) == 2
+    assert "could run code" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_is_done(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    checkpoint.unlink()  # it would be asked for next
+    assert _run(checkpoint, "quantize: int8", tmp_path) == 2
+    assert "holds something else" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_said_in_one_line_and_leaves_nothing(checkpoint, tmp_path, capsys):
+    with small_disk(tmp_path / "small", 16 * 1024) as folder:
+        path = tmp_path / "recipe.yaml"
+        path.write_text("quantize: int8")
+        name = f"{Net.__module__}:Net"
+        out = ["--recipe", str(path), "--out", str(folder / "out")]
+        assert main(["compress", str(checkpoint), "--module", name, *out]) == 2
+        said = capsys.readouterr().err
+        assert "pace left" in said and said.count("\n") == 1
+        assert not list(folder.iterdir())

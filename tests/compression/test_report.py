@@ -45,6 +45,7 @@ def test_ratios_and_zeros_are_over_the_whole_module_and_by_module():
     assert [module.sparsity for module in report.modules] == [0.5, 0.0]
     assert [module.bytes_after for module in report.modules] == [4096, 2048]
     assert "left alone: 1.weight" in str(report) and "25.0%" in str(report)
+    assert report.skipped_bytes == {"1.weight": 2048} and "2.0 KiB" in str(report)
 
 
 def test_a_module_that_was_changed_in_place_is_compared_with_its_sizes_from_before():

@@ -158,6 +158,15 @@ def test_layers_are_chosen_by_name_and_the_rest_is_said_to_be_left():
     assert "gives out" in found.skipped["9"]
 
 
+def test_an_attention_is_chosen_by_the_name_that_it_has_in_the_report():
+    module = Encoder()
+    call = lambda m: m(IDS)  # noqa: E731
+    name = next(group.name for group, _ in plan_structured(module, 0.5, call).kept if group.kind == "heads")
+    assert plan_structured(module, 0.5, call, exclude=name).skipped[name] == "in exclude"
+    kept = plan_structured(module, 0.5, call, include=name).kept
+    assert name in [group.name for group, _ in kept]
+
+
 class HardCoded(nn.Module):
     """Its code has the number of features in it."""
 

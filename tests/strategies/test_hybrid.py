@@ -19,7 +19,7 @@ from tests.parity import train
 from tests.strategies.parity import assert_same_outcome, fit_zoo, on_one_device
 from tests.zoo import ZOO
 
-QUICK = [("gpt2", {"shard": 2, "tensor": 2})]
+QUICK = [("gpt2", {"shard": 2, "tensor": 2}), ("mlp", {"pipeline": 2, "shard": 2})]
 PRODUCTS = (
     {"shard": 2, "tensor": 2},
     {"data": 2, "tensor": 2},

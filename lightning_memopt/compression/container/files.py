@@ -21,6 +21,7 @@ LARGEST_HEADER = 100 * 2**20
 
 def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) -> None:
     """Write the tensors, then the manifest, in a folder beside ``path`` that takes its place when it is whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.saving")
@@ -35,8 +36,10 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
                 raise ValueError(f"`{path}` holds something else than a compressed module; save to another folder.")
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # of a disk that is full
+            raise OSError(f"`{path}` cannot be written: {error}") from error
         raise
 
 

@@ -29,6 +29,7 @@ def save_compressed(module: nn.Module, path: str | Path) -> Path:
 
     Raises:
         ValueError: A tensor is of a class or type that cannot be written, or the folder holds something else.
+        OSError: The disk is full, or may not be written.
 
     Example:
         >>> import tempfile

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_memopt.compression.container.errors import CompressedFileError
+from lightning_memopt.compression.model_config import is_model_config
 
 Attributes = dict[str, Any]
 
@@ -27,6 +28,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     fresh = _build_on_meta(cls, arguments)
     others = {} if fresh is None else dict(fresh.named_modules())
     edits: dict[str, Any] = {}
+    seen: set[int] = set()
     for name, part in module.named_modules():
         recorded = _plain_attributes(part)
         if fresh is None:
@@ -37,6 +39,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
             changed = bool(recorded) or name not in others or _shapes(part) != _shapes(others[name])
         if changed:
             edits[name] = {"attributes": {key: _to_json(value) for key, value in recorded.items()}}
+        if sizes := _changed_config(part, others.get(name), seen):
+            edits.setdefault(name, {"attributes": {}})["config"] = sizes
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments, "edits": edits}
 
 
@@ -82,6 +86,16 @@ def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
         raise CompressedFileError(
             f"{path} cannot be built from its hyper-parameters ({error!r}). {advice}"
         ) from error
+
+
+def _changed_config(part: nn.Module, fresh: nn.Module | None, seen: set[int]) -> Attributes:
+    """Integers in the config of a model from which another was built, or all where none could be."""
+    config = getattr(part, "config", None)
+    if not is_model_config(config) or id(config) in seen:
+        return {}
+    seen.add(id(config))
+    known = vars(fresh.config) if fresh is not None else {}
+    return {key: value for key, value in vars(config).items() if type(value) is int and known.get(key) != value}
 
 
 def _build_on_meta(cls: type[nn.Module], arguments: Any) -> nn.Module | None:
@@ -156,7 +170,9 @@ def _from_json(value: Any) -> Any:
 
 def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
     attributes = edit.get("attributes") if isinstance(edit, dict) else None
-    if not isinstance(attributes, dict) or set(edit) != {"attributes"}:
+    sizes = edit.get("config", {}) if isinstance(edit, dict) else None
+    is_known = isinstance(attributes, dict) and isinstance(sizes, dict) and set(edit) <= {"attributes", "config"}
+    if not is_known:
         raise CompressedFileError(f"The edit of `{name}` is {edit!r}, which this version does not know.")
     try:
         part = skeleton.get_submodule(name)
@@ -170,3 +186,8 @@ def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
         if not _is_plain(value := _from_json(value)):
             raise CompressedFileError(f"`{name}.{key}` is to be {value!r}, which is no plain value.")
         setattr(part, key, value)
+    config = getattr(part, "config", None)
+    for key, value in sizes.items():
+        if not is_model_config(config) or type(vars(config).get(key)) is not int or type(value) is not int:
+            raise CompressedFileError(f"`{name}.config.{key}` is no size of a model, so it is not set.")
+        setattr(config, key, value)

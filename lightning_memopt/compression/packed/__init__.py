@@ -1,15 +1,25 @@
 """Weights held in few bits that modules use as dense ones."""
 
 from lightning_memopt.compression.packed.base import PackedWeight, stored_bytes
-from lightning_memopt.compression.packed.floats import HalfWeight, NF4Weight
+from lightning_memopt.compression.packed.floats import Float8Weight, HalfWeight, NF4Weight
 from lightning_memopt.compression.packed.integers import Int4Weight, Int8Weight
 
 PACKED: dict[str, type[PackedWeight]] = {
     "int8": Int8Weight,
     "int4": Int4Weight,
+    "fp8": Float8Weight,
     "half": HalfWeight,
     "nf4": NF4Weight,
 }
 """The kinds of packed weight, by the name that files have for them."""
 
-__all__ = ["PACKED", "HalfWeight", "Int4Weight", "Int8Weight", "NF4Weight", "PackedWeight", "stored_bytes"]
+__all__ = [
+    "PACKED",
+    "Float8Weight",
+    "HalfWeight",
+    "Int4Weight",
+    "Int8Weight",
+    "NF4Weight",
+    "PackedWeight",
+    "stored_bytes",
+]

@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from lightning_memopt.compression.packed.attention import apart
+
 aten = torch.ops.aten
+
+TINY = torch.finfo(torch.float32).tiny
+"""The smallest scale, of outputs that are all zero."""
 
 
 class PackedWeight(Tensor):
@@ -50,9 +55,18 @@ class PackedWeight(Tensor):
         """``x W^T + bias``; subclasses do better than to unpack the weight."""
         return F.linear(x, self.dequantize().to(x.dtype), bias)
 
-    def transposed_linear(self, x: Tensor, bias: Tensor) -> Tensor:
+    def transposed_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W + bias`` for a matrix ``x``: what ``Conv1D`` computes."""
-        return torch.addmm(bias, x, self.dequantize().to(x.dtype))
+        weight = self.dequantize().to(x.dtype)
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+    def transposed(self) -> Tensor:
+        """The transposed matrix, packed where it can be."""
+        return self.dequantize().t()
+
+    def conv2d(self, x: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+        """The convolution of images ``x``."""
+        return F.conv2d(x, self.dequantize().to(x.dtype), bias, stride, padding, dilation, groups)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of a matrix, as an embedding looks them up."""
@@ -97,7 +111,9 @@ class PackedWeight(Tensor):
             return _embedding(*args, **kwargs)
         if function in (torch.addmm, Tensor.addmm) and not kwargs and isinstance(args[2], PackedWeight):
             return args[2].transposed_linear(args[1], args[0])
-        if function in (F.multi_head_attention_forward, Tensor.__getitem__):
+        if function is F.conv2d:
+            return _conv2d(*args, **kwargs)
+        if function is Tensor.__getitem__ or (function is F.multi_head_attention_forward and not _is_self(*args)):
             # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
             # the length) would be a view, and views of a wrapper do not exist in inference mode.
             args, kwargs = dense((args, kwargs))
@@ -117,6 +133,18 @@ class PackedWeight(Tensor):
             return args[0].map_parts(lambda part: part.to(copy=True, **moved), kwargs.get("dtype"))
         if function is aten.copy_.default and isinstance(args[0], PackedWeight):
             return _copy(args[0], args[1])
+        # Within attention, which calls no functions that are seen above, linear maps come in these forms.
+        if function is aten.t.default:
+            return args[0].transposed()
+        if function is aten.linear.default:
+            return _linear(*args, **kwargs)
+        if function is aten.mm.default and isinstance(args[1], PackedWeight):
+            return args[1].transposed_linear(dense(args[0]), None)
+        if function is aten.addmm.default and not kwargs and isinstance(args[2], PackedWeight):
+            return args[2].transposed_linear(dense(args[1]), args[0])
+        computed = apart(function, args, kwargs, _linear)
+        if computed is not NotImplemented:
+            return computed
         args, kwargs = dense((args, kwargs))
         return function(*args, **kwargs)
 
@@ -137,6 +165,20 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, PackedWeight):
         return weight.linear(dense(x), dense(bias))
     return F.linear(dense(x), weight, dense(bias))
+
+
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    if isinstance(weight, PackedWeight):
+        return weight.conv2d(dense(input), dense(bias), stride, padding, dilation, groups)
+    return F.conv2d(dense(input), weight, dense(bias), stride, padding, dilation, groups)
+
+
+def _is_self(query: Any, key: Any, value: Any, *_: Any) -> bool:
+    """Whether a call of attention is of a sequence with itself, which reads its weights whole."""
+    return query is key and key is value
 
 
 def _embedding(input: Tensor, weight: Tensor, *unused: Any, **also_unused: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights in 16 or 4 bits of floating point."""
+"""Weights in 16, 8 or 4 bits of floating point."""
 
 from typing import Any, Self
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_memopt.compression.packed.base import PackedWeight
+from lightning_memopt.compression.packed.base import TINY, PackedWeight
 from lightning_memopt.compression.packed.hardware import is_fast_in
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,6 +53,48 @@ class HalfWeight(PackedWeight):
     def rows(self, indices: Tensor) -> Tensor:
         """Widen the rows that are looked up and no others."""
         return self.values[indices].to(self.dtype)
+
+
+class Float8Weight(PackedWeight):
+    """Floats of 8 bits (e4m3, https://arxiv.org/abs/2209.05433) with an fp32 scale for each output.
+
+    Stored so and computed with in the type of the inputs: it needs no hardware for 8-bit floats.
+
+    Attributes:
+        values: float8_e4m3fn, of the weight's shape; the largest of an output is 448.
+        scale: fp32, of the weight's shape with 1 everywhere but in the dimension of the outputs.
+    """
+
+    part_names = ("values", "scale")
+    values: Tensor  # type: ignore[assignment]
+    scale: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
+        """Scale each output so that its largest magnitude is the largest that 8 bits hold."""
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        others = [dim for dim in range(weight.dim()) if dim != output_dim]
+        scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(TINY * largest) / largest
+        values = (weight.detach().float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return cls({"values": values, "scale": scale}, {}, weight.shape, weight.dtype)
+
+    def well_formed(self) -> bool:
+        """Whether there is a scale for each output."""
+        fits = all(n in (1, size) for n, size in zip(self.scale.shape, self.shape, strict=True))
+        types = (self.values.dtype, self.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+        return fits and types and self.values.shape == self.shape
+
+    def dequantize(self) -> Tensor:
+        """The values times their scales."""
+        return (self.values.float() * self.scale).to(self.dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Unpack the rows that are looked up and no others."""
+        if self.scale.shape[1] != 1:
+            return super().rows(indices)
+        # Bytes, since there is no look-up among 8-bit floats.
+        values = self.values.view(torch.uint8)[indices].view(torch.float8_e4m3fn)
+        return (values.float() * self.scale[indices]).to(self.dtype)
 
 
 class NF4Weight(PackedWeight):

@@ -2,24 +2,97 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _CPU = torch.cpu.get_capabilities()
 _INT8_ON_CPU = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 _BF16_ON_CPU = any(_CPU.get(name) for name in ("avx512_bf16", "amx_bf16"))
+_BYTES_ON_CPU = bool(_CPU.get("avx2")) and torch.backends.mkldnn.is_available()
+
+OFFSET = 64
+"""What is added to inputs so that they are bytes without a sign, as oneDNN's kernels take them."""
 
 
-def multiply_integers(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two int8 matrices in fp32.
+def largest_input(device: torch.device) -> int:
+    """The largest integer that inputs of products are rounded to on ``device``: 127, or 63.
 
-    By floats where the hardware has no instructions for integers, or none for these sizes: torch's own fallback is
-    some twenty times slower. Products are exact in fp32, and so are sums of up to 1040; longer ones are rounded.
+    Processors with AVX2 and without VNNI multiply bytes without a sign by bytes with one and add pairs in 16 bits,
+    cut off beyond 32,767. A pair of weights up to 127 and inputs of 8 bits reaches 64,770, of 7 bits 32,258. So
+    inputs have 7 bits there, and weights, which files are made of, 8 bits everywhere.
     """
-    rows, inner, columns = *a.shape, b.shape[1]
-    on_gpu = a.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
-    fits = on_gpu or (a.device.type == "cpu" and _INT8_ON_CPU)
-    return torch._int_mm(a, b).float() if fits else a.float() @ b.float()
+    return 63 if _in_bytes(device) else 127
+
+
+def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
+    """The product in fp32 of a matrix of integers up to :func:`largest_input`, held as floats, and an int8 matrix.
+
+    By floats where the hardware has no instructions for integers, or none for these sizes. Products are exact in
+    fp32, and so are sums of up to 1040; longer ones are rounded.
+    """
+    rows, inner, columns = *inputs.shape, weight.shape[1]
+    if _in_bytes(inputs.device):
+        return _multiply_bytes((inputs + OFFSET).to(torch.uint8), weight)
+    on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
+    if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):
+        return torch._int_mm(inputs.to(torch.int8), weight).float()
+    return inputs.float() @ weight.float()
+
+
+def convolve_integers(
+    inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """As :func:`multiply_integers`, for a batch of images and the filters of ``F.conv2d``."""
+    if _in_bytes(inputs.device):
+        return _convolve_bytes((inputs + OFFSET).to(torch.uint8), weight, stride, padding, dilation)
+    return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 
 
 def is_fast_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether ``device`` multiplies matrices of a 16-bit ``dtype`` at least as fast as of fp32."""
     return device.type != "cpu" or (dtype is torch.bfloat16 and _BF16_ON_CPU)
+
+
+def _in_bytes(device: torch.device) -> bool:
+    return device.type == "cpu" and _BYTES_ON_CPU and not _INT8_ON_CPU
+
+
+# oneDNN's kernels read weights in an order of their own, which they are brought into at each call: keeping them so
+# would take as many bytes again. Operators of our own, since the compiler cannot look into tensors in that order.
+
+
+@torch.library.custom_op("lightning_memopt::multiply_bytes", mutates_args=(), device_types="cpu")
+def _multiply_bytes(inputs: Tensor, weight: Tensor) -> Tensor:
+    packed = weight.t().contiguous().to_mkldnn().transpose(0, 1)
+    return torch.ops.onednn.qlinear_pointwise(
+        inputs, 1.0, OFFSET, packed, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 1.0, 0, torch.float32,
+        "none", [], "",
+    )  # fmt: skip
+
+
+@_multiply_bytes.register_fake
+def _(inputs: Tensor, weight: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], weight.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_memopt::convolve_bytes", mutates_args=(), device_types="cpu")
+def _convolve_bytes(
+    inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    scale, zero = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    packed = torch.ops.onednn.qconv_prepack(
+        weight, scale, 1.0, OFFSET, stride, padding, dilation, 1, list(inputs.shape)
+    )
+    return torch.ops.onednn.qconv_pointwise(
+        inputs, 1.0, OFFSET, packed, scale, zero, None, stride, padding, dilation, 1, 1.0, 0, torch.float32,
+        "none", [], "",
+    )  # fmt: skip
+
+
+@_convolve_bytes.register_fake
+def _(inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    size = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(inputs.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    )
+    shape = (inputs.shape[0], weight.shape[0], *size)
+    return inputs.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_memopt.compression.packed.base import PackedWeight
-from lightning_memopt.compression.packed.hardware import multiply_integers
+from lightning_memopt.compression.packed.base import TINY, PackedWeight
+from lightning_memopt.compression.packed.hardware import convolve_integers, largest_input, multiply_integers
 
 GROUP = 32
 """Inputs that share a scale and a minimum in 4 bits: 0.5 + 4/32 bytes an element."""
 
-TINY = torch.finfo(torch.float32).tiny
+
+FEWEST = 32
+"""Inputs of an output below which convolving integers takes longer than convolving floats."""
 
 
 class Int8Weight(PackedWeight):
@@ -21,8 +23,9 @@ class Int8Weight(PackedWeight):
     Attributes:
         values: int8, of the weight's shape, in -127..127.
         scale: fp32, of the weight's shape with 1 everywhere but in the dimension of the outputs.
-        inputs: Round the inputs of linear maps to 8 bits too, and multiply integers: ``"dynamic"`` scales each row by
-            its largest magnitude, a number is the largest magnitude expected of all; ``None`` leaves inputs alone.
+        inputs: Round the inputs of linear maps and plain 2-d convolutions too, and multiply integers: ``"dynamic"``
+            scales each row (each image) by its largest magnitude, a number is the largest magnitude expected of all;
+            ``None`` leaves inputs alone.
     """
 
     part_names = ("values", "scale")
@@ -57,11 +60,28 @@ class Int8Weight(PackedWeight):
             return super().linear(x, bias)
         return self._product(x, self.values.t(), self.scale.t(), bias)
 
-    def transposed_linear(self, x: Tensor, bias: Tensor) -> Tensor:
+    def transposed_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As :meth:`linear`, for a weight that is stored (in, out)."""
         if self.scale.shape[0] != 1:
             return super().transposed_linear(x, bias)
         return self._product(x, self.values, self.scale, bias)
+
+    def transposed(self) -> Self:
+        """The integers and their scales, transposed; nothing is copied."""
+        parts = {"values": self.values.t(), "scale": self.scale.t()}
+        return type(self)(parts, self.attributes, self.shape[::-1], self.dtype)
+
+    def conv2d(self, x: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+        """Convolve integers and scale the result, where inputs are rounded and there are enough to gain by it."""
+        is_large = groups == 1 and self.values[0].numel() >= FEWEST
+        if self.inputs is None or not is_large or isinstance(padding, str) or self.scale[0].numel() != 1:
+            return super().conv2d(x, bias, stride, padding, dilation, groups)
+        images = x if x.dim() == 4 else x[None]
+        integers, step = round_inputs(images, self.inputs, (1, 2, 3))
+        product = convolve_integers(integers, self.values, *map(_pair, (stride, padding, dilation)))
+        product = (product * (step * self.scale.view(-1, 1, 1))).to(x.dtype)
+        product = product if bias is None else product + bias.view(-1, 1, 1)
+        return product if x.dim() == 4 else product[0]
 
     def rows(self, indices: Tensor) -> Tensor:
         """Unpack the rows that are looked up and no others."""
@@ -75,22 +95,35 @@ class Int8Weight(PackedWeight):
 
     def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         if self.inputs is not None:
-            rows = x.reshape(-1, x.shape[-1])
-            row_scale = input_scale(rows, self.inputs)
-            integers = (rows / row_scale).round().clamp(-127, 127).to(torch.int8)
-            product = multiply_integers(integers, values) * row_scale
-            product = product.reshape(*x.shape[:-1], -1)
+            integers, step = round_inputs(x.reshape(-1, x.shape[-1]), self.inputs, (1,))
+            product = (multiply_integers(integers, values) * step).reshape(*x.shape[:-1], -1)
         else:
             product = x @ values.to(x.dtype)
         product = (product * scale).to(x.dtype)
         return product if bias is None else product + bias
 
 
-def input_scale(rows: Tensor, inputs: float | str) -> Tensor:
-    """What one step of the 8 bits of the inputs is worth: for each row, or for all."""
+def round_inputs(x: Tensor, inputs: float | str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
+    """Round inputs to as many bits as the device multiplies without overflow.
+
+    Args:
+        x: Inputs of any floating-point type.
+        inputs: ``"dynamic"``, or the largest magnitude that is expected.
+        dims: What shares a scale if that is dynamic.
+
+    Returns:
+        Integers, as floats, and what one of them stands for.
+    """
+    largest = largest_input(x.device)
     if inputs == "dynamic":
-        return rows.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY) / 127
-    return torch.tensor(float(inputs) / 127, device=rows.device)
+        step: Any = x.detach().abs().amax(dims, keepdim=True).float().clamp_min(TINY * 127) / largest
+    else:
+        step = float(inputs) / largest
+    return (x / step).round().clamp(-largest, largest), step
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
 
 
 class Int4Weight(PackedWeight):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.stubs import is_stub
@@ -30,7 +30,7 @@ class Boundary:
 
     Attributes:
         slots: Of each leaf of the arguments of its first link, the number of the tensor that replaces it.
-        metas: Of each tensor, a stub like it, contiguous.
+        metas: Of each tensor, one like it on the meta device, contiguous.
     """
 
     slots: dict[int, int] = field(default_factory=dict)
@@ -50,6 +50,12 @@ class Shapes:
     outputs: dict[int, Any] = field(default_factory=dict)
 
 
+def shapes_of_stages(boundaries: Sequence[Boundary], outputs: dict[int, Any], starts: Sequence[int]) -> Shapes:
+    """Of what each link got and returned, what matters where stages begin with links ``starts``."""
+    before_last = {index: output for index, output in outputs.items() if index < starts[-1]}
+    return Shapes({stage: boundaries[start] for stage, start in enumerate(starts) if stage}, before_last)
+
+
 class ShapeReader:
     """Observes a step on a shadow of which every parameter is a stub, up to the last stage's first link."""
 
@@ -61,12 +67,11 @@ class ShapeReader:
         """Take down what link ``index`` gets and returns."""
         if index in self._stages:
             stage = self._stages.pop(index)
-            self.shapes.boundaries[stage] = _read(args, kwargs)
+            self.shapes.boundaries[stage] = read_boundary(args, kwargs)
             if not self._stages:
                 raise StageDone(())
         output = call(*args, **kwargs)
-        tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-        if all(is_stub(tensor) for tensor in tensors):
+        if has_no_data(output):
             self.shapes.outputs[index] = output
         return output
 
@@ -91,7 +96,13 @@ def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], 
     raise ValueError(f"the step does not call `{missing[0]}`, which a stage begins with.")
 
 
-def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
+def has_no_data(output: Any) -> bool:
+    """Whether all tensors in what a link returned are stubs."""
+    return all(is_stub(leaf) for leaf in tree_iter(output) if isinstance(leaf, Tensor))
+
+
+def read_boundary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
+    """What a stage would be sent whose first link is called with these arguments."""
     boundary = Boundary()
     known: dict[int, int] = {}
     for position, leaf in enumerate(tree_flatten((args, kwargs))[0]):
@@ -99,9 +110,8 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
             continue
         if id(leaf) not in known:
             known[id(leaf)] = len(boundary.metas)
-            needs_grad = leaf.requires_grad
-            meta = torch.empty_like(leaf.detach(), memory_format=torch.contiguous_format)
-            boundary.metas.append(meta.requires_grad_(needs_grad))
+            meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
+            boundary.metas.append(meta)
         boundary.slots[position] = known[id(leaf)]
     return boundary
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.parallel.gather import complete_in_place
-from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, StageRun, read_shapes
+from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, StageRun, read_shapes, shapes_of_stages
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.ownership import SharedParameters, free_in_place
 from lightning_memopt.parallel.pipeline.probe import find_links, run_silently, survey
@@ -41,6 +41,7 @@ class Pipeline:
         module: The model, whole on every rank.
         call: Runs a step of the user's on it, or on its shadow.
         sample: A micro-batch.
+        key: What else than ``sample`` its shapes depend on, as in :meth:`train`.
         group: The ranks of the pipeline.
         device: Where this rank computes.
         schedule: See :mod:`~lightning_memopt.parallel.pipeline.schedules`.
@@ -60,6 +61,7 @@ class Pipeline:
         module: nn.Module,
         call: Call,
         sample: Any,
+        key: Hashable = None,
         *,
         group: dist.ProcessGroup,
         device: torch.device,
@@ -93,7 +95,8 @@ class Pipeline:
         self._share(held)
         self._free(held)
         self._chain = Chain(module.get_submodule(name) for name in links)
-        self._shapes: dict[Hashable, Shapes] = {}
+        shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts)
+        self._shapes: dict[Hashable, Shapes] = {_kind_of_run(key, self._follow_modes(), sample): shapes}
         self._schedules: dict[Hashable, tuple[list[Stage], Any]] = {}
         self._step: StepOfBatch | None = None
         self._of_batch: list[Shapes] = []
@@ -187,7 +190,7 @@ class Pipeline:
     ) -> tuple[list[Stage], Any]:
         self._step = step
         modes = self._follow_modes()
-        self._of_batch = [self._shapes_of(call, (key, modes), micro) for micro in micro_batches]
+        self._of_batch = [self._shapes_of(call, _kind_of_run(key, modes, micro), micro) for micro in micro_batches]
         counts = tuple(len(boundary.metas) for boundary in self._of_batch[0].boundaries.values())
         kind = (trains, len(micro_batches), counts)
         if kind not in self._schedules:
@@ -231,12 +234,11 @@ class Pipeline:
             flags.append(parameter.requires_grad)
         return (tuple(twin.training for twin in self._copies.values()), tuple(flags))
 
-    def _shapes_of(self, call: Call, key: Hashable, micro_batch: Any) -> Shapes:
-        full_key = (key, tuple(_kind(leaf) for leaf in tree_leaves(micro_batch)))
-        if full_key not in self._shapes:
+    def _shapes_of(self, call: Call, kind: Hashable, micro_batch: Any) -> Shapes:
+        if kind not in self._shapes:
             run = run_silently(self._shadow, lambda: call(self._shadow, micro_batch))
-            self._shapes[full_key] = read_shapes(self._shadow, self.partition.names, self.partition.starts, run)
-        return self._shapes[full_key]
+            self._shapes[kind] = read_shapes(self._shadow, self.partition.names, self.partition.starts, run)
+        return self._shapes[kind]
 
     def _run(self, function: Callable[[], Any]) -> None:
         try:
@@ -268,6 +270,10 @@ class Pipeline:
                 "arguments, so it cannot be sent to the last stage."
             )
         return output
+
+
+def _kind_of_run(key: Hashable, modes: Hashable, micro_batch: Any) -> Hashable:
+    return key, modes, tuple(_kind(leaf) for leaf in tree_leaves(micro_batch))
 
 
 def _kind(leaf: Any) -> Hashable:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lightning_memopt.models.blocks import find_block_stacks
+from lightning_memopt.parallel.pipeline.boundary import Boundary, has_no_data, read_boundary
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
 
@@ -31,6 +32,8 @@ class Survey:
         uses: Of each parameter that the step used, the positions.
         uncut: Links before which the step cannot be cut, and why.
         is_whole: Whether the step ran to its end; it may stop behind the last link, where it looks at values.
+        boundaries: Of each link, what a stage that begins with it would be sent.
+        outputs: What each link returned, where that has no data.
     """
 
     names: list[str]
@@ -38,6 +41,8 @@ class Survey:
     uses: dict[Tensor, set[int]] = field(default_factory=dict)
     uncut: dict[int, str] = field(default_factory=dict)
     is_whole: bool = True
+    boundaries: list[Boundary] = field(default_factory=list)
+    outputs: dict[int, Any] = field(default_factory=dict)
 
 
 def find_links(module: nn.Module, run: Step) -> list[str]:
@@ -129,12 +134,16 @@ class _Surveyor:
                 passes = self._passes.setdefault(id(value), set())
                 self._mark(range(self._born.get(id(value), index), index), passes, "is handed to it again")
                 passes.add(index)
+        self.found.boundaries.append(read_boundary(args, kwargs))
         self.position = index + 1
         self._running = index
         try:
-            return call(*args, **kwargs)
+            output = call(*args, **kwargs)
         finally:
             self._running = None
+        if has_no_data(output):
+            self.found.outputs[index] = output
+        return output
 
     def heard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         for value in tree_iter((args, kwargs)):

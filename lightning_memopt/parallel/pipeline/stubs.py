@@ -6,7 +6,7 @@ tried with torch 2.13.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,18 +29,35 @@ class StubMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.listener: Listener | None = None
         self._depth = 0
+        self._lookups: dict[Hashable, tuple[torch.Size, torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_writing_to_real(func, args)
         self._depth += 1
         try:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if func is torch.ops.aten.embedding.default:
+                result = self._look_up(func, types, args, kwargs)
+            else:
+                result = super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             self._depth -= 1
         if self.listener is not None and self._depth == 0:
             self.listener(func, args, kwargs, result)
         return result
+
+    def _look_up(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """An embedding, which every stage but the first calls in each step, on indices that are real.
+
+        torch remembers the results of operators on fake tensors only; this takes milliseconds otherwise.
+        """
+        table, indices, *_ = args
+        key = (table.shape[1:], table.dtype, table.device, indices.shape)
+        if key not in self._lookups:
+            result: Any = super().__torch_dispatch__(func, types, args, kwargs)
+            self._lookups[key] = result.shape, result.dtype
+        shape, dtype = self._lookups[key]
+        return FakeTensor(self, torch.empty(shape, dtype=dtype, device="meta"), table.device)
 
     def stub(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A stub like ``tensor``, which is taken for one on ``device``; a parameter for a parameter."""

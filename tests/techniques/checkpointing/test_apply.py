@@ -1,6 +1,8 @@
 import copy
 import logging
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -288,6 +290,41 @@ def test_a_compiled_submodule_compiles_and_trains_the_same(name: str, policy: st
         return [p.grad for p in module.parameters()] + [b.float() for b in module.buffers()]
 
     torch.testing.assert_close(gradients(compiled=True), gradients(compiled=False))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's own backend needs a C++ compiler")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["gpt2", "encoder", "mlp"])
+def test_with_torchs_own_compiler_checkpoints_save_less_and_train_the_same(name: str) -> None:
+    def saved_and_gradients(policy: str | None, compiled: bool) -> tuple[int, list[torch.Tensor]]:
+        torch._dynamo.reset()
+        module, batch = ZOO[name].build(), ZOO[name].batch()
+        module.log = lambda *args, **options: None
+        part = {"gpt2": "model", "encoder": "encoder", "mlp": "net"}[name]
+        if compiled:
+            getattr(module, part).compile()
+        held: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with nullcontext() if policy is None else checkpoint_activations(module, **POLICIES[policy]):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = module.training_step(batch, 0)
+            loss.backward()
+        return sum(held.values()), [p.grad for p in module.parameters()]
+
+    _, expected = saved_and_gradients(None, compiled=False)
+    plain_bytes, plain = saved_and_gradients(None, compiled=True)
+    saved_bytes, gradients = saved_and_gradients("full", compiled=True)
+    torch.testing.assert_close(plain, expected)
+    torch.testing.assert_close(gradients, expected)
+    assert saved_bytes < 0.8 * plain_bytes
 
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
