@@ -189,7 +189,11 @@ class StorageTracker(MemTracker):
         self._stack.names.update(names)
 
     def forget_labels(self) -> None:
-        """What is held and nobody names again is neither an activation nor a temporary of what comes."""
+        """What is held and nobody names again is neither an activation nor a temporary of what comes.
+
+        Parameters that were replaced meanwhile, by shards of them, are let go of: only the tracker held them still.
+        """
+        self._owners.clear()
         moment = self.now()
         for holding in self._holdings.values():
             holding.change(moment, category="other", owner="")

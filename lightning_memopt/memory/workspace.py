@@ -265,10 +265,10 @@ class Workspace:
         if large >= whole:
             return self._extrapolate(call, others)
         at_large, at_small = (self._extrapolate(_resized(call, scale, size), others) for size in (large, small))
-        grown = (
+        scratch_bytes, result_bytes = (
             a + (a - b) * (whole - large) // (large - small) for a, b in zip(at_large[:2], at_small[:2], strict=True)
         )
-        return Need(*grown, unknown=at_large.unknown or at_small.unknown)
+        return Need(scratch_bytes, result_bytes, at_large.unknown or at_small.unknown)
 
     def _run(self, call: Call) -> Need:
         random_state = torch.default_generator.get_state()

@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_memopt.memory.report import TimelinePoint
-from lightning_memopt.planning.space import Choice, Techniques
+from lightning_memopt.planning.space import Choice, Layout, Techniques
 from lightning_memopt.planning.trace import StepTrace
 
 _STATE = ("parameters", "gradients", "optimizer_state")
 _SWITCHES = ("checkpointing", "micro_batch", "chunked_loss", "in_backward", "offload", "low_bit")
+
+_ABOUT, _NEARLY = 1.1, 1.03
+"""An estimate so many times the budget is clearly above it: where nothing was traced on that layout, and where."""
 
 
 class Estimates:
@@ -32,6 +35,7 @@ class Estimates:
         self._optimizer_state = most["optimizer_state"]
         self._samples = samples
         self._made: dict[tuple[int, Techniques], int] = {}
+        self._error: dict[Layout, int] = {}
         in_blocks = [point for point in plain.points if any(point.module.startswith(f"{name}.") for name in blocks)]
         self._made_in_blocks = max(map(_made_of, in_blocks), default=None)
 
@@ -51,14 +55,21 @@ class Estimates:
 
     def learn(self, choice: Choice, by_category: Mapping[str, int]) -> None:
         """Take down what a trace of ``choice`` showed at its peak."""
-        gathered = self._parameters if choice.layout.gathers_all else 0
+        layout = choice.layout
+        gathered = self._parameters if layout.gathers_all else 0
         made = sum(size for name, size in by_category.items() if name not in _STATE) - gathered
-        self._made[choice.layout.sizes.tensor, choice.techniques] = made
+        usual = self._made.setdefault((layout.sizes.tensor, choice.techniques), made)
+        self._error[layout] = sum(by_category.values()) - self._held(choice) - usual
 
-    def of(self, choice: Choice) -> int | None:
-        """About what ``choice`` holds; ``None`` where nothing like it was traced."""
-        made = self._made_by(choice.layout.sizes.tensor, choice.techniques)
-        return None if made is None else self._held(choice) + made
+    def exceeds(self, choice: Choice, budget_bytes: int) -> bool | None:
+        """Whether ``choice`` holds clearly more than a budget; ``None`` where nothing like it was traced."""
+        tensor, techniques = choice.layout.sizes.tensor, choice.techniques
+        made = self._made_by(tensor, techniques)
+        if made is None:
+            return None
+        is_near = choice.layout in self._error and techniques.micro_batch is None
+        estimate = self._held(choice) + made + self._error.get(choice.layout, 0)
+        return estimate > budget_bytes * (_NEARLY if is_near else _ABOUT)
 
     def _made_by(self, tensor: int, techniques: Techniques) -> int | None:
         known = self._made.get((tensor, techniques))

@@ -1,7 +1,7 @@
 """``memopt.plan``: which techniques make a module fit a budget, the fastest first."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_memopt.planning.device_cache import this_device
 from lightning_memopt.planning.devices import DeviceModel, device_model
 from lightning_memopt.planning.estimates import Estimates
 from lightning_memopt.planning.explain import explain
-from lightning_memopt.planning.memory_model import rank_peak
+from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
 from lightning_memopt.planning.read_module import can_be_copied, check_budget, read_space, without_memory
 from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, search
@@ -255,11 +255,18 @@ class _Planner:
             )
             for choice, evaluation in ranked
         )
-        notes = tuple(sorted({note for choice, _ in ranked for note in self._tracer.trace(choice).notes}))
+        notes = tuple(sorted({note for choice, _ in ranked for note in self._notes(choice)}))
         if found.fitting:
             return PlanResult(plans, 0, budget_bytes, notes=notes)
         assert smallest is not None
         return PlanResult(plans, None, budget_bytes, smallest[1].peak_bytes, fewest_devices, notes)
+
+    def _notes(self, choice: Choice) -> Iterator[str]:
+        trace = self._tracer.trace(choice)
+        yield from trace.notes
+        if choice.layout.offloads:
+            held = format_bytes(host_bytes(trace))
+            yield f"under {choice.layout.strategy} a rank holds {held} in the host's memory"
 
     def _fewest_devices(self, budget_bytes: int, estimates: Estimates) -> int | None:
         """How many devices of one node would do with all sharded, a power of two times those there are."""

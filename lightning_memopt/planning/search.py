@@ -58,12 +58,8 @@ class Estimator(Protocol):
     def least(self, choice: Choice) -> int:
         """Bytes that it holds for certain."""
 
-    def of(self, choice: Choice) -> int | None:
-        """Bytes that it will hold, about; ``None`` where that is unknown."""
-
-
-_CLEARLY = 1.1
-"""What is estimated at so many times the budget is not traced while something else fits."""
+    def exceeds(self, choice: Choice, budget_bytes: int) -> bool | None:
+        """Whether it will clearly hold more; ``None`` where that is unknown."""
 
 
 def search(
@@ -78,7 +74,7 @@ def search(
     """Evaluate the choices that are expected to be fast first, until enough of them fit.
 
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
-    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once two
+    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once three
     choices of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
     What is clearly too large by an estimate is left for when nothing else fits.
 
@@ -106,7 +102,7 @@ def search(
         choice = remaining[index]
         if not layouts.get(choice.layout, True) or choice in found.refused or _is_dominated(choice, found, kept):
             continue
-        if _is_clearly_large(choice, estimates, budget_bytes):
+        if estimates.exceeds(choice, budget_bytes):
             deferred.append(choice)
             continue
         if choice not in found.fitting:
@@ -115,7 +111,7 @@ def search(
             kept[choice] = found.fitting[choice]
             continue
         failures[choice.layout] += choice in found.too_large
-        if failures[choice.layout] > 1 and choice.layout not in layouts:
+        if failures[choice.layout] > 2 and choice.layout not in layouts:
             layouts[choice.layout] = _may_fit(
                 _on(choice.layout, remaining), evaluate, budget_bytes, found, estimates=estimates
             )
@@ -134,7 +130,7 @@ class _Unknown:
     def least(self, choice: Choice) -> int:
         return 0
 
-    def of(self, choice: Choice) -> int | None:
+    def exceeds(self, choice: Choice, budget_bytes: int) -> bool | None:
         return None
 
 
@@ -154,11 +150,6 @@ def find_smallest(
     return found
 
 
-def _is_clearly_large(choice: Choice, estimates: Estimator, budget_bytes: int) -> bool:
-    estimate = estimates.of(choice)
-    return estimate is not None and estimate > _CLEARLY * budget_bytes
-
-
 def _may_fit(
     possible: list[Choice],
     evaluate: Callable[[Choice], Evaluation],
@@ -170,8 +161,9 @@ def _may_fit(
     """Whether the most frugal of some choices of one layout fits, or is estimated to."""
     while remaining := [choice for choice in possible if choice not in found.refused]:
         frugal = _most_frugal(remaining)
-        if estimates is not None and all(estimates.of(choice) is not None for choice in frugal):
-            return not all(_is_clearly_large(choice, estimates, budget_bytes) for choice in frugal)
+        known = [None if estimates is None else estimates.exceeds(choice, budget_bytes) for choice in frugal]
+        if None not in known:
+            return not all(known)
         for choice in frugal:
             if choice not in found.refused:
                 _evaluate(choice, remaining, evaluate, budget_bytes, found)

@@ -87,7 +87,7 @@ def test_a_plan_that_was_wrong_is_made_again_once(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(MisconfigurationException, match="the smallest budget that would do"):
-        _fit(Deep(), memopt.MemoryPlan("1KiB", device=A_CPU), tmp_path=tmp_path)
+        _fit(Deep(), memopt.MemoryPlan("40KiB", device=A_CPU), tmp_path=tmp_path)
 
 
 def test_a_technique_that_the_trainer_has_already_is_refused_by_name(tmp_path):

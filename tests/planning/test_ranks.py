@@ -17,6 +17,7 @@ LAYOUTS = {
     "memopt_zero2": MeshSizes(shard=2),
     "memopt_zero3": MeshSizes(shard=2),
     "memopt_tp": MeshSizes(tensor=2),
+    "memopt_zero3_offload": MeshSizes(shard=2),
 }
 
 
@@ -51,13 +52,15 @@ def test_a_rank_of_any_transformer_holds_what_was_predicted(name, strategy):
     _assert_predicted(name, strategy)
 
 
-def test_more_ranks_hold_less_each():
+def test_more_ranks_hold_less_each_and_no_rank_holds_whole_parameters_beside_its_shards():
     entry = ZOO["mlp"]
+    whole = memopt.predict_memory(entry.build(), entry.batch()).by_category["parameters"]
     peaks = []
     for ranks in (2, 8):
         with one_of_many(Layout("memopt_zero3", MeshSizes(shard=ranks))) as strategy:
             report = predict_step(entry.build(), entry.batch(), rank_strategy=strategy)
         peaks.append(report.by_category["optimizer_state"])
+        assert report.timeline[0].by_category["other"] < whole / 2
     assert peaks[1] < peaks[0] / 3
 
 
@@ -69,3 +72,22 @@ def test_a_prediction_leaves_nothing_behind_that_real_ranks_meet():
         predict_step(entry.build(), entry.batch(), rank_strategy=strategy)
     for outcome in on_ranks("gpt2", "memopt_tp"):
         assert_same_outcome(on_one_device("gpt2"), outcome)
+
+
+def test_of_offloaded_shards_a_gpu_holds_neither_state_nor_gradients():
+    from lightning_memopt.planning.devices import device_model
+    from lightning_memopt.planning.memory_model import host_bytes, rank_peak
+    from lightning_memopt.planning.space import Choice, Techniques
+    from lightning_memopt.planning.trace import StepTracer
+
+    module, batch = ZOO["encoder"].build(), ZOO["encoder"].batch()
+    tracer = StepTracer(module, module, batch, {})
+    sizes = MeshSizes(shard=2)
+    stays, offloaded = (
+        Choice(Layout(strategy, sizes), Techniques()) for strategy in ("memopt_zero3", "memopt_zero3_offload")
+    )
+    on_gpu = [rank_peak(tracer.trace(choice), choice.layout, device_model("h100")) for choice in (stays, offloaded)]
+    assert on_gpu[1]["parameters"] == on_gpu[1]["optimizer_state"] == on_gpu[1]["gradients"] == 0
+    assert sum(on_gpu[1].values()) < sum(on_gpu[0].values())
+    shards = on_gpu[0]["parameters"] + on_gpu[0]["optimizer_state"]
+    assert host_bytes(tracer.trace(offloaded)) >= shards > 0

@@ -48,7 +48,7 @@ def test_a_budget_too_small_for_replicas_shards_and_keeps_within_it():
 def test_a_budget_that_nothing_fits_is_refused_on_every_rank():
     def refused() -> bool:
         try:
-            _train("1KiB", 2)
+            _train("20KiB", 2)
         except MisconfigurationException as error:
             return "the smallest budget" in str(error)
         return False
