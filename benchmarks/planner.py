@@ -170,7 +170,7 @@ def main() -> None:
         else:
             quick = options.quick
             made = choice_row(name, 16 if quick else 64, rounds=1 if quick else 3, most=4 if quick else None)
-        results.add(row, made | {"date": now()}, ROWS)
+        results.add(row, made | {"measured_at": now()}, ROWS)
         print(row, {key: value for key, value in made.items() if key != "plans"}, flush=True)
 
 

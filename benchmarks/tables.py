@@ -276,15 +276,16 @@ def _bound(value: float | None) -> str:
     return "" if value is None else f" (≤ {value:.2f})"
 
 
-def _provenance(results: dict[str, Any]) -> str:
+def _environment(results: dict[str, Any]) -> str:
     environment = results["environment"]
     where = environment.get("gpu", {}).get("name") or f"{environment['cpu']}, {environment['threads']} threads"
     packages = environment["packages"]
     dates = sorted(row["measured_at"] for row in results["rows"].values())
-    return (
-        f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {dates[-1]}. "
-        f"{results['time_method']}"
-    )
+    return f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {dates[-1]}."
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    return f"{_environment(results)} {results['time_method']}"
 
 
 if __name__ == "__main__":
