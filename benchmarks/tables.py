@@ -158,16 +158,19 @@ def planner_table(results: dict[str, Any]) -> str:
     Args:
         results: What ``planner.py`` wrote.
     """
-    lines = ["| module | plans | mean error of the peak | worst | most under |", "|---|---:|---:|---:|---:|"]
-    for name, row in _of_figure(results, "memory"):
+    lines = []
+    if memory := _of_figure(results, "memory"):
+        lines += ["| module | plans | mean error of the peak | worst | most under |", "|---|---:|---:|---:|---:|"]
+    for name, row in memory:
         errors = (row[key] for key in ("mean_error", "worst_error", "most_under"))
         lines.append(f"| {name} | {len(row['plans'])} | {' | '.join(f'{error:.2%}' for error in errors)} |")
-    lines += [
-        "",
-        "| module | plans | budget (of the plain peak) | fits | time against the best that fits | order of times |",
-        "|---|---:|---:|:-:|---:|---:|",
-    ]
-    for name, row in _of_figure(results, "choice"):
+    if choices := _of_figure(results, "choice"):
+        lines += [
+            "",
+            "| module | plans | share of the plain peak | fits | time against the best that fits | order of times |",
+            "|---|---:|---:|:-:|---:|---:|",
+        ]
+    for name, row in choices:
         for budget, found in row["budgets"].items():
             time = "nothing fits" if found["time_to_best"] is None else f"{found['time_to_best']:.2f}"
             fits = "yes" if found["fits"] else "**no**"
