@@ -132,7 +132,8 @@ def compression_table(results: dict[str, Any]) -> str:
         start = f"| {row['task']} | {row['title'] if row['is_ours'] else '*' + row['title'] + '*'} |"
         if "error" in row:
             lines.append(
-                f"{start} {row['error'].replace('|', '/')} | | | | | {'**no**' if row['is_ours'] else ''} | |"
+                f"{start} {row['error'].split('. ')[0].replace('|', '/')} | | | | | "
+                f"{'**no**' if row['is_ours'] else ''} | |"
             )
             continue
         targets = row["targets"]

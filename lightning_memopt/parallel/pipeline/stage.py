@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._utils import _derive_grad_metas, extract_tensor_metas
 from torch.distributed.pipelining.stage import _RecvInfo
+
+try:
+    from torch.distributed.pipelining._utils import _derive_grad_metas, extract_tensor_metas
+except ImportError as error:
+    raise ImportError(
+        "lightning_memopt runs pipelines by private parts of torch.distributed.pipelining, which torch "
+        f"{torch.__version__} lacks or has changed ({error}); install torch 2.13, or use memopt_zero3 or memopt_tp"
+    ) from error
 
 Forward = Callable[[int, int, tuple[Tensor, ...]], Any]
 """(stage, number of the micro-batch, received tensors) -> the tensors to send, or the loss."""
