@@ -199,6 +199,24 @@ def _of_figure(results: dict[str, Any], figure: str) -> list[tuple[str, dict[str
     return [(name.split("/")[1], row) for name, row in results["rows"].items() if name.split("/")[0] == figure]
 
 
+def monitor_table(results: dict[str, Any]) -> str:
+    """What a step takes that the monitor does not sample, as a ratio to one without it.
+
+    Args:
+        results: What ``monitor_overhead.py`` wrote.
+    """
+    rows = results["rows"]
+    kinds = [kind for kind in next(iter(rows.values())) if kind != "size"]
+    lines = [f"| step | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+    for row in rows.values():
+        seconds = row[kinds[0]]["plain_seconds"]
+        ratios = (f"{row[kind]['ratio']:.3f}" for kind in kinds)
+        lines.append(f"| {1000 * seconds:.0f} ms | {' | '.join(ratios)} |")
+    environment = results["environment"]
+    where = f"{environment['cpu']}, torch {environment['packages']['torch']}, {results['measured_at']}"
+    return "\n".join([*lines, "", f"{results['clock'].capitalize()}, {where}."]) + "\n"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
@@ -208,6 +226,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compression": compression_table,
     "planner": planner_table,
     "planner_others": estimators_table,
+    "monitor_overhead": monitor_table,
 }
 """How each results file is drawn, by its name."""
 

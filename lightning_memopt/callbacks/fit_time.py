@@ -29,9 +29,9 @@ def has_its_layers(module: pl.LightningModule) -> bool:
 class ReleasingCallback(Callback):
     """Lets the module go when training ends, whichever way it does."""
 
+    @abstractmethod
     def _release(self) -> None:
         """Leave nothing on the module and its optimizers; called again where training ended badly."""
-        raise NotImplementedError
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

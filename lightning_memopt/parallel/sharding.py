@@ -79,7 +79,7 @@ class Sharding:
         """Do at the gradients of these what is done at those of what a root's call returns.
 
         For a call that was unwound with them, and returned nothing. Without it nothing would reduce the gradients of
-        a root of which no unit took part in the call.
+        a root of which no unit took part in the call. The hook is private in torch; tried with 2.13.
         """
         for root in self.roots:
             root._get_fsdp_state()._register_pre_backward_hook(tuple(tensors))

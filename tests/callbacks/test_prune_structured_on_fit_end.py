@@ -1,0 +1,157 @@
+"""PruneOnFitEnd by structure: the module becomes smaller, its optimizer follows, and what cannot be is refused."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_memopt import LowBitOptimizer, OptimizerInBackward, PruneOnFitEnd
+from tests.callbacks.learning import Learning, NotEvenStarted, learn
+from tests.distributed import run_on_ranks
+from tests.parity import quiet_trainer, train
+from tests.zoo import ZOO, slow_where
+
+
+@pytest.mark.parametrize(
+    "name", slow_where(["mlp", "cnn", "encoder", "gpt2", "bert_qa", "vit", "llama"], ["vit", "llama"])
+)
+def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(name):
+    pytest.importorskip("torch_pruning")
+    entry, module, pruning = ZOO[name], ZOO[name].build(), PruneOnFitEnd(0.5, "structured")
+    plain = train(entry.build(), entry.loader(3), steps=3)
+    run = train(module, entry.loader(3), steps=3, callbacks=[pruning])
+    assert run.losses == plain.losses, "trying on a copy changed the training"
+    assert pruning.report.bytes_after < 0.8 * pruning.report.bytes_before
+    assert sum(p.numel() for p in module.parameters()) < 0.8 * sum(p.numel() for p in plain.module.parameters())
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    train(module, entry.loader(2), steps=2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_the_trainers_optimizer_holds_the_smaller_parameters_and_their_state():
+    pytest.importorskip("torch_pruning")
+    module = ZOO["mlp"].build()
+    run = train(module, ZOO["mlp"].loader(3), steps=3, callbacks=[PruneOnFitEnd(0.5, "structured")])
+    optimizer = run.trainer.optimizers[0]
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(module.parameters())
+    assert all(optimizer.state[parameter]["exp_avg"].shape == parameter.shape for parameter in held)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [LowBitOptimizer, OptimizerInBackward])
+def test_structured_pruning_beside_another_optimizer_state_leaves_one_that_goes_on(other, first):
+    pytest.importorskip("torch_pruning")
+    entry, module = ZOO["mlp"], ZOO["mlp"].build()
+    callbacks = [other(), PruneOnFitEnd(0.5, "structured")]
+    run = train(module, entry.loader(3), steps=3, callbacks=callbacks if first else callbacks[::-1])
+    (optimizer,) = run.trainer.optimizers
+    is_packed = other is LowBitOptimizer  # of the one weight that is large enough
+    assert (module.net[3].weight in optimizer.state) != is_packed
+    module(entry.batch()[0]).sum().backward()
+    optimizer.step()
+
+
+def test_validation_after_structured_pruning_runs_on_the_smaller_module():
+    pytest.importorskip("torch_pruning")
+    pruning, widths = PruneOnFitEnd(0.5, "structured"), []
+
+    class Noting(Learning):
+        def validation_step(self, batch, batch_idx):
+            widths.append(self(batch[0]).shape and self.net[0].out_features)
+            super().validation_step(batch, batch_idx)
+
+    trainer = learn(pruning, module=Noting(0.0))
+    assert widths[-4:] == [32] * 4 and set(widths[:-4]) == {64}
+    checked = trainer.validate(trainer.lightning_module, ZOO["mlp"].loader(4), verbose=False)
+    assert checked[0]["val_loss"] == pytest.approx(pruning.report.metrics_after["val_loss"])
+
+
+def test_a_module_that_steps_its_optimizers_itself_is_refused_by_structure_in_setup():
+    callbacks = [NotEvenStarted(), PruneOnFitEnd(0.5, "structured")]
+    with pytest.raises(MisconfigurationException, match="that of GAN steps its optimizers itself"):
+        train(ZOO["gan"].build(), ZOO["gan"].loader(1), callbacks=callbacks)
+
+
+class _Fixed(type(ZOO["mlp"].build())):
+    def training_step(self, batch, batch_idx):
+        assert self.net[0].out_features == 64, "made for 64"
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_that_cannot_become_smaller_is_refused_before_the_first_step_is_taken():
+    pytest.importorskip("torch_pruning")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=[PruneOnFitEnd(0.5, "structured")],
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match="PruneOnFitEnd: _Fixed cannot be made smaller"):
+        trainer.fit(_Fixed(0.0), ZOO["mlp"].loader(2))
+    assert trainer.global_step == 0
+
+
+class _OnlyInTraining(type(ZOO["mlp"].build())):
+    def training_step(self, batch, batch_idx):
+        if not self.training:
+            raise RuntimeError("is not training")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: _OnlyInTraining(0.0), "_OnlyInTraining cannot be pruned by structure: .* is not training"),
+        (lambda: ZOO["lstm"].build(), "nothing in LSTMLanguageModel can be removed .*'lstm' is a LSTM"),
+    ],
+)
+def test_a_module_that_cannot_be_followed_or_cut_is_refused_by_name_before_the_first_step_is_taken(module, message):
+    pytest.importorskip("torch_pruning")
+    trainer = quiet_trainer(1, PruneOnFitEnd(0.5, "structured"))
+    with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: {message}"):
+        trainer.fit(module := module(), ZOO["lstm" if hasattr(module, "lstm") else "mlp"].loader(1))
+    assert trainer.global_step == 0
+
+
+@pytest.mark.distributed
+def test_where_ranks_will_hold_parts_a_module_that_cannot_become_smaller_is_refused_in_setup():
+    pytest.importorskip("torch_pruning")
+
+    def fit() -> str:
+        callbacks = [NotEvenStarted(), PruneOnFitEnd(0.5, "structured")]
+        with pytest.raises(MisconfigurationException) as refusal:
+            train(_Fixed(0.0), ZOO["mlp"].loader(4), callbacks=callbacks, devices=2, strategy="memopt_zero3")
+        return str(refusal.value)
+
+    assert all("_Fixed cannot be made smaller" in said for said in run_on_ranks(fit, 2, deadline_seconds=120))
+
+
+@pytest.mark.distributed
+def test_structured_pruning_is_refused_where_weights_travel_back_to_a_module_of_the_old_sizes():
+    pruning = PruneOnFitEnd(0.5, "structured")
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"send weights back to a module of the old"
+    ):
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[pruning], devices=2, strategy="ddp_fork")
+
+
+def _shrink_on_two(strategy: str) -> tuple[int, float]:
+    module, pruning = ZOO["encoder"].build(), PruneOnFitEnd(0.5, "structured")
+    train(module, ZOO["encoder"].loader(2), steps=2, callbacks=[pruning], devices=2, strategy=strategy)
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), float(sum(p.double().sum() for p in parameters))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "memopt_zero3",
+        pytest.param("memopt_ddp", marks=pytest.mark.slow),
+        pytest.param("memopt_tp", marks=pytest.mark.slow),
+    ],
+)
+def test_structured_pruning_works_under_strategies_alike_on_every_rank(strategy):
+    pytest.importorskip("torch_pruning")
+    first, second = run_on_ranks(_shrink_on_two, 2, strategy, deadline_seconds=180)
+    assert first == second
+    assert first[0] < 0.8 * sum(p.numel() for p in ZOO["encoder"].build().parameters())
