@@ -30,7 +30,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(2, 64, 2, 64, 8, 2, 20, 2),
-    "small": Preset(6, 384, 6, 128, 16, 4, 60, 8),
+    "small": Preset(6, 384, 6, 128, 16, 4, 40, 8),
     "medium": Preset(12, 512, 8, 256, 16, 4, 200, 16),
 }
 """``small`` has about 10 million parameters and takes at most four minutes on two cores; ``medium`` about 40."""
