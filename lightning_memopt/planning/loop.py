@@ -66,8 +66,9 @@ class _MeasureStep(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # The gradients stay, as those of the step before do until Lightning sets them to None after the forward.
         for optimizer in trainer.optimizers if self._prepares else ():
-            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
-                parameter.grad = torch.zeros_like(parameter)
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if parameter.requires_grad and parameter.device.type != "meta":  # those are on another stage
+                    parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
 
     def on_train_batch_start(

@@ -58,12 +58,13 @@ _COLLECTIVES: dict[str, tuple[CollectiveKind, bool]] = {
     "c10d._allgather_base_": ("all_gather", False),
     "c10d._reduce_scatter_base_": ("reduce_scatter", False),
     "c10d.allreduce_": ("all_reduce", False),
+    "c10d.send": ("send", False),
     "_c10d_functional.all_reduce": ("all_reduce", True),
     "_c10d_functional.all_gather_into_tensor": ("all_gather", True),
     "_c10d_functional.reduce_scatter_tensor": ("reduce_scatter", True),
     "_c10d_functional.all_to_all_single": ("all_to_all", True),
 }
-"""What the strategies call: FSDP2 and DDP beside other work, DTensor and tensor parallelism in its way."""
+"""What the strategies call: FSDP2, DDP and pipelines beside other work, DTensor and tensor parallelism in its way."""
 
 
 class OperatorLog(TorchDispatchMode):

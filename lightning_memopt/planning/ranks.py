@@ -22,12 +22,13 @@ Value = TypeVar("Value")
 
 
 @contextmanager
-def one_of_many(layout: Layout, stage: int = 0) -> Iterator[Strategy]:
+def one_of_many(layout: Layout, stage: int = 0, **options: Any) -> Iterator[Strategy]:
     """Within the block this process is one of the ranks of ``layout``; gives its strategy. For one fit.
 
     Args:
         layout: The ranks.
         stage: Of the ranks that share a batch by a pipeline, which this is; of the others it is the first.
+        **options: Of the strategy.
 
     Raises:
         ValueError: This process is a rank of a real process group.
@@ -43,7 +44,7 @@ def one_of_many(layout: Layout, stage: int = 0) -> Iterator[Strategy]:
     rank = stage * (world // layout.sizes.pipeline)  # the pipeline is the outermost of the mesh's dimensions
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
-        yield _pretended(layout, rank)
+        yield _pretended(layout, rank, options)
     finally:
         dist.destroy_process_group()
         _forget_the_mesh()
@@ -56,10 +57,11 @@ def _forget_the_mesh() -> None:
     _clear_sharding_prop_cache()
 
 
-def _pretended(layout: Layout, rank: int) -> Strategy:
+def _pretended(layout: Layout, rank: int, options: dict[str, Any]) -> Strategy:
     strategy = layout.make_strategy(
         cluster_environment=LoneEnvironment(layout.sizes.world, rank),
         parallel_devices=[torch.device("cpu")] * layout.sizes.world,
+        **options,
     )
     cls = type(strategy)
     strategy.__class__ = type(cls.__name__, (_Pretended, cls), {})
