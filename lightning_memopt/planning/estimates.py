@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from lightning_memopt.memory.report import TimelinePoint
 from lightning_memopt.planning.space import Choice, Layout, Techniques
+from lightning_memopt.planning.stages import count_micro_batches
 from lightning_memopt.planning.trace import StepTrace
 
 _STATE = ("parameters", "gradients", "optimizer_state")
@@ -23,16 +24,18 @@ class Estimates:
     each of them saves.
 
     Args:
-        plain: The trace of a whole replica, with nothing switched on.
+        plain: The trace of a whole replica, with nothing more switched on than ``base``.
+        base: What is on in any case.
         samples: In a batch of one device.
         blocks: Names of the modules that hold blocks. In these, a loss in chunks changes nothing.
     """
 
-    def __init__(self, plain: StepTrace, samples: int, blocks: Sequence[str]) -> None:
+    def __init__(self, plain: StepTrace, base: Techniques, samples: int, blocks: Sequence[str]) -> None:
         most = {name: max(point.by_category[name] for point in plain.points) for name in _STATE}
         self._parameters = most["parameters"]
         self._gradients = most["gradients"]
         self._optimizer_state = most["optimizer_state"]
+        self._base = base
         self._samples = samples
         self._made: dict[tuple[int, Techniques], int] = {}
         self._error: dict[Layout, int] = {}
@@ -56,6 +59,8 @@ class Estimates:
     def learn(self, choice: Choice, by_category: Mapping[str, int]) -> None:
         """Take down what a trace of ``choice`` showed at its peak."""
         layout = choice.layout
+        if layout.sizes.pipeline > 1:
+            return
         gathered = self._parameters if layout.gathers_all else 0
         made = sum(size for name, size in by_category.items() if name not in _STATE) - gathered
         usual = self._made.setdefault((layout.sizes.tensor, choice.techniques), made)
@@ -67,6 +72,10 @@ class Estimates:
         made = self._made_by(tensor, techniques)
         if made is None:
             return None
+        if (
+            choice.layout.sizes.pipeline > 1
+        ):  # the first stage holds its part of as many micro-batches as there are stages
+            made //= count_micro_batches(self._samples, choice.layout.sizes.pipeline)
         is_near = choice.layout in self._error and techniques.micro_batch is None
         estimate = self._held(choice) + made + self._error.get(choice.layout, 0)
         return estimate > budget_bytes * (_NEARLY if is_near else _ABOUT)
@@ -78,7 +87,7 @@ class Estimates:
         if techniques.micro_batch is not None:
             whole = self._made_by(tensor, replace(techniques, micro_batch=None))
             return None if whole is None else whole * techniques.micro_batch // self._samples
-        plain = Techniques(precision=techniques.precision)
+        plain = replace(self._base, precision=techniques.precision)
         if techniques == replace(plain, chunked_loss=True) and tensor == 1:
             return self._made_in_blocks
         changed = [name for name in _SWITCHES if getattr(techniques, name) != getattr(plain, name)]
@@ -99,6 +108,8 @@ class Estimates:
 
     def _summed_gradients(self, choice: Choice) -> int:
         """Gradients that micro-batches add up, whole where they are reduced only once a step."""
+        if choice.layout.sizes.pipeline > 1:
+            return self._gradients // (choice.layout.sizes.pipeline * choice.layout.sizes.tensor)
         if choice.techniques.micro_batch is None:
             return 0
         is_sharded = choice.layout.strategy == "memopt_zero2"

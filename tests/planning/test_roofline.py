@@ -86,4 +86,3 @@ def test_a_network_between_nodes_is_slower_than_the_link_within():
         step_time([], _DEVICE, transfers=[Transfer("all_reduce", 10**8, ranks=2, nodes=nodes)]) for nodes in (1, 2)
     )
     assert across.communication == pytest.approx(10 * within.communication)
-
