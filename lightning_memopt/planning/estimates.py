@@ -72,9 +72,8 @@ class Estimates:
         made = self._made_by(tensor, techniques)
         if made is None:
             return None
-        if (
-            choice.layout.sizes.pipeline > 1
-        ):  # the first stage holds its part of as many micro-batches as there are stages
+        if choice.layout.sizes.pipeline > 1:
+            # The first stage has its part of each of as many micro-batches as there are stages.
             made //= count_micro_batches(self._samples, choice.layout.sizes.pipeline)
         is_near = choice.layout in self._error and techniques.micro_batch is None
         estimate = self._held(choice) + made + self._error.get(choice.layout, 0)

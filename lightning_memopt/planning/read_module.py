@@ -64,7 +64,7 @@ def read_space(module: pl.LightningModule, batch: Any, precision: str, trainer_o
 
 
 def most_stages(module: pl.LightningModule, batch: Any) -> int:
-    """Into how many stages of a pipeline ``module`` and ``batch`` can be cut at most; 1 where no pipeline trains it."""
+    """Into how many stages of a pipeline ``module`` and ``batch`` can be cut at most; 1 for no pipeline."""
     is_usual = module.automatic_optimization and not is_overridden("backward", module)
     if not is_usual or find_batch_norms(module):
         return 1

@@ -43,8 +43,8 @@ def count_micro_batches(samples: int, stages: int) -> int:
 def few_micro_batches(batch: Any, stages: int) -> tuple[Any, int]:
     """A part of ``batch``, and how many micro-batches it makes, of the size that the whole is split into.
 
-    The first stage holds one more than stages follow it before its first backward. With one more than that it has also
-    run a backward beside as many and the gradients; all that follow repeat it.
+    Before its first backward the first stage holds as many as there are stages. With one more it also runs a backward
+    beside as many and the gradients; all that follow repeat it.
     """
     samples = batch_size(batch)
     count = count_micro_batches(samples, stages)
