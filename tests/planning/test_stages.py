@@ -138,16 +138,17 @@ def test_a_plan_says_what_its_layout_bought_before_its_techniques():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_largest_stage_of_a_plan_with_a_pipeline_holds_what_it_says():
+@pytest.mark.parametrize("inner", ["shard", "tensor"])
+def test_the_largest_stage_of_a_plan_with_a_pipeline_holds_what_it_says(inner):
     def measured() -> int:
         return memopt.measure_memory(
             ZOO["gpt2"].build(),
             ZOO["gpt2"].batch(),
-            strategy=memopt.HybridStrategy(pipeline=2, shard=2),
+            strategy=memopt.HybridStrategy(pipeline=2, **{inner: 2}),
             devices=4,
             callbacks=[memopt.ActivationCheckpointing("full")],
         ).peak_bytes
 
-    layout = Layout("memopt_hybrid", MeshSizes(pipeline=2, shard=2))
+    layout = Layout("memopt_hybrid", MeshSizes(pipeline=2, **{inner: 2}))
     predicted = _tracer("gpt2").trace(Choice(layout, Techniques("full"))).peak.total_bytes
     assert predicted == pytest.approx(max(run_on_ranks(measured, 4, deadline_seconds=200)), rel=0.05)
