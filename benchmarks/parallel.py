@@ -117,6 +117,15 @@ def _start(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
     return measure
 
 
+def _watch(size: Size, pairs: int) -> dict[str, Any]:
+    """Processor time with the thread that watches over other ranks, where its rank enters most phases in a step."""
+    with (
+        RankGroup(train, "memopt_pp", size, "unwatched", ranks=RANKS) as without,
+        RankGroup(train, "memopt_pp", size, "processor", ranks=RANKS) as watched,
+    ):
+        return _paired(without, watched, pairs)
+
+
 def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
     """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory.
 
@@ -169,6 +178,7 @@ ROWS: dict[str, Row] = {
     **{f"{s}_by_hand": Row(f"{s}: step, against a loop by hand", _against_by_hand(s), 1.05) for s in STRATEGIES},
     **{f"{s}_lightning": Row(f"{s}: step, against {t}", _against_lightning(s), 1.0) for s, t in LIGHTNINGS.items()},
     **{f"{s}_memory": Row(f"{s}: peak memory, against {t}", _memory(s), 1.0) for s, t in LIGHTNINGS.items()},
+    "memopt_pp_watch": Row("memopt_pp: processor time of a step, against none watching other ranks", _watch, 1.02),
     "memopt_pp_idle": Row("memopt_pp: idle share, against (p-1)/(m+p-1)", _idle_share, 1.1),
     **{f"{s}_start": Row(f"{s}: first step done, against ddp", _start(s), 1.5) for s in STRATEGIES},
 }

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from workers import Channel
 
 import lightning_memopt as memopt
+from lightning_memopt.parallel.watch import RankWatch
 
 
 class LightningSharded(workload.CausalLanguageModel):
@@ -121,12 +122,17 @@ def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
         channel: To the parent.
         strategy: One of this package's names, ``"ddp"``, or ``"ModelParallelStrategy"``.
         size: Of the workload.
-        kind: ``"turns"``, ``"memory"``, ``"start"`` or ``"waiting"``.
+        kind: ``"turns"``, ``"processor"`` (turns in processor time), ``"unwatched"`` (that without the watch over
+            the other ranks), ``"memory"``, ``"start"`` or ``"waiting"``.
     """
     since = time.perf_counter()
     workload.be_quiet()
+    if kind == "unwatched":
+        RankWatch.start = lambda watch: None  # type: ignore[method-assign]
     callback: pl.Callback = {
         "turns": lambda: TakeTurns(channel),
+        "processor": lambda: TakeTurns(channel, time.process_time),
+        "unwatched": lambda: TakeTurns(channel, time.process_time),
         "memory": lambda: MeasureStep(channel),
         "start": lambda: TellFirstStep(channel, since),
         "waiting": lambda: ShareOfWaiting(channel),
