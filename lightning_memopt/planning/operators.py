@@ -103,6 +103,10 @@ class OperatorLog(TorchDispatchMode):
         """List nothing more."""
         self._is_on = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as of the tracker
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

@@ -169,7 +169,7 @@ def plan(
         least_itemsize=4 if exact and precision == "32-true" else 2,
     )
     space = read_space(made, batch, precision, trainer_options)
-    tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options)
+    tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options, model)
     blocks = [stack.name for stack in find_block_stacks(made)]
     planner = _Planner(tracer, space, blocks, model, devices, nodes, batch)
     return planner.run(budget_bytes, wanted, layouts, exact)

@@ -22,6 +22,7 @@ from lightning_memopt.planning.depth import (
     find_deep_stack,
     with_blocks,
 )
+from lightning_memopt.planning.devices import DeviceModel
 from lightning_memopt.planning.operators import Collective, OperatorCall, OperatorLog
 from lightning_memopt.planning.predict import Module, measure_step, predict_step
 from lightning_memopt.planning.ranks import one_of_many
@@ -72,11 +73,18 @@ class StepTracer:
         look: The module to look at; the same where it is no function.
         batch: One batch of one device.
         trainer_options: Arguments of ``pl.Trainer`` that every plan shares.
+        device: What it will run on; ``None`` is a CPU like this.
     """
 
     def __init__(
-        self, module: Module, look: pl.LightningModule, batch: Any, trainer_options: Mapping[str, Any]
+        self,
+        module: Module,
+        look: pl.LightningModule,
+        batch: Any,
+        trainer_options: Mapping[str, Any],
+        device: DeviceModel | None = None,
     ) -> None:
+        self._gpu_granularity = device.granularity if device is not None and device.kind == "cuda" else None
         self._module = module
         self._batch = batch
         self._options = dict(trainer_options)
@@ -191,6 +199,7 @@ class StepTracer:
                         module,
                         batch,
                         known_kernels=self._kernels,
+                        gpu_granularity=self._gpu_granularity,
                         rank_strategy=strategy,
                         prepares=prepares,
                         **options,
