@@ -176,7 +176,8 @@ def planner_table(results: dict[str, Any]) -> str:
             time = "nothing fits" if found["time_to_best"] is None else f"{found['time_to_best']:.2f}"
             fits = "yes" if found["fits"] else "**no**"
             lines.append(
-                f"| {name} | {row['plans']} | {float(budget):.0%} | {fits} | {time} | {row['rank_correlation']:.2f} |"
+                f"| {name} | {len(row['plans'])} | {float(budget):.0%} | {fits} | {time} "
+                f"| {row['rank_correlation']:.2f} |"
             )
     return "\n".join([*lines, "", _environment(results)]) + "\n"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 from lightning_memopt.planning.calibrate import device_name, measure_device, source
@@ -24,9 +25,15 @@ def cache_file() -> Path:
 def this_device() -> DeviceModel:
     """The model of this machine's device: what ``lightning-memopt doctor`` kept of it, or measured now.
 
-    Measured now, which takes a few seconds, the links between devices are not: they are taken for usual ones.
+    Measured now, which takes a few seconds, the links between devices are not: they are taken for usual ones. A
+    process measures once, so that its plans are of one machine.
     """
-    return cached_device() or measure_device()
+    return cached_device() or _measured_once(device_name())
+
+
+@cache
+def _measured_once(name: str) -> DeviceModel:
+    return measure_device()
 
 
 def cached_device() -> DeviceModel | None:

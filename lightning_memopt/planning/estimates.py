@@ -23,16 +23,18 @@ class Estimates:
     each of them saves.
 
     Args:
-        plain: The trace of a whole replica, with nothing switched on.
+        plain: The trace of a whole replica, with nothing more switched on than ``base``.
+        base: What is on in any case.
         samples: In a batch of one device.
         blocks: Names of the modules that hold blocks. In these, a loss in chunks changes nothing.
     """
 
-    def __init__(self, plain: StepTrace, samples: int, blocks: Sequence[str]) -> None:
+    def __init__(self, plain: StepTrace, base: Techniques, samples: int, blocks: Sequence[str]) -> None:
         most = {name: max(point.by_category[name] for point in plain.points) for name in _STATE}
         self._parameters = most["parameters"]
         self._gradients = most["gradients"]
         self._optimizer_state = most["optimizer_state"]
+        self._base = base
         self._samples = samples
         self._made: dict[tuple[int, Techniques], int] = {}
         self._error: dict[Layout, int] = {}
@@ -78,7 +80,7 @@ class Estimates:
         if techniques.micro_batch is not None:
             whole = self._made_by(tensor, replace(techniques, micro_batch=None))
             return None if whole is None else whole * techniques.micro_batch // self._samples
-        plain = Techniques(precision=techniques.precision)
+        plain = replace(self._base, precision=techniques.precision)
         if techniques == replace(plain, chunked_loss=True) and tensor == 1:
             return self._made_in_blocks
         changed = [name for name in _SWITCHES if getattr(techniques, name) != getattr(plain, name)]

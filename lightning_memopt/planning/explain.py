@@ -14,9 +14,11 @@ def explain(choice: Choice, evaluated: Mapping[Choice, Evaluation]) -> tuple[str
     """
     if choice not in evaluated:
         return ()
+    # Other fractions of the activations are no steps on the way to one.
+    passed = [other for other in evaluated if other.techniques.kept is None]
     chain = [choice]
     while True:
-        below = [other for other in evaluated if chain[-1].adds_to(other)]
+        below = [other for other in passed if chain[-1].adds_to(other)]
         if not below:
             break
         # The nearest: what has itself the most of the others below it.

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -18,6 +18,7 @@ from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
 from lightning_memopt.planning.read_module import can_be_copied, check_budget, read_space, without_memory
+from lightning_memopt.planning.refine import keep_what_fits
 from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, search
 from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
 from lightning_memopt.planning.time_model import seconds_per_batch
@@ -198,10 +199,11 @@ class _Planner:
 
     def run(self, budget_bytes: int, wanted: int, layouts: Sequence[Layout], exact: bool) -> PlanResult:
         plain = Choice(layouts[0], self._space.plain)
-        # Also the scale of what is expected, and what every plan is compared with.
         first = self._evaluate(plain)
-        estimates = Estimates(self._tracer.trace(plain), self._samples, self._blocks)
-        estimates.learn(plain, first.by_category)
+        # The scale of what is expected, and what is on in every choice that is looked at.
+        base, usual = self._with_what_pays(plain, first)
+        estimates = Estimates(self._tracer.trace(base), base.techniques, self._samples, self._blocks)
+        estimates.learn(base, usual.by_category)
 
         def evaluate(choice: Choice) -> Evaluation:
             evaluation = self._evaluate(choice)
@@ -212,20 +214,33 @@ class _Planner:
         for tier in self._space.tiers(layouts, exact):
             found |= search(
                 tier,
-                lambda choice: first.total_seconds * choice.usual_slowdown(self._samples),
+                lambda choice: usual.total_seconds * choice.usual_slowdown(self._samples),
                 estimates,
                 evaluate,
                 budget_bytes,
                 wanted=wanted,
             )
             if found.fitting:
+                found = keep_what_fits(found, evaluate, budget_bytes)
                 break
         else:
             found |= find_smallest(self._space.tiers(layouts, exact), estimates.least, evaluate)
-        if first.peak_bytes > budget_bytes:
-            found.too_large[plain] = first
+        (found.too_large if first.peak_bytes > budget_bytes else found.fitting)[plain] = first
         fewest = None if found.fitting else self._fewest_devices(budget_bytes, estimates)
         return self._result(found, budget_bytes, wanted, fewest)
+
+    def _with_what_pays(self, plain: Choice, first: Evaluation) -> tuple[Choice, Evaluation]:
+        """The plain choice, with the loss in chunks where that saves time as it does memory: then it is always on."""
+        chunked = replace(plain, techniques=replace(plain.techniques, chunked_loss=True))
+        if self._space.chunked_loss:
+            try:
+                evaluation = self._evaluate(chunked)
+            except Refused:
+                return plain, first
+            if evaluation.total_seconds < first.total_seconds and evaluation.peak_bytes <= first.peak_bytes:
+                self._space = replace(self._space, plain=chunked.techniques)
+                return chunked, evaluation
+        return plain, first
 
     def _evaluate(self, choice: Choice) -> Evaluation:
         trace = self._tracer.trace(choice)

@@ -37,7 +37,8 @@ def _strategy(plan: Plan) -> str:
 def _techniques(plan: Plan) -> str:
     words = [name for name, _ in plan.choice.techniques.written(plan.device_kind)]
     techniques = plan.choice.techniques
-    details = {"ActivationCheckpointing": techniques.checkpointing, "MicroBatching": techniques.micro_batch}
+    policy = techniques.checkpointing if techniques.kept is None else f"budget={techniques.kept}"
+    details = {"ActivationCheckpointing": policy, "MicroBatching": techniques.micro_batch}
     named = [f"{word}({details[word]})" if word in details else word for word in words]
     return ", ".join([techniques.precision, *named])
 

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning_memopt.parallel.mesh import DIMENSIONS, MeshSizes
 from lightning_memopt.registration import STRATEGIES, make_strategy
 
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "budget", "full"]
 _LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+"""Of those, what every search looks at; a budget refines what it found."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Techniques:
 
     Attributes:
         checkpointing: Policy of ``ActivationCheckpointing``.
+        kept: The fraction of the activations that the policy ``"budget"`` keeps; ``None`` with another.
         micro_batch: Samples in a micro-batch of ``MicroBatching``; ``None`` leaves batches whole.
         chunked_loss: ``ChunkedLoss``.
         in_backward: ``OptimizerInBackward``.
@@ -36,6 +38,7 @@ class Techniques:
     offload: bool = False
     low_bit: bool = False
     precision: str = "32-true"
+    kept: float | None = None
 
     def callbacks(self, device_kind: str) -> list[Callback]:
         """New callbacks that do it, on a device of this kind."""
@@ -43,7 +46,7 @@ class Techniques:
 
         callbacks: list[Callback] = []
         if self.checkpointing != "none":
-            callbacks.append(memopt.ActivationCheckpointing(self.checkpointing))
+            callbacks.append(memopt.ActivationCheckpointing(self.checkpointing, budget=self.kept))
         if self.chunked_loss:
             callbacks.append(memopt.ChunkedLoss())
         if self.offload:
@@ -59,8 +62,9 @@ class Techniques:
     def written(self, device_kind: str) -> list[tuple[str, dict[str, Any]]]:
         """The same callbacks as class names of the package and their arguments, to be printed."""
         place = "cpu" if device_kind == "cuda" else "disk"
+        budget = {} if self.kept is None else {"budget": self.kept}
         rows: list[tuple[bool, str, dict[str, Any]]] = [
-            (self.checkpointing != "none", "ActivationCheckpointing", {"policy": self.checkpointing}),
+            (self.checkpointing != "none", "ActivationCheckpointing", {"policy": self.checkpointing, **budget}),
             (self.chunked_loss, "ChunkedLoss", {}),
             (self.offload, "ActivationOffload", {"to": place}),
             (self.micro_batch is not None, "MicroBatching", {"size": self.micro_batch}),
@@ -71,8 +75,9 @@ class Techniques:
 
     def names(self, plain: "Techniques") -> dict[str, str]:
         """By attribute what this has beside ``plain``, in words."""
+        kept = f"checkpointing that keeps {self.kept:.0%} of the activations" if self.kept is not None else ""
         words = {
-            "checkpointing": f"{self.checkpointing} checkpointing",
+            "checkpointing": kept or f"{self.checkpointing} checkpointing",
             "chunked_loss": "chunked loss",
             "offload": "activation offload",
             "micro_batch": f"micro-batches of {self.micro_batch}",
@@ -80,13 +85,16 @@ class Techniques:
             "low_bit": "8-bit optimizer state",
             "precision": self.precision,
         }
-        return {name: word for name, word in words.items() if getattr(self, name) != getattr(plain, name)}
+        changed = {name for name in words if getattr(self, name) != getattr(plain, name)}
+        if self.kept != plain.kept:
+            changed.add("checkpointing")
+        return {name: word for name, word in words.items() if name in changed}
 
     def needs_no_more_than(self, other: "Techniques") -> bool:
         """Whether each of ``other``'s savings is here too, or a stronger one."""
         here, there = self.micro_batch, other.micro_batch
         return (
-            _LEVELS.index(self.checkpointing) >= _LEVELS.index(other.checkpointing)
+            self._keeps_no_more_than(other)
             and (there is None or (here is not None and here <= there))
             and self.chunked_loss >= other.chunked_loss
             and self.in_backward >= other.in_backward
@@ -95,11 +103,18 @@ class Techniques:
             and self.precision == other.precision
         )
 
+    def _keeps_no_more_than(self, other: "Techniques") -> bool:
+        if self.checkpointing == "full" or other.checkpointing == "none":
+            return True
+        if self.kept is not None and other.kept is not None:
+            return self.kept <= other.kept
+        return self.checkpointing == other.checkpointing
+
     def usual_slowdown(self, batch_size: int) -> float:
         """What such a step usually takes, as a multiple of the plain one: the order in which plans are looked at."""
         halvings = (batch_size / self.micro_batch) if self.micro_batch else 1.0
         return (
-            {"none": 1.0, "selective": 1.1, "full": 1.33}[self.checkpointing]
+            {"none": 1.0, "selective": 1.1, "budget": 1.2, "full": 1.33}[self.checkpointing]
             * (1 + 0.02 * (halvings - 1))
             * (1.02 if self.chunked_loss else 1.0)
             * (1.01 if self.in_backward else 1.0)
@@ -198,7 +213,7 @@ class Space:
     """What can be switched on for a module and a batch.
 
     Attributes:
-        plain: What is on in any case: the user's precision.
+        plain: What is on in any case: the user's precision, and what costs nothing.
         micro_batches: Sizes that divide the work of a batch, the largest first; empty where batches stay whole.
         chunked_loss: Whether the module has a loss to chunk.
         in_backward: Whether its optimizer may step in the backward.
@@ -251,7 +266,7 @@ class Space:
         switches = product(
             _LEVELS,
             (None, *self.micro_batches),
-            (False, True) if self.chunked_loss else (False,),
+            sorted({self.plain.chunked_loss, self.chunked_loss}),
             (False, True) if self.in_backward else (False,),
         )
         return [

@@ -117,7 +117,8 @@ class StepTracer:
 
     def _of_few_blocks(self, choice: Choice) -> StepTrace | None:
         stack = self._stack
-        if stack is None:
+        # A budget is dealt out among all blocks: two of three are not as two of many.
+        if stack is None or choice.techniques.checkpointing == "budget":
             return None
         try:
             shallow, deep = (self._run(choice, (stack, count)) for count in (SHALLOW, SHALLOW + 1))
@@ -140,8 +141,8 @@ class StepTracer:
         """Trace one step: the second of two, or one alone where the module and the layout make both the same."""
         techniques, layout = choice.techniques, choice.layout
         # Elsewhere the optimizers are not the trainer's, or the first step does what no other does: it makes the
-        # buckets of replicas, and tries whether layers can be split.
-        is_usual = not (techniques.in_backward or techniques.low_bit) and (
+        # buckets of replicas, tries whether layers can be split, and looks at what a budget is dealt out among.
+        is_usual = not (techniques.in_backward or techniques.low_bit or techniques.checkpointing == "budget") and (
             layout.strategy == "auto" or (layout.sizes.shard > 1 and layout.sizes.tensor == 1)
         )
         return self._step(choice, blocks, prepares=is_usual and self._is_alike(choice, blocks))

@@ -21,7 +21,9 @@ def measured() -> DeviceModel:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(device_cache.sys, "platform", "linux")
-    return tmp_path / "lightning_memopt" / "devices.json"
+    device_cache._measured_once.cache_clear()
+    yield tmp_path / "lightning_memopt" / "devices.json"
+    device_cache._measured_once.cache_clear()
 
 
 def test_what_is_measured_is_of_the_right_size(measured):
@@ -51,6 +53,14 @@ def test_what_was_kept_is_read_and_not_measured_again(measured, cache, monkeypat
     assert device_cache.keep_device(measured) == cache
     monkeypatch.setattr(device_cache, "measure_device", lambda: pytest.fail("measured again"))
     assert device_cache.this_device() == measured
+
+
+def test_a_process_measures_once_where_nothing_was_kept(measured, cache, monkeypatch):
+    monkeypatch.setattr(device_cache, "measure_device", lambda: measured)
+    assert device_cache.this_device() is measured
+    monkeypatch.setattr(device_cache, "measure_device", lambda: pytest.fail("measured again"))
+    assert device_cache.this_device() is measured
+    assert not cache.exists()
 
 
 def test_another_device_or_version_is_measured_anew(measured, cache, monkeypatch):

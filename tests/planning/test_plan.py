@@ -102,6 +102,17 @@ def test_what_changes_the_numbers_is_only_taken_where_nothing_else_fits():
     )
 
 
+def test_a_loss_in_chunks_that_saves_time_as_well_is_part_of_every_plan(monkeypatch):
+    monkeypatch.setattr(
+        "lightning_memopt.planning.plan.seconds_per_batch",
+        lambda trace, choice, *_: {"compute": 1.0 if choice.techniques.chunked_loss else 1.25},
+    )
+    entry = ZOO["gpt2"]
+    best = memopt.plan(entry.build(), entry.batch(64), budget="1GiB", device=A_CPU, exact=True).best
+    assert best.choice.techniques.chunked_loss
+    assert best.bought[0].startswith("chunked loss: -") and best.bought[0].endswith("for -20% time")
+
+
 @pytest.mark.slow
 def test_batches_are_not_split_where_batch_norm_sees_them_nor_under_manual_optimization():
     for name in ("cnn", "gan"):
