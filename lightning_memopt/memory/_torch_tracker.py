@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.memory.arguments import tensor_arguments
 from lightning_memopt.memory.ledger import Accumulation, Holding, Ledger, Moment, Operation, State
 from lightning_memopt.memory.module_stack import ModuleStack
 from lightning_memopt.memory.report import Phase
@@ -101,7 +102,8 @@ class StorageTracker(MemTracker):
         self._steps_running = 0
         self._new_bytes = 0
         self._is_closed = False
-        self.is_fake = active_fake_mode() is not None
+        self._mode = active_fake_mode()
+        self.is_fake = self._mode is not None
         self._ticks = itertools.count(1)
 
     @property
@@ -156,7 +158,13 @@ class StorageTracker(MemTracker):
     def _rounded(self, size_bytes: int) -> int:
         return -(-size_bytes // self._granularity) * self._granularity
 
+    def _is_elsewhere(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a fake one of somebody else's, such as a pipeline has for what other stages hold."""
+        return isinstance(tensor, FakeTensor) and tensor.fake_mode is not self._mode
+
     def _track(self, reftype: Any, t: torch.Tensor) -> None:
+        if self._is_elsewhere(t):
+            return
         for part in _strided_parts(t):
             for storage in get_untyped_storages(part):
                 if not is_mapped(storage):
@@ -220,7 +228,7 @@ class StorageTracker(MemTracker):
 
     def label(self, tensor: Any, category: str, owner: str | None = None) -> None:
         """Say what ``tensor`` is; it is put on the books if it is not there yet."""
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or self._is_elsewhere(tensor):
             return
         self._track(_MemRefType.OTH, tensor)
         moment = self.now()
@@ -322,6 +330,8 @@ class StorageTracker(MemTracker):
         if func is torch.ops.prim.device.default:  # asked of fakes as often as all operators together
             is_asked_outside = isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation
             return args[0].fake_device if is_asked_outside else func(*args)
+        if any(map(self._is_elsewhere, tensor_arguments(args, kwargs))):
+            return func(*args, **(kwargs or {}))
         begin = self.now()
         call = describe_call(func, args, kwargs) if self._workspace is not None else None
         if self._probe is not None:

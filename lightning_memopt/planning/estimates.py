@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from lightning_memopt.memory.report import TimelinePoint
 from lightning_memopt.planning.space import Choice, Layout, Techniques
+from lightning_memopt.planning.stages import count_micro_batches
 from lightning_memopt.planning.trace import StepTrace
 
 _STATE = ("parameters", "gradients", "optimizer_state")
@@ -58,6 +59,8 @@ class Estimates:
     def learn(self, choice: Choice, by_category: Mapping[str, int]) -> None:
         """Take down what a trace of ``choice`` showed at its peak."""
         layout = choice.layout
+        if layout.sizes.pipeline > 1:
+            return
         gathered = self._parameters if layout.gathers_all else 0
         made = sum(size for name, size in by_category.items() if name not in _STATE) - gathered
         usual = self._made.setdefault((layout.sizes.tensor, choice.techniques), made)
@@ -69,9 +72,16 @@ class Estimates:
         made = self._made_by(tensor, techniques)
         if made is None:
             return None
+        if choice.layout.sizes.pipeline > 1:
+            # The first stage has its part of each of as many micro-batches as there are stages.
+            made //= count_micro_batches(self._samples, choice.layout.sizes.pipeline)
         is_near = choice.layout in self._error and techniques.micro_batch is None
         estimate = self._held(choice) + made + self._error.get(choice.layout, 0)
         return estimate > budget_bytes * (_NEARLY if is_near else _ABOUT)
+
+    def fits(self, choice: Choice, budget_bytes: int) -> bool:
+        """Whether ``choice`` is estimated to hold no more than a budget."""
+        return self.exceeds(choice, int(budget_bytes / _ABOUT)) is False
 
     def _made_by(self, tensor: int, techniques: Techniques) -> int | None:
         known = self._made.get((tensor, techniques))
@@ -84,9 +94,11 @@ class Estimates:
         if techniques == replace(plain, chunked_loss=True) and tensor == 1:
             return self._made_in_blocks
         changed = [name for name in _SWITCHES if getattr(techniques, name) != getattr(plain, name)]
-        alone = [self._made.get((tensor, replace(plain, **{name: getattr(techniques, name)}))) for name in changed]
         without = self._made.get((tensor, plain))
-        if without is None or len(changed) < 2 or any(made is None for made in alone):
+        if without is None or len(changed) < 2:
+            return None
+        alone = [self._made_by(tensor, replace(plain, **{name: getattr(techniques, name)})) for name in changed]
+        if any(made is None for made in alone):
             return None
         return max(0, without + sum(made - without for made in alone if made is not None))
 
@@ -101,6 +113,8 @@ class Estimates:
 
     def _summed_gradients(self, choice: Choice) -> int:
         """Gradients that micro-batches add up, whole where they are reduced only once a step."""
+        if choice.layout.sizes.pipeline > 1:
+            return self._gradients // (choice.layout.sizes.pipeline * choice.layout.sizes.tensor)
         if choice.techniques.micro_batch is None:
             return 0
         is_sharded = choice.layout.strategy == "memopt_zero2"

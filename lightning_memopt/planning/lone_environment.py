@@ -1,19 +1,21 @@
-"""A cluster of which only rank 0 exists."""
+"""A cluster of which only one rank exists."""
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from typing_extensions import override
 
 
 class LoneEnvironment(ClusterEnvironment):
-    """Says what a launcher would say to rank 0 of so many on one node.
+    """Says what a launcher would say to one rank of so many on one node.
 
     Args:
         world_size: How many ranks there would be.
+        rank: Which of them it is.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, rank: int = 0) -> None:
         super().__init__()
         self._world_size = world_size
+        self._rank = rank
 
     @property
     @override
@@ -45,7 +47,7 @@ class LoneEnvironment(ClusterEnvironment):
 
     @override
     def global_rank(self) -> int:
-        return 0
+        return self._rank
 
     @override
     def set_global_rank(self, rank: int) -> None:
@@ -53,7 +55,7 @@ class LoneEnvironment(ClusterEnvironment):
 
     @override
     def local_rank(self) -> int:
-        return 0
+        return self._rank
 
     @override
     def node_rank(self) -> int:

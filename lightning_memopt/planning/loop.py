@@ -70,7 +70,8 @@ class _MeasureStep(Callback):
             with _pop_mode_temporarily():  # the tracker, which is told of what is there when the report begins
                 for optimizer in trainer.optimizers:
                     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+                        if parameter.requires_grad and parameter.device.type != "meta":  # those are on another stage
+                            parameter.grad = torch.zeros_like(parameter)
                     optimizer.step()
 
     def on_train_batch_start(

@@ -58,12 +58,13 @@ _COLLECTIVES: dict[str, tuple[CollectiveKind, bool]] = {
     "c10d._allgather_base_": ("all_gather", False),
     "c10d._reduce_scatter_base_": ("reduce_scatter", False),
     "c10d.allreduce_": ("all_reduce", False),
+    "c10d.send": ("send", False),
     "_c10d_functional.all_reduce": ("all_reduce", True),
     "_c10d_functional.all_gather_into_tensor": ("all_gather", True),
     "_c10d_functional.reduce_scatter_tensor": ("reduce_scatter", True),
     "_c10d_functional.all_to_all_single": ("all_to_all", True),
 }
-"""What the strategies call: FSDP2 and DDP beside other work, DTensor and tensor parallelism in its way."""
+"""What the strategies call: FSDP2, DDP and pipelines beside other work, DTensor and tensor parallelism in its way."""
 
 
 class OperatorLog(TorchDispatchMode):
@@ -122,9 +123,11 @@ class OperatorLog(TorchDispatchMode):
                 kind, waits = _COLLECTIVES[name]
                 size_bytes = max(tensor.nbytes for tensor in (*inputs, *outputs))
                 self._collectives[kind, size_bytes, _ranks(args), waits] += 1
-        elif outputs:
+        elif inputs or outputs:
+            if not outputs:  # of lists in place nothing is returned; the first is what is written
+                outputs = tensor_arguments(args[:1], {})
             flops = product_flops(func, args, kwargs, result) if is_product(func) else 0
-            dtype = str(outputs[0].dtype).removeprefix("torch.")
+            dtype = str((outputs or inputs)[0].dtype).removeprefix("torch.")
             moved_bytes = sum(tensor.nbytes for tensor in (*inputs, *outputs))
             self._counts[_part(), name, dtype, flops, moved_bytes] += 1
 

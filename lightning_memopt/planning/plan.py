@@ -14,10 +14,11 @@ from lightning_memopt.planning import written
 from lightning_memopt.planning.device_cache import this_device
 from lightning_memopt.planning.devices import DeviceModel, device_model
 from lightning_memopt.planning.estimates import Estimates
+from lightning_memopt.planning.expectations import Expectations
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
-from lightning_memopt.planning.read_module import can_be_copied, check_budget, read_space, without_memory
+from lightning_memopt.planning.read_module import can_be_copied, check_budget, most_stages, read_space, without_memory
 from lightning_memopt.planning.refine import keep_what_fits
 from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, search
 from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
@@ -162,7 +163,9 @@ def plan(
     model = device if isinstance(device, DeviceModel) else this_device() if device is None else device_model(device)
     budget_bytes = model.memory_bytes if budget is None else parse_bytes(budget)
     made = without_memory(module)
-    layouts = layouts or find_layouts(devices, nodes, has_host=model.kind == "cuda")
+    layouts = layouts or find_layouts(
+        devices, nodes, has_host=model.kind == "cuda", most_stages=most_stages(made, batch)
+    )
     check_budget(
         made,
         budget_bytes,
@@ -204,24 +207,27 @@ class _Planner:
         base, usual = self._with_what_pays(plain, first)
         estimates = Estimates(self._tracer.trace(base), base.techniques, self._samples, self._blocks)
         estimates.learn(base, usual.by_category)
+        expectations = Expectations(base, usual.total_seconds, self._samples)
 
         def evaluate(choice: Choice) -> Evaluation:
             evaluation = self._evaluate(choice)
             estimates.learn(choice, evaluation.by_category)
+            expectations.learn(choice, evaluation.total_seconds)
             return evaluation
 
         found = Found({}, {}, {})
         for tier in self._space.tiers(layouts, exact):
             found |= search(
                 tier,
-                lambda choice: usual.total_seconds * choice.usual_slowdown(self._samples),
+                expectations,
                 estimates,
                 evaluate,
                 budget_bytes,
                 wanted=wanted,
             )
-            if found.fitting:
+            if found.fitting and self._tracer.is_quick:
                 found = keep_what_fits(found, evaluate, budget_bytes)
+            if found.fitting:
                 break
         else:
             found |= find_smallest(self._space.tiers(layouts, exact), estimates.least, evaluate)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_memopt.memory._torch_tracker import StorageTracker
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.workspace import Need
+from lightning_memopt.planning.apart import StubsApart
 from lightning_memopt.planning.build import build_fake
 from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
@@ -170,7 +171,8 @@ def predict_step(
         instead = "use measure_memory(), or keep that line out of the step (self.log takes the tensor itself)"
         explained = explain_reads_of_values(f"{type(own).__name__} cannot be predicted", instead)
         stepping = nullcontext() if gpu_granularity is None else step_as_on_gpu()
-        with explained, stepping, mode, log or nullcontext(), KnownValues():
+        stubs = StubsApart() if rank_strategy is not None else nullcontext()
+        with explained, stepping, mode, log or nullcontext(), KnownValues(), stubs:
             report = run_second_step(
                 own,
                 own_batch,

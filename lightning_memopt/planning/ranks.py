@@ -6,7 +6,7 @@ tried with torch 2.13). The strategies run as they are but for what needs other 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,14 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.planning.lone_environment import LoneEnvironment
+from lightning_memopt.planning.own_chunks import cutting_own_chunks
 from lightning_memopt.planning.space import Layout
 
 Value = TypeVar("Value")
 
 
 @contextmanager
-def one_of_many(layout: Layout) -> Iterator[Strategy]:
-    """Within the block this process is rank 0 of the ranks of ``layout``; gives its strategy. For one fit.
+def one_of_many(layout: Layout, stage: int = 0, **options: Any) -> Iterator[Strategy]:
+    """Within the block this process is one of the ranks of ``layout``; gives its strategy. For one fit.
+
+    Args:
+        layout: The ranks.
+        stage: Of the ranks that share a batch by a pipeline, which this is; of the others it is the first.
+        **options: Of the strategy.
 
     Raises:
         ValueError: This process is a rank of a real process group.
@@ -36,9 +42,11 @@ def one_of_many(layout: Layout) -> Iterator[Strategy]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = layout.sizes.world
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    rank = stage * (world // layout.sizes.pipeline)  # the pipeline is the outermost of the mesh's dimensions
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
-        yield _pretended(layout)
+        with cutting_own_chunks():
+            yield _pretended(layout, rank, options)
     finally:
         dist.destroy_process_group()
         _forget_the_mesh()
@@ -51,10 +59,11 @@ def _forget_the_mesh() -> None:
     _clear_sharding_prop_cache()
 
 
-def _pretended(layout: Layout) -> Strategy:
+def _pretended(layout: Layout, rank: int, options: dict[str, Any]) -> Strategy:
     strategy = layout.make_strategy(
-        cluster_environment=LoneEnvironment(layout.sizes.world),
+        cluster_environment=LoneEnvironment(layout.sizes.world, rank),
         parallel_devices=[torch.device("cpu")] * layout.sizes.world,
+        **options,
     )
     cls = type(strategy)
     strategy.__class__ = type(cls.__name__, (_Pretended, cls), {})
@@ -95,6 +104,12 @@ class _Pretended(DDPStrategy):
         else:
             DDPStrategy.configure_ddp(self)
 
+    def parallelize(self) -> None:
+        this: Any = self
+        cast(Any, super()).parallelize()
+        if getattr(this, "_steps", None) is not None:
+            vars(this._steps).update(_compared={"training_step"}, _from_last_stage=_as_told)
+
     def _register_ddp_hooks(self) -> None:
         # The reducer cannot take a fake process group's answer for an all-reduce.
         assert isinstance(self.model, DistributedDataParallel)
@@ -130,6 +145,12 @@ class _Pretended(DDPStrategy):
     def teardown(self) -> None:
         this: Any = self
         this._undo_patches.close()
+
+
+def _as_told(told: tuple[Any, Any]) -> tuple[Any, Any]:
+    """What the last stage tells of a step: it is that stage, or makes up a loss."""
+    output, records = told
+    return output or {"loss": torch.zeros(()), "extra": {}}, records
 
 
 def _take_as_reduced(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

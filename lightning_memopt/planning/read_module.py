@@ -63,6 +63,16 @@ def read_space(module: pl.LightningModule, batch: Any, precision: str, trainer_o
     )
 
 
+def most_stages(module: pl.LightningModule, batch: Any) -> int:
+    """Into how many stages of a pipeline ``module`` and ``batch`` can be cut at most; 1 for no pipeline."""
+    is_usual = module.automatic_optimization and not is_overridden("backward", module)
+    if not is_usual or find_batch_norms(module):
+        return 1
+    blocks = sum(map(len, find_block_stacks(module)))
+    layers = sum(next(each.parameters(recurse=False), None) is not None for each in module.modules())
+    return min(blocks if blocks > 1 else layers, _samples(batch))
+
+
 def check_budget(module: pl.LightningModule, budget_bytes: int, *, ways: int, least_itemsize: int) -> None:
     """Refuse a budget that not even one block's parameters fit in.
 

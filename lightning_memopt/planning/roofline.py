@@ -8,10 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from lightning_memopt.parallel.pipeline.schedules import Schedule
-from lightning_memopt.parallel.pipeline.timing import pipeline_time
 from lightning_memopt.planning.devices import CollectiveKind, DeviceModel
-from lightning_memopt.planning.operators import OperatorCall
+from lightning_memopt.planning.operators import OperatorCall, Part
 
 _OVERLAPPED = 0.9
 """Part of the computing beside which a GPU can communicate: the first gather and the last reduction have none."""
@@ -68,14 +66,6 @@ class Transfer(NamedTuple):
     is_overlapped: bool = False
 
 
-class Pipeline(NamedTuple):
-    """The pipeline that a step runs in."""
-
-    schedule: Schedule
-    ranks: int
-    microbatches: int
-
-
 def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) -> float:
     """Time of all calls of one row: the slower of arithmetic and memory, and the time to issue them.
 
@@ -95,12 +85,19 @@ def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) 
     return call.times * (busy + device.operator_overhead)
 
 
+def busy_seconds(calls: Iterable[OperatorCall], device: DeviceModel, sharing: int = 1) -> dict[Part, float]:
+    """Time that a rank computes, by part of the step; arguments as for :func:`step_time`."""
+    spent: dict[Part, float] = {"forward": 0.0, "backward": 0.0, "recompute": 0.0, "optimizer": 0.0}
+    for call in calls:
+        spent[call.part] += operator_seconds(call, device, sharing)
+    return spent
+
+
 def step_time(
     calls: Iterable[OperatorCall],
     device: DeviceModel,
     *,
     transfers: Iterable[Transfer] = (),
-    pipeline: Pipeline | None = None,
     sharing: int = 1,
 ) -> StepTime:
     """Time of one optimizer step of one rank.
@@ -109,28 +106,20 @@ def step_time(
         calls: What the rank computes in the step, all micro-batches together.
         device: What it computes on.
         transfers: What it sends and receives.
-        pipeline: Where the rank is one of a pipeline's, whose stages are taken for equal.
         sharing: Ranks that compute on this one device at once.
 
     Returns:
         Seconds by part.
     """
-    spent = {"forward": 0.0, "backward": 0.0, "recompute": 0.0, "optimizer": 0.0}
-    for call in calls:
-        spent[call.part] += operator_seconds(call, device, sharing)
+    spent = busy_seconds(calls, device, sharing)
     busy = spent["forward"] + spent["backward"] + spent["recompute"]
     exposed = _exposed(list(transfers), device, busy)
-    idle = 0.0
-    if pipeline is not None and pipeline.ranks > 1 and busy:
-        time = pipeline_time(pipeline.schedule, pipeline.ranks, pipeline.microbatches)
-        idle = busy * time.idle_share / (1 - time.idle_share)
     return StepTime(
         compute=spent["forward"] + spent["backward"],
         recompute=spent["recompute"],
         optimizer=spent["optimizer"],
         communication=exposed["communication"],
         offload=exposed["offload"],
-        idle=idle,
     )
 
 

@@ -134,6 +134,7 @@ _USUAL_SLOWDOWN = {
     "memopt_zero3": 1.08,
     "memopt_hybrid": 1.08,
     "memopt_tp": 1.2,
+    "memopt_pp": 1.0,
     "memopt_zero3_offload": 1.5,
 }
 """The order in which layouts are looked at; their times follow from their traces."""
@@ -160,8 +161,9 @@ class Layout:
         """Whether what steps optimizers otherwise is possible here, and one kind of offload at a time."""
         return (
             (not techniques.in_backward or self.strategy == "auto")
-            and (not techniques.low_bit or self.strategy in ("auto", "memopt_ddp"))
+            and (not techniques.low_bit or self.strategy in ("auto", "memopt_ddp", "memopt_pp"))
             and not (techniques.offload and self.offloads)
+            and (techniques.micro_batch is None or self.sizes.pipeline == 1)  # it splits batches itself
         )
 
     @property
@@ -172,7 +174,8 @@ class Layout:
     @property
     def usual_slowdown(self) -> float:
         """What such a step usually takes, as a multiple of what its share of one device's would."""
-        return _USUAL_SLOWDOWN[self.strategy] * (1 + 0.1 * log2(self.sizes.tensor))
+        waits = 1.25 if self.sizes.pipeline > 1 else 1.0  # four micro-batches a stage
+        return _USUAL_SLOWDOWN[self.strategy] * (1 + 0.1 * log2(self.sizes.tensor)) * waits
 
     def make_strategy(self, **options: Any) -> Any:
         """A strategy object that does it; ``options`` are Lightning's."""
@@ -276,16 +279,17 @@ class Space:
         ]
 
 
-def find_layouts(devices: int, nodes: int, *, has_host: bool) -> list[Layout]:
+def find_layouts(devices: int, nodes: int, *, has_host: bool, most_stages: int = 1) -> list[Layout]:
     """The ways to spread a step over ``devices`` on each of ``nodes`` that the planner looks at.
 
-    Tensor parallelism stays within a node. Pipelines are left out: what a stage holds follows from the values that
-    stages tell each other, and no prediction has them.
+    Tensor parallelism stays within a node. Ranks that a pipeline leaves share the parameters of their stage; across
+    nodes, those of a node may instead share its matrix products.
 
     Args:
         devices: Devices of a node.
         nodes: Nodes.
         has_host: Whether there is another memory than the devices' to offload to.
+        most_stages: Into how many stages of a pipeline the module and the batch can be cut; 1 for not at all.
     """
     world = devices * nodes
     if world == 1:
@@ -301,6 +305,16 @@ def find_layouts(devices: int, nodes: int, *, has_host: bool) -> list[Layout]:
         else:
             layouts.append(Layout("memopt_hybrid", MeshSizes(shard=world // tensor, tensor=tensor)))
         tensor *= 2
+    stages = 2
+    while stages <= min(world, most_stages) and world % stages == 0:
+        if stages == world:
+            layouts.append(Layout("memopt_pp", MeshSizes(pipeline=stages)))
+        else:
+            layouts.append(Layout("memopt_hybrid", MeshSizes(pipeline=stages, shard=world // stages)))
+        if 1 < devices < world and stages <= nodes and world % (stages * devices) == 0:
+            rest = world // stages // devices
+            layouts.append(Layout("memopt_hybrid", MeshSizes(pipeline=stages, shard=rest, tensor=devices)))
+        stages *= 2
     if has_host:
         layouts.append(Layout("memopt_zero3_offload", MeshSizes(shard=world)))
     return layouts

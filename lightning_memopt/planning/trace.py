@@ -7,11 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.report import MemoryReport, TimelinePoint
 from lightning_memopt.memory.workspace import Need
+from lightning_memopt.parallel.pipeline.splitting import Partition
 from lightning_memopt.planning.build import SMALL_BYTES
 from lightning_memopt.planning.depth import (
     SHALLOW,
@@ -28,11 +30,13 @@ from lightning_memopt.planning.predict import Module, measure_step, predict_step
 from lightning_memopt.planning.ranks import one_of_many
 from lightning_memopt.planning.search import Refused
 from lightning_memopt.planning.space import Choice, Layout, Techniques
+from lightning_memopt.planning.stages import Stages, count_micro_batches, few_micro_batches, stages_to_trace
 from lightning_memopt.planning.values import ReadsValues
 from lightning_memopt.techniques.batches import batch_size, micro_batches
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
 
 _WHOLE_TIMELINE = 10**7
+_QUICK_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class StepTrace:
         operators: What ran.
         collectives: What ranks sent each other.
         notes: What the figures leave out.
+        stages: Of a pipeline, of which the rest is that of the stage that holds the most.
     """
 
     points: tuple[TimelinePoint, ...]
     operators: tuple[OperatorCall, ...]
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...] = ()
+    stages: Stages | None = None
 
     @property
     def peak(self) -> TimelinePoint:
@@ -94,6 +100,7 @@ class StepTracer:
         self._real_because: ReadsValues | None = None
         self._kernels: dict[str, Need] = {}
         self._prepares: bool | None = None
+        self._partition: Partition | None = None  # of the pipeline that was traced last
         self._known: dict[Choice, StepTrace | str] = {}
 
     def trace(self, choice: Choice) -> StepTrace:
@@ -105,7 +112,7 @@ class StepTracer:
         """
         if choice not in self._known:
             try:
-                self._known[choice] = self._of_few_blocks(choice) or self._run(choice)
+                self._known[choice] = self._of_stages(choice) or self._of_few_blocks(choice) or self._run(choice)
             except MisconfigurationException as refusal:
                 self._known[choice] = str(refusal)
             except LogitsNotFormedError as refusal:
@@ -114,6 +121,22 @@ class StepTracer:
         if isinstance(known, str):
             raise Refused(known)
         return known
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a trace of all blocks, which a budget of activations takes, is quick."""
+        return self._stack is None or len(self._stack) <= _QUICK_BLOCKS
+
+    def _of_stages(self, choice: Choice) -> StepTrace | None:
+        if choice.layout.sizes.pipeline == 1:
+            return None
+        first = self._run(choice)
+        assert self._partition is not None
+        partition = self._partition
+        traces = {0: first} | {stage: self._run(choice, stage=stage) for stage in stages_to_trace(partition)[1:]}
+        largest = max(traces.values(), key=lambda trace: trace.peak.total_bytes)
+        microbatches = count_micro_batches(batch_size(self._batch), choice.layout.sizes.pipeline)
+        return replace(largest, stages=Stages(traces, partition.costs, microbatches))
 
     def _of_few_blocks(self, choice: Choice) -> StepTrace | None:
         stack = self._stack
@@ -137,15 +160,15 @@ class StepTracer:
             deep.notes,
         )
 
-    def _run(self, choice: Choice, blocks: tuple[Stack, int] | None = None) -> StepTrace:
+    def _run(self, choice: Choice, blocks: tuple[Stack, int] | None = None, stage: int = 0) -> StepTrace:
         """Trace one step: the second of two, or one alone where the module and the layout make both the same."""
         techniques, layout = choice.techniques, choice.layout
         # Elsewhere the optimizers are not the trainer's, or the first step does what no other does: it makes the
         # buckets of replicas, tries whether layers can be split, and looks at what a budget is dealt out among.
         is_usual = not (techniques.in_backward or techniques.low_bit or techniques.checkpointing == "budget") and (
-            layout.strategy == "auto" or (layout.sizes.shard > 1 and layout.sizes.tensor == 1)
+            layout.strategy in ("auto", "memopt_pp") or (layout.sizes.shard > 1 and layout.sizes.tensor == 1)
         )
-        return self._step(choice, blocks, prepares=is_usual and self._is_alike(choice, blocks))
+        return self._step(choice, blocks, prepares=is_usual and self._is_alike(choice, blocks), stage=stage)
 
     def _is_alike(self, choice: Choice, blocks: tuple[Stack, int] | None) -> bool:
         """Whether the module's first step is its second, once the optimizers have their state; looked at once."""
@@ -159,32 +182,44 @@ class StepTracer:
                 self._prepares = self._real_because is None and first.is_same(second)
         return self._prepares
 
-    def _step(self, choice: Choice, blocks: tuple[Stack, int] | None, prepares: bool) -> StepTrace:
-        batch, repeats, left_out_bytes = self._batch, 1.0, 0
-        size = choice.techniques.micro_batch
-        if size is not None:
+    def _step(self, choice: Choice, blocks: tuple[Stack, int] | None, prepares: bool, stage: int = 0) -> StepTrace:
+        batch, repeats, left_out_bytes, of_stage = self._batch, 1.0, 0, dict[str, int]()
+        size, pipeline = choice.techniques.micro_batch, choice.layout.sizes.pipeline
+        if pipeline > 1:
+            batch, few = few_micro_batches(batch, pipeline)
+            of_stage = {"stage": stage, "microbatches": few}
+        elif size is not None:
             # The third micro-batch and those after it repeat the second: gradients are there, activations come again.
-            samples = batch_size(batch)
             batch = micro_batches(batch, 2 * size)[0]
-            repeats = samples / batch_size(batch)
+        if batch is not self._batch:
+            repeats = batch_size(self._batch) / batch_size(batch)
             left_out_bytes = _size_bytes(self._batch) - _size_bytes(batch)
+            batch = apply_to_collection(batch, torch.Tensor, torch.clone)  # a view would be traced with all of it
         log = OperatorLog()
         with self._cut(blocks) as module:
-            report = self._report(module, batch, choice, log, prepares)
+            report = self._report(module, batch, choice, log, prepares, of_stage)
         points = report.timeline
         if left_out_bytes:
             points = tuple(_with_more(point, "other", left_out_bytes) for point in points)
         operators = [
             call if call.part == "optimizer" else call._replace(times=call.times * repeats) for call in log.calls
         ]
-        # Gradients are reduced once a step; what is gathered is gathered for each micro-batch.
+        # Gradients are reduced once a step; what is gathered or sent is so for each micro-batch.
         collectives = [
             each if each.kind == "reduce_scatter" else each._replace(times=each.times * repeats)
             for each in log.collectives
         ]
         return StepTrace(points, tuple(operators), tuple(collectives), report.notes)
 
-    def _report(self, module: Module, batch: Any, choice: Choice, log: OperatorLog, prepares: bool) -> MemoryReport:
+    def _report(
+        self,
+        module: Module,
+        batch: Any,
+        choice: Choice,
+        log: OperatorLog,
+        prepares: bool,
+        of_stage: Mapping[str, int],
+    ) -> MemoryReport:
         options: dict[str, Any] = {
             "callbacks": choice.techniques.callbacks("cpu"),
             "log": log,
@@ -195,8 +230,8 @@ class StepTracer:
         is_alone = choice.layout.sizes.world == 1
         if self._real_because is None:
             try:
-                with nullcontext() if is_alone else one_of_many(choice.layout) as strategy:
-                    return predict_step(
+                with nullcontext() if is_alone else one_of_many(choice.layout, **of_stage) as strategy:
+                    report = predict_step(
                         module,
                         batch,
                         known_kernels=self._kernels,
@@ -205,6 +240,8 @@ class StepTracer:
                         prepares=prepares,
                         **options,
                     )
+                    self._partition = strategy.pipeline.partition if of_stage else None
+                return report
             except ReadsValues as refusal:
                 if not (is_alone and self._is_small):
                     raise

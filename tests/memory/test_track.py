@@ -1,6 +1,9 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -160,3 +163,16 @@ def test_on_cuda_the_allocator_is_reconciled(cuda):
     assert report.device == "cuda"
     assert report.peak_bytes == pytest.approx(torch.cuda.max_memory_allocated(cuda), rel=0.02, abs=before)
     assert "beyond its peak" in report.notes[-1]
+
+
+@pytest.mark.parametrize("is_predicted", [False, True])
+def test_tensors_without_data_of_somebody_else_take_no_memory(is_predicted):
+    # A pipeline has such in place of what other stages hold.
+    mode = FakeTensorMode()
+    with mode:
+        elsewhere = nn.Linear(64, 64)
+    with FakeTensorMode() if is_predicted else nullcontext(), track_memory(elsewhere) as tracker:
+        held = torch.empty(8)
+        with unset_fake_temporarily():
+            elsewhere(elsewhere.weight).relu()
+    assert tracker.report().peak_bytes == pytest.approx(held.nbytes, abs=100)  # torch's own scalars beside them

@@ -22,6 +22,7 @@ LAYOUTS = {
 
 
 def _measured(name: str, strategy: str) -> int:
+    """Bytes at the peak of this rank."""
     entry = ZOO[name]
     return memopt.measure_memory(entry.build(), entry.batch(), strategy=strategy, devices=2).peak_bytes
 
@@ -34,6 +35,7 @@ def _assert_predicted(name: str, strategy: str) -> None:
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
+PIPELINED = ("gpt2", "encoder", "llama", "t5", "bert_qa", "vit")
 QUICK = ("memopt_ddp", "memopt_zero3", "memopt_tp")
 
 
@@ -50,6 +52,17 @@ def _pairs() -> list[object]:
 def test_a_rank_of_any_transformer_holds_what_was_predicted(name, strategy):
     # Of large modules: what collectives hold for a moment in threads of their own is kilobytes, and not always there.
     _assert_predicted(name, strategy)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in PIPELINED)])
+def test_a_stage_holds_what_was_predicted(name):
+    entry = ZOO[name]
+    measured = run_on_ranks(_measured, 2, name, "memopt_pp")
+    for stage in range(2):
+        with one_of_many(Layout("memopt_pp", MeshSizes(pipeline=2)), stage) as strategy:
+            predicted = predict_step(entry.build(), entry.batch(), rank_strategy=strategy).peak_bytes
+        assert predicted == pytest.approx(measured[stage], rel=0.02)
 
 
 def test_more_ranks_hold_less_each_and_no_rank_holds_whole_parameters_beside_its_shards():

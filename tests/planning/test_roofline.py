@@ -6,7 +6,7 @@ import pytest
 
 from lightning_memopt.planning.devices import DeviceModel, Link
 from lightning_memopt.planning.operators import OperatorCall
-from lightning_memopt.planning.roofline import Pipeline, Transfer, step_time
+from lightning_memopt.planning.roofline import Transfer, step_time
 
 _DEVICE = DeviceModel(
     name="made up",
@@ -86,10 +86,3 @@ def test_a_network_between_nodes_is_slower_than_the_link_within():
         step_time([], _DEVICE, transfers=[Transfer("all_reduce", 10**8, ranks=2, nodes=nodes)]) for nodes in (1, 2)
     )
     assert across.communication == pytest.approx(10 * within.communication)
-
-
-def test_a_pipeline_waits_in_proportion_to_what_it_computes():
-    calls = [_call(flops=2 * 10**12), _call("recompute", flops=10**12), _call("optimizer", flops=10**12)]
-    time = step_time(calls, _DEVICE, pipeline=Pipeline("1f1b", ranks=4, microbatches=8))
-    assert time.idle == pytest.approx(3.0 * 3 / 8)
-    assert step_time(calls, _DEVICE, pipeline=Pipeline("1f1b", ranks=1, microbatches=8)).idle == 0.0

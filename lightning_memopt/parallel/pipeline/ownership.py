@@ -23,7 +23,7 @@ def free_in_place(module: nn.Module, tensors: set[Tensor]) -> dict[Tensor, Tenso
             meta = torch.empty_like(tensor, device="meta")
             if isinstance(tensor, nn.Parameter):
                 meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
-                vars(meta).update(vars(tensor))
+                vars(meta).update(vars(tensor) | vars(meta))
             freed[tensor] = meta
         setattr(owner, name, freed[tensor])  # not `_parameters`: recurrent modules keep a list of their own
     return freed

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 Listener = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
 """Told of each operator on stubs: the operator, its arguments and what it returned."""
@@ -27,6 +29,7 @@ class StubMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._is_beside_fakes = active_fake_mode() is not None
         self.listener: Listener | None = None
         self._depth = 0
         self._lookups: dict[Hashable, tuple[torch.Size, torch.dtype]] = {}
@@ -34,6 +37,8 @@ class StubMode(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_writing_to_real(func, args)
+        if self._is_beside_fakes:
+            args, kwargs = tree_map_only(FakeTensor, self._own, (args, kwargs))
         self._depth += 1
         try:
             if func is torch.ops.aten.embedding.default:
@@ -59,6 +64,14 @@ class StubMode(FakeTensorMode):
         shape, dtype = self._lookups[key]
         return FakeTensor(self, torch.empty(shape, dtype=dtype, device="meta"), table.device)
 
+    def _own(self, tensor: FakeTensor) -> FakeTensor:
+        """A stub in place of a fake of another mode: in a run that is predicted, that is a tensor with values."""
+        if is_stub(tensor):
+            return tensor
+        make: Any = torch.empty_strided
+        with self:
+            return make(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.fake_device)
+
     def stub(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A stub like ``tensor``, which is taken for one on ``device``; a parameter for a parameter."""
         make: Any = torch.empty_strided
@@ -70,8 +83,11 @@ class StubMode(FakeTensorMode):
 
 
 def is_stub(value: object) -> bool:
-    """Whether ``value`` is a tensor without data."""
-    return isinstance(value, FakeTensor)
+    """Whether ``value`` is a tensor without data.
+
+    Where a run is predicted, those with data are fake too, of another mode.
+    """
+    return isinstance(value, FakeTensor) and isinstance(value.fake_mode, StubMode)
 
 
 def _refuse_writing_to_real(func: Any, args: Sequence[Any]) -> None:
