@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BatchSizeFinder
-from torch.utils.data import DataLoader
-
 from environment import environment_record, now
+from lightning.pytorch.callbacks import BatchSizeFinder
 from results_file import ResultsFile
+from torch.utils.data import DataLoader
 
 import lightning_memopt as memopt
 from lightning_memopt.planning.device_cache import this_device

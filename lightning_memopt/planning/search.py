@@ -8,7 +8,6 @@ from typing import Protocol
 
 from lightning_memopt.planning.space import Choice, Layout
 
-
 _FAILURES = 4
 """So many choices of a layout that did not fit raise the question whether any does."""
 

@@ -13,7 +13,7 @@ _TOGETHER = ("foreach", "fused")
 def stepping_mixed(optimizer: Optimizer) -> Iterator[None]:
     """Within the block, groups with both kinds of parameters step them one by one.
 
-    ``foreach`` and ``fused`` put all tensors of a group into one kernel, which takes no mixture; left open (``None``),
+    ``foreach`` and ``fused`` put all tensors of a group into one kernel, which takes no mixture; left open,
     ``foreach`` is PyTorch's choice on a GPU. Neither changes what is computed, and the groups have the user's values
     again afterwards, so checkpoints have too.
     """
