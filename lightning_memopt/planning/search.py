@@ -11,9 +11,6 @@ from lightning_memopt.planning.space import Choice, Layout
 _FAILURES = 4
 """So many choices of a layout that did not fit raise the question whether any does."""
 
-_OTHERS = 2
-"""So many evaluations for each plan that is wanted are spent on others than the fastest."""
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -118,7 +115,7 @@ def search(
             deferred.append(choice)
             continue
         if fastest and seconds > fastest[0]:
-            if others == _OTHERS * wanted or not estimates.fits(choice, budget_bytes):
+            if others == wanted or not estimates.fits(choice, budget_bytes):
                 continue
             others += 1
         if choice not in found.fitting:
