@@ -57,9 +57,9 @@ def test_where_the_first_step_is_not_like_the_second_the_second_is_traced():
 def _count_steps(monkeypatch, **options) -> int:
     steps, run = [], StepTracer._step
 
-    def counted(self, choice, blocks, prepares):
+    def counted(self, choice, *arguments, **options):
         steps.append(choice)
-        return run(self, choice, blocks, prepares)
+        return run(self, choice, *arguments, **options)
 
     monkeypatch.setattr(StepTracer, "_step", counted)
     memopt.plan(lambda: Deep(2, 64), _batch(64, 64), device=A_CPU, devices=8, **options)

@@ -3,7 +3,7 @@
 Adapter for private parts of ``torch.distributed.pipelining`` (receive buffers); tried with torch 2.13.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,13 @@ Forward = Callable[[int, int, tuple[Tensor, ...]], Any]
 
 Around = Callable[[bool], AbstractContextManager[Any]]
 """Makes the context of a backward, from whether it is the stage's last of the batch."""
+
+
+def _let_go(received: Iterable[Sequence[_RecvInfo]]) -> None:
+    """Of their buffers; root arguments have none."""
+    for infos in received:
+        for info in infos:
+            info.buffer = None
 
 
 def _nothing_left() -> Callable[..., None]:
@@ -101,6 +108,16 @@ class Stage(PipelineStage):
         run is predicted)."""
         return torch.ones_like(super()._warmup_backward_result(received_result))
 
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        """Without the buffers of all micro-batches, which would last through the first step."""
+        super()._setup_forward_recv_info(num_microbatches, has_backward)
+        _let_go(self.args_recv_info.values())
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        """Without the buffers of all micro-batches, as in the forward."""
+        super()._setup_backward_recv_info(num_microbatches)
+        _let_go(self.grad_recv_info.values())
+
     def prepare_forward_only(self) -> None:
         """What a schedule's first step does, for runs without a schedule."""
         self._stage_meta.inputs = extract_tensor_metas(tuple(self.inputs[0]))
@@ -121,8 +138,7 @@ class Stage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Let go of the buffers, which autograd holds for as long as it needs them."""
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        for info in self.args_recv_info.get(fwd_chunk_id, ()):
-            info.buffer = None
+        _let_go([self.args_recv_info.get(fwd_chunk_id, ())])
         return output
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
