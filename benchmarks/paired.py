@@ -7,6 +7,7 @@ over the pairs: a burst of other work spoils the pairs it falls into, and no mor
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any, Protocol
@@ -22,10 +23,15 @@ class TakeTurns(pl.Callback):
 
     Has to be the trainer's last callback: the clock runs from the word to go to the end of everyone's
     ``on_train_batch_end``, so that it counts all that a step costs.
+
+    Args:
+        channel: To the parent.
+        clock: In seconds.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, clock: Callable[[], float] = time.perf_counter) -> None:
         self.channel = channel
+        self._clock = clock
         self._since = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -34,12 +40,12 @@ class TakeTurns(pl.Callback):
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Report, and wait for the next turn."""
-        self.channel.send(time.perf_counter() - self._since)
+        self.channel.send(self._clock() - self._since)
         self._wait()
 
     def _wait(self) -> None:
         self.channel.receive()
-        self._since = time.perf_counter()
+        self._since = self._clock()
 
 
 def train_in_turns(channel: Channel, row: str, size: workload.Size) -> None:

@@ -9,7 +9,7 @@ groups of ranks take turns, and a group's step takes as long as its slowest rank
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,8 @@ from parallel_bodies import loop_by_hand, train
 from parallel_workload import FULL, QUICK, Size
 from ranks import RankGroup
 from workers import WorkerError
+
+from lightning_memopt.parallel.pipeline.timing import pipeline_time
 
 RESULTS = Path(__file__).parent / "results" / "parallel.json"
 RANKS = 2
@@ -115,33 +117,55 @@ def _start(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
     return measure
 
 
+def _watch(size: Size, pairs: int) -> dict[str, Any]:
+    """Processor time with the thread that watches over other ranks, where its rank enters most phases in a step."""
+    with (
+        RankGroup(train, "memopt_pp", size, "unwatched", ranks=RANKS) as without,
+        RankGroup(train, "memopt_pp", size, "processor", ranks=RANKS) as watched,
+    ):
+        return _paired(without, watched, pairs)
+
+
 def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
     """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory.
 
-    A rank that has ended its part waits for the last one, whether it says so or not. The same of a loop by hand says
-    how much of the share is the schedule's and this machine's.
+    A rank that has ended its part waits for the last one, whether it says so or not. The vocabulary is small, so that
+    the head on the last stage hardly weighs. What is left of imbalance is told by playing the schedule with what each
+    rank computed for, and what is the machine's by the same of a loop by hand.
     """
-    shares: dict[str, list[float]] = {"ours": [], "by_hand": []}
+    size = replace(size, vocabulary=min(size.vocabulary, 64))
     with (
         RankGroup(train, "memopt_pp", size, "waiting", ranks=RANKS) as ours,
         RankGroup(loop_by_hand, "memopt_pp", size, "waiting", ranks=RANKS) as by_hand,
     ):
+        groups = {"ours": ours, "by_hand": by_hand}
+        shares: dict[str, list[float]] = {name: [] for name in groups}
+        computed: dict[str, list[list[float]]] = {name: [] for name in groups}
         for step in range(WARM_UP + pairs):
-            for name, group in (("ours", ours), ("by_hand", by_hand)):
+            for name, group in groups.items():
                 clocks = group.ask("go")
                 if step >= WARM_UP:
                     longest = max(wall for wall, _ in clocks)
-                    shares[name].append(1 - sum(computed for _, computed in clocks) / (RANKS * longest))
+                    computed[name].append([seconds for _, seconds in clocks])
+                    shares[name].append(1 - sum(computed[name][-1]) / (RANKS * longest))
     share, share_by_hand = median(shares["ours"]), median(shares["by_hand"])
     # Narayanan et al. 2021 (https://arxiv.org/abs/2104.04473), section 2.2: of m + p - 1 slots, p - 1 are idle.
     theory = (RANKS - 1) / (size.micro_batches + RANKS - 1)
     return {
         "ratio": share / theory,
         "idle_share": share,
+        "played_ratio": _played(computed["ours"], size) / theory,
         "by_hand_ratio": share_by_hand / theory,
+        "by_hand_played_ratio": _played(computed["by_hand"], size) / theory,
         "theory": theory,
         "pairs": pairs,
     }
+
+
+def _played(computed: list[list[float]], size: Size) -> float:
+    """The idle share of a machine that always takes as long, and whose messages take no time."""
+    thirds = [median(seconds) / size.micro_batches / 3 for seconds in zip(*computed, strict=True)]
+    return pipeline_time("1f1b", RANKS, size.micro_batches, thirds, [2 * third for third in thirds]).idle_share
 
 
 def _once(strategy: str, size: Size, kind: str, method: str = "fork") -> float:
@@ -154,6 +178,7 @@ ROWS: dict[str, Row] = {
     **{f"{s}_by_hand": Row(f"{s}: step, against a loop by hand", _against_by_hand(s), 1.05) for s in STRATEGIES},
     **{f"{s}_lightning": Row(f"{s}: step, against {t}", _against_lightning(s), 1.0) for s, t in LIGHTNINGS.items()},
     **{f"{s}_memory": Row(f"{s}: peak memory, against {t}", _memory(s), 1.0) for s, t in LIGHTNINGS.items()},
+    "memopt_pp_watch": Row("memopt_pp: processor time of a step, against none watching other ranks", _watch, 1.02),
     "memopt_pp_idle": Row("memopt_pp: idle share, against (p-1)/(m+p-1)", _idle_share, 1.1),
     **{f"{s}_start": Row(f"{s}: first step done, against ddp", _start(s), 1.5) for s in STRATEGIES},
 }

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,10 +13,12 @@ from by_hand import BY_HAND
 from paired import TakeTurns
 from parallel_workload import Size
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import schedules
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from workers import Channel
 
 import lightning_memopt as memopt
+from lightning_memopt.parallel.watch import RankWatch
 
 
 class LightningSharded(workload.CausalLanguageModel):
@@ -64,23 +68,51 @@ class TellFirstStep(pl.Callback):
 
 
 class ShareOfWaiting(pl.Callback):
-    """Takes turns and reports, of forward and backward, the wall time and the time that this rank computed.
-
-    A rank that waits for a neighbour sleeps, so what its thread has not computed it has waited.
-    """
+    """Takes turns and reports, of forward and backward, the wall time and the time that this rank did not wait."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self._waits = Waits()
         self._since = (0.0, 0.0)
 
     def on_train_batch_start(self, *arguments: Any) -> None:
         """Wait for the word to go, and start both clocks."""
         self.channel.receive()
-        self._since = _clocks()
+        self._since = self._waits.clocks()
 
     def on_before_optimizer_step(self, *arguments: Any) -> None:
         """Report what both clocks say."""
-        self.channel.send(tuple(after - before for before, after in zip(self._since, _clocks(), strict=True)))
+        self.channel.send(self._waits.since(self._since))
+
+
+class Waits:
+    """Times how long this process, from now on, waits for other ranks.
+
+    Told apart from processor time, which a rank that has something to compute may be kept from by others' processes:
+    then the machine is busy, and the pipeline is not idle.
+    """
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        for owner, name in ((schedules, "_wait_batch_p2p"), (dist, "broadcast_object_list"), (dist, "all_reduce")):
+            setattr(owner, name, partial(self._timed, getattr(owner, name)))
+
+    def clocks(self) -> tuple[float, float]:
+        """Seconds on the wall, and those of them that were not spent waiting."""
+        now = time.perf_counter()
+        return now, now - self._waited
+
+    def since(self, before: tuple[float, float]) -> tuple[float, float]:
+        """How far both have gone."""
+        wall, computed = self.clocks()
+        return wall - before[0], computed - before[1]
+
+    def _timed(self, wait: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        since = time.perf_counter()
+        try:
+            return wait(*args, **kwargs)
+        finally:
+            self._waited += time.perf_counter() - since
 
 
 def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
@@ -90,12 +122,17 @@ def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
         channel: To the parent.
         strategy: One of this package's names, ``"ddp"``, or ``"ModelParallelStrategy"``.
         size: Of the workload.
-        kind: ``"turns"``, ``"memory"``, ``"start"`` or ``"waiting"``.
+        kind: ``"turns"``, ``"processor"`` (turns in processor time), ``"unwatched"`` (that without the watch over
+            the other ranks), ``"memory"``, ``"start"`` or ``"waiting"``.
     """
     since = time.perf_counter()
     workload.be_quiet()
+    if kind == "unwatched":
+        RankWatch.start = lambda watch: None  # type: ignore[method-assign]
     callback: pl.Callback = {
         "turns": lambda: TakeTurns(channel),
+        "processor": lambda: TakeTurns(channel, time.process_time),
+        "unwatched": lambda: TakeTurns(channel, time.process_time),
         "memory": lambda: MeasureStep(channel),
         "start": lambda: TellFirstStep(channel, since),
         "waiting": lambda: ShareOfWaiting(channel),
@@ -133,18 +170,15 @@ def loop_by_hand(channel: Channel, strategy: str, size: Size, kind: str = "turns
     workload.be_quiet()
     dist.init_process_group("gloo")
     step = BY_HAND[strategy](size)
-    before_optimizer = [_clocks()]
-    register_optimizer_step_pre_hook(lambda *_: before_optimizer.append(_clocks()))
+    waits = Waits()
+    since = waits.clocks()
+    before_optimizer: list[tuple[float, float]] = []
+    register_optimizer_step_pre_hook(lambda *_: before_optimizer.append(waits.since(since)))
     while True:
         channel.receive()
-        since = _clocks()
+        since = waits.clocks()
         step()
         if kind == "turns":
             channel.send(time.perf_counter() - since[0])
         else:
-            channel.send(tuple(after - before for before, after in zip(since, before_optimizer.pop(), strict=True)))
-
-
-def _clocks() -> tuple[float, float]:
-    """Seconds on the wall, and seconds that this thread has computed."""
-    return time.perf_counter(), time.thread_time()
+            channel.send(before_optimizer.pop())

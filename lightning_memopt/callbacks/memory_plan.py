@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -179,7 +180,10 @@ class MemoryPlan(Callback):
 
     def _compare(self, trainer: pl.Trainer, module: pl.LightningModule, peak_bytes: int) -> None:
         assert self.result is not None and self._chosen is not None
-        self.measured_bytes = int(trainer.strategy.reduce(torch.tensor(float(peak_bytes)), reduce_op="max"))
+        # Of all ranks: stages of a pipeline differ, and where no group is given its ranks are one.
+        everyone = dist.group.WORLD if dist.is_initialized() else None
+        largest = trainer.strategy.reduce(torch.tensor(float(peak_bytes)), group=everyone, reduce_op="max")
+        self.measured_bytes = int(largest)
         predicted_bytes = self._chosen.peak_bytes - self._chosen.by_category.get("workspace", 0)
         error = predicted_bytes / self.measured_bytes - 1
         self._write(trainer)

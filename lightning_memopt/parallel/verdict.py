@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -60,7 +60,7 @@ class Beat:
 
     def encode(self) -> str:
         """As it is stored."""
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))
 
     @classmethod
     def decode(cls, stored: bytes) -> "Beat":
@@ -163,10 +163,11 @@ def position_of(thread: int) -> tuple[bool, str]:
     frame = sys._current_frames().get(thread)
     if frame is None:
         return False, "its end"
-    torch_folder = str(Path(dist.__file__).parents[1]) + os.sep
+    distributed_folder = os.path.dirname(dist.__file__) + os.sep
+    torch_folder = os.path.dirname(os.path.dirname(dist.__file__)) + os.sep
     waits = False  # in collectives of DTensor's the innermost line is that of an operator
     while _file(frame).startswith(torch_folder) and frame.f_back is not None:
-        waits |= _file(frame).startswith(str(Path(dist.__file__).parent) + os.sep)
+        waits |= _file(frame).startswith(distributed_folder)
         frame = frame.f_back
     return waits, f"{_file(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
 

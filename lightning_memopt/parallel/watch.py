@@ -27,7 +27,7 @@ from lightning_memopt.parallel.verdict import (
 
 _VERDICT = "verdict"
 _STORE_ANSWERS_SECONDS = 5
-_BETWEEN_SIGNS_SECONDS = 0.05  # at least: a thread that gives signs takes time from the one that trains
+_BETWEEN_SIGNS_SECONDS = 0.1  # at least: a thread that gives signs takes time from the one that trains
 _BETWEEN_READINGS_SECONDS = 0.2
 _LONG_SILENCE_SECONDS = 5
 
@@ -101,9 +101,10 @@ class RankWatch:
 
     def enter(self, phase: str) -> None:
         """Say what this rank does from now on."""
-        self.phase = phase
         self.progress += 1
-        self._entered.set()
+        if phase != self.phase:
+            self.phase = phase
+            self._entered.set()
 
     def explain(self, error: BaseException) -> RankFailure | None:
         """What to raise in place of ``error``, which the training thread has just raised; ``None``: ``error`` itself.
@@ -144,7 +145,8 @@ class RankWatch:
             if complete and time.monotonic() < looked + self.interval and not self._judged.is_set():
                 with suppress(RuntimeError):
                     self._beat()
-                    self._read([0])  # with which the store goes, and all that could be asked then
+                    if self.rank != 0:
+                        self._read([0])  # with which the store goes, and all that could be asked then
                 continue
             looked = time.monotonic()
             failure = self._look()
@@ -158,6 +160,8 @@ class RankWatch:
 
     def _look(self) -> RankFailure | None:
         """Give a sign of life, read the others', and judge them."""
+        waits, where = position_of(self._watched_thread)  # takes longer than a sign, and matters where nothing moves
+        self._own = replace(self._own, waits=waits, where=where)
         try:
             self._beat()
             self._read(range(self.world_size))
@@ -210,15 +214,8 @@ class RankWatch:
             self._judged.set()
 
     def _current(self) -> Beat:
-        waits, where = position_of(self._watched_thread)
-        return replace(
-            self._own,
-            phase=self.phase,
-            progress=self.progress,
-            waits=waits,
-            where=where,
-            done=any(event.is_set() for event in (self._stopped, self._handled, self._judged)),
-        )
+        done = any(event.is_set() for event in (self._stopped, self._handled, self._judged))
+        return replace(self._own, phase=self.phase, progress=self.progress, done=done)
 
     def _beat(self) -> None:
         self._own = replace(self._current(), count=self._own.count + 1)

@@ -10,6 +10,8 @@ from lightning_memopt.planning.space import Choice
 def explain(choice: Choice, evaluated: Mapping[Choice, Evaluation]) -> tuple[str, ...]:
     """The way to ``choice`` over those of the ``evaluated`` that it has all savings of, one sentence a step.
 
+    It begins with the layout that usually takes the least time, which is replicas where there are several devices.
+
     Example: ``"selective checkpointing: -11.20 GiB for +4% time"``.
     """
     if choice not in evaluated:
@@ -23,12 +25,21 @@ def explain(choice: Choice, evaluated: Mapping[Choice, Evaluation]) -> tuple[str
             break
         # The nearest: what has itself the most of the others below it.
         chain.append(max(below, key=lambda other: sum(other.adds_to(third) for third in below)))
+    replicas = [
+        other
+        for other in passed
+        if other.layout.usual_slowdown < choice.layout.usual_slowdown
+        and chain[-1].techniques.needs_no_more_than(other.techniques)
+    ]
+    if replicas:
+        chain.append(min(replicas, key=lambda other: other.layout.usual_slowdown))
     chain.reverse()
     return tuple(_step(chain[i], chain[i + 1], evaluated) for i in range(len(chain) - 1))
 
 
 def _step(before: Choice, after: Choice, evaluated: Mapping[Choice, Evaluation]) -> str:
-    words = " and ".join(after.techniques.names(before.techniques).values())
+    layout = [str(after.layout)] if after.layout != before.layout else []
+    words = " and ".join([*layout, *after.techniques.names(before.techniques).values()])
     saved = evaluated[before].peak_bytes - evaluated[after].peak_bytes
     slower = evaluated[after].total_seconds / evaluated[before].total_seconds - 1
     sign = "-" if saved >= 0 else "+"

@@ -18,7 +18,7 @@ def table(result: PlanResult) -> Table:
     for index, plan in enumerate(result.plans):
         shown.add_row(
             "chosen" if index == result.chosen else "" if plan.fits else "too large",
-            _strategy(plan),
+            str(plan.choice.layout),
             _techniques(plan),
             format_bytes(plan.peak_bytes),
             _largest(plan),
@@ -27,11 +27,6 @@ def table(result: PlanResult) -> Table:
             style=None if plan.fits else "dim",
         )
     return shown
-
-
-def _strategy(plan: Plan) -> str:
-    sizes = [f"{name}={plan.sizes.of(name)}" for name in ("pipeline", "data", "shard", "tensor")]
-    return " ".join([plan.strategy, *(size for size in sizes if not size.endswith("=1"))])
 
 
 def _techniques(plan: Plan) -> str:

@@ -152,6 +152,10 @@ class Layout:
     strategy: str = "auto"
     sizes: MeshSizes = ONE
 
+    def __str__(self) -> str:
+        sizes = [f"{name}={self.sizes.of(name)}" for name in DIMENSIONS if self.sizes.of(name) > 1]
+        return " ".join([self.strategy, *sizes])
+
     @property
     def offloads(self) -> bool:
         """Whether shards, their gradients and the optimizer's state are in the host's memory."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -240,7 +240,7 @@ class StepTracer:
                         prepares=prepares,
                         **options,
                     )
-                    self._partition = strategy.pipeline.partition if of_stage else None
+                    self._partition = cast(Any, strategy).pipeline.partition if of_stage else None
                 return report
             except ReadsValues as refusal:
                 if not (is_alone and self._is_small):

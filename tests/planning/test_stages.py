@@ -2,19 +2,18 @@
 
 import dataclasses
 
-import lightning.pytorch as pl
 import pytest
-import torch
 
 import lightning_memopt as memopt
-from lightning_memopt.demo.model import GPT
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.pipeline.splitting import Partition
 from lightning_memopt.parallel.pipeline.timing import pipeline_idle
 from lightning_memopt.planning import trace as tracing
+from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.operators import Collective, OperatorCall
 from lightning_memopt.planning.plan import PlanResult
 from lightning_memopt.planning.read_module import most_stages
+from lightning_memopt.planning.search import Evaluation
 from lightning_memopt.planning.space import Choice, Layout, Techniques, find_layouts
 from lightning_memopt.planning.stages import Stages, stages_to_trace
 from lightning_memopt.planning.time_model import seconds_per_batch
@@ -54,7 +53,7 @@ def test_stages_between_are_traced_where_they_may_hold_the_most():
 
 
 def _stages(*forwards: float, send_bytes: int = 0) -> StepTrace:
-    """A pipeline of which all stages were traced: of each the seconds of its forwards on the device of these tests."""
+    """A pipeline of which all stages were traced, with the seconds of their forwards on the device of these tests."""
     traces = {
         stage: StepTrace(
             (),
@@ -87,24 +86,25 @@ def test_stages_wait_for_a_slower_one_and_for_what_they_are_sent():
     assert sending["idle"] == pytest.approx(equal["idle"])
 
 
+def _pipelines(devices: int, nodes: int, **options: int) -> set[MeshSizes]:
+    layouts = find_layouts(devices, nodes, has_host=True, **options)
+    return {layout.sizes for layout in layouts if layout.sizes.pipeline > 1}
+
+
 def test_pipelines_are_in_the_space_as_far_as_module_and_batch_can_be_cut():
     module, batch = ZOO["gpt2"].build(), ZOO["gpt2"].batch()
     assert most_stages(module, batch) == 3
     assert most_stages(ZOO["cnn"].build(), ZOO["cnn"].batch()) == 1  # its statistics would be of micro-batches
-    within = {
-        layout.sizes for layout in find_layouts(8, 1, has_host=True, most_stages=3) if layout.sizes.pipeline > 1
-    }
-    assert within == {MeshSizes(pipeline=2, shard=4)}
-    across = {layout.sizes for layout in find_layouts(8, 2, has_host=True, most_stages=3)}
-    assert MeshSizes(pipeline=2, tensor=8) in across
-    assert not any(layout.sizes.pipeline > 1 for layout in find_layouts(8, 2, has_host=True))
+    assert _pipelines(8, 1, most_stages=3) == {MeshSizes(pipeline=2, shard=4)}
+    assert _pipelines(8, 2, most_stages=3) == {MeshSizes(pipeline=2, shard=8), MeshSizes(pipeline=2, tensor=8)}
+    assert _pipelines(8, 1, most_stages=8) == {MeshSizes(2, shard=4), MeshSizes(4, shard=2), MeshSizes(8)}
+    assert _pipelines(8, 2) == set()
 
 
 @pytest.fixture(scope="module")
 def planned() -> PlanResult:
-    batch = torch.randint(0, 60, (8, 17))
     return memopt.plan(
-        GPT(layers=4, width=32, heads=2, context=16), batch, budget="1GiB", device=A_CPU, devices=2, layouts=[_TWO]
+        ZOO["mlp"].build(), ZOO["mlp"].batch(), budget="1GiB", device=A_CPU, devices=2, layouts=[_TWO], wanted=1
     )
 
 
@@ -120,18 +120,35 @@ def test_a_plan_with_a_pipeline_says_what_its_time_is_and_is_there_to_paste(plan
     assert type(namespace["trainer"].strategy) is memopt.PipelineParallelStrategy
 
 
+def test_a_plan_says_what_its_layout_bought_before_its_techniques():
+    replicas = Choice(Layout("memopt_ddp", MeshSizes(data=4)), Techniques())
+    evaluated = {
+        choice: Evaluation(peak_bytes, {}, {"compute": seconds})
+        for choice, peak_bytes, seconds in (
+            (replicas, 8 * 2**20, 1.0),
+            (_FOUR, 3 * 2**20, 1.25),
+            (dataclasses.replace(_FOUR, techniques=Techniques("full")), 2**20, 1.5),
+        )
+    }
+    assert explain([*evaluated][-1], evaluated) == (
+        "memopt_pp pipeline=4: -5.0 MiB for +25% time",
+        "full checkpointing: -2.0 MiB for +20% time",
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_largest_stage_of_a_plan_with_a_pipeline_holds_what_it_says():
+@pytest.mark.parametrize("inner", ["shard", "tensor"])
+def test_the_largest_stage_of_a_plan_with_a_pipeline_holds_what_it_says(inner):
     def measured() -> int:
         return memopt.measure_memory(
             ZOO["gpt2"].build(),
             ZOO["gpt2"].batch(),
-            strategy=memopt.HybridStrategy(pipeline=2, shard=2),
+            strategy=memopt.HybridStrategy(pipeline=2, **{inner: 2}),
             devices=4,
             callbacks=[memopt.ActivationCheckpointing("full")],
         ).peak_bytes
 
-    layout = Layout("memopt_hybrid", MeshSizes(pipeline=2, shard=2))
+    layout = Layout("memopt_hybrid", MeshSizes(pipeline=2, **{inner: 2}))
     predicted = _tracer("gpt2").trace(Choice(layout, Techniques("full"))).peak.total_bytes
     assert predicted == pytest.approx(max(run_on_ranks(measured, 4, deadline_seconds=200)), rel=0.05)

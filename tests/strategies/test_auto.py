@@ -64,3 +64,30 @@ def test_the_name_alone_plans_for_this_machine():
         return type(trainer.strategy).__name__
 
     assert run_on_ranks(run, 2, deadline_seconds=200)[0] == "DataParallelStrategy"
+
+
+def _train_in_a_pipeline(devices: int):
+    from lightning_memopt.demo.model import GPT
+    from lightning_memopt.parallel.mesh import MeshSizes
+    from lightning_memopt.planning import plan as planning
+    from lightning_memopt.planning.space import Layout
+
+    planning.find_layouts = lambda *_, **__: [Layout("memopt_pp", MeshSizes(pipeline=devices))]
+    torch.manual_seed(0)
+    module = GPT(layers=4, width=32, heads=2, context=16)
+    strategy = memopt.AutoStrategy("1GiB", device=A_CPU)
+    trainer = pl.Trainer(
+        max_steps=4, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.randint(0, 60, (32, 17)), batch_size=8))
+    plan = strategy.memory_plan
+    assert plan.result is not None and plan.result.best is not None
+    return type(trainer.strategy).__name__, plan.result.best.peak_bytes, plan.measured_bytes
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_chosen_trains_and_holds_what_was_planned():
+    for name, predicted, measured in run_on_ranks(_train_in_a_pipeline, 2, 2, deadline_seconds=240):
+        assert name == "PipelineParallelStrategy"
+        assert predicted == pytest.approx(measured, rel=0.05)

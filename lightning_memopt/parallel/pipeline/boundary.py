@@ -1,5 +1,6 @@
 """What crosses from one stage to the next: each argument of the next stage's first link that has no data there."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,10 +45,12 @@ class Shapes:
     Attributes:
         boundaries: Of each stage but the first.
         outputs: What each link returned, where that is stubs only, and so is the same for each micro-batch.
+        direct: Links of this rank that got nothing in which a stub had to be replaced, as a stage ran them.
     """
 
     boundaries: dict[int, Boundary] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    direct: set[int] = field(default_factory=set)
 
 
 def shapes_of_stages(boundaries: Sequence[Boundary], outputs: dict[int, Any], starts: Sequence[int]) -> Shapes:
@@ -151,14 +154,18 @@ class StageRun:
             if index in self._shapes.outputs:
                 return self._shapes.outputs[index]
             return call(*args, **kwargs)
+        if index in self._shapes.direct:  # taking arguments apart costs more than all else that is done here
+            return call(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         if index == self._links.start and self._stage:
             for position, slot in self._shapes.boundaries[self._stage].slots.items():
                 self._in_place_of[id(leaves[position])] = (leaves[position], self._received[slot])
-        leaves = [self._in_place_of[id(leaf)][1] if id(leaf) in self._in_place_of else leaf for leaf in leaves]
+        real = [self._in_place_of[id(leaf)][1] if id(leaf) in self._in_place_of else leaf for leaf in leaves]
         if index == self._links.stop:
-            raise StageDone(self._collect(leaves, index))
-        args, kwargs = tree_unflatten(leaves, tree)
+            raise StageDone(self._collect(real, index))
+        if all(map(operator.is_, real, leaves)):
+            self._shapes.direct.add(index)
+        args, kwargs = tree_unflatten(real, tree)
         return call(*args, **kwargs)
 
     def _collect(self, leaves: list[Any], index: int) -> tuple[Tensor, ...]:

@@ -95,6 +95,7 @@ class Pipeline:
         self._share(held)
         self._free(held)
         self._chain = Chain(module.get_submodule(name) for name in links)
+        self._followed: tuple[tuple[bool, ...], tuple[bool, ...]] = ((), ())
         shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts)
         self._shapes: dict[Hashable, Shapes] = {_kind_of_run(key, self._follow_modes(), sample): shapes}
         self._schedules: dict[Hashable, tuple[list[Stage], Any]] = {}
@@ -225,14 +226,16 @@ class Pipeline:
 
     def _follow_modes(self) -> Hashable:
         """Let the shadow be in training mode, and frozen, where the module is."""
-        for original, twin in self._copies.items():
-            twin.training = original.training
-        flags = []
-        for parameter, stub in self._flags:
-            if stub.requires_grad != parameter.requires_grad:
-                stub.requires_grad_(parameter.requires_grad)
-            flags.append(parameter.requires_grad)
-        return (tuple(twin.training for twin in self._copies.values()), tuple(flags))
+        training = tuple([original.training for original in self._copies])
+        flags = tuple([parameter.requires_grad for parameter, _ in self._flags])
+        if (training, flags) != self._followed:  # in nearly every batch they are as before
+            for twin, mode in zip(self._copies.values(), training, strict=True):
+                twin.training = mode
+            for (_, stub), flag in zip(self._flags, flags, strict=True):
+                if stub.requires_grad != flag:
+                    stub.requires_grad_(flag)
+            self._followed = (training, flags)
+        return self._followed
 
     def _shapes_of(self, call: Call, kind: Hashable, micro_batch: Any) -> Shapes:
         if kind not in self._shapes:
