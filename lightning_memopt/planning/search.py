@@ -93,7 +93,7 @@ def search(
         estimates: What choices hold, before evaluation.
         evaluate: The truth; raises :class:`Refused`.
         budget_bytes: What fits.
-        wanted: Stop when so many fit and what is left is expected to be slower than each of them.
+        wanted: Stop when so many fit and what is left is expected to be slower than the fastest of them.
     """
     found = Found({}, {}, {})
     remaining = [choice for choice in choices if estimates.least(choice) <= budget_bytes]
@@ -106,7 +106,7 @@ def search(
     while waiting:
         seconds, index = heapq.heappop(waiting)
         fastest = sorted(evaluation.total_seconds for evaluation in kept.values())[:wanted]
-        if len(fastest) == wanted and seconds > fastest[-1]:
+        if len(fastest) == wanted and seconds > fastest[0]:
             break
         choice = remaining[index]
         if not layouts.get(choice.layout, True) or choice in found.refused or _is_dominated(choice, found, kept):
