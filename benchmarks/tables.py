@@ -203,6 +203,42 @@ def estimators_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _environment(results)]) + "\n"
 
 
+def published_table(results: dict[str, Any]) -> str:
+    """Memory that others published for a configuration, against the prediction of it.
+
+    Args:
+        results: What ``planner_published.py`` wrote.
+    """
+    lines = ["| source | configuration | published | predicted | off by | why |", "|---|---|---:|---:|---:|---|"]
+    for name, row in results["rows"].items():
+        if "error_text" in row:
+            lines.append(f"| | {name} | {row['published_gib']:.1f} GiB | | | {row['error_text'].replace('|', '/')} |")
+            continue
+        lines.append(
+            f"| {row['source']} | {name} | {row['published_gib']:.1f} GiB | {row['predicted_gib']:.1f} GiB | "
+            f"{row['error']:+.0%} | {row['differs']} |"
+        )
+    return "\n".join([*lines, "", _environment(results).replace("Measured", "Predicted")]) + "\n"
+
+
+def planning_time_table(results: dict[str, Any]) -> str:
+    """What a plan for a large model takes.
+
+    Args:
+        results: What ``planning_time.py`` wrote.
+    """
+    lines = [
+        "| model | devices | processor time (target) | memory of the planner | choices traced | steps traced |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in results["rows"].items():
+        lines.append(
+            f"| Llama {name.upper()} | {row['devices']} | {row['seconds']:.0f} s (≤ {row['most_seconds']:.0f} s) | "
+            f"{row['peak_bytes'] / 2**30:.2f} GiB | {row['choices_traced']} | {row['steps_traced']} |"
+        )
+    return "\n".join([*lines, "", _environment(results)]) + "\n"
+
+
 def _of_figure(results: dict[str, Any], figure: str) -> list[tuple[str, dict[str, Any]]]:
     return [(name.split("/")[1], row) for name, row in results["rows"].items() if name.split("/")[0] == figure]
 
@@ -234,6 +270,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compression": compression_table,
     "planner": planner_table,
     "planner_others": estimators_table,
+    "planner_published": published_table,
+    "planning_time": planning_time_table,
     "monitor_overhead": monitor_table,
 }
 """How each results file is drawn, by its name."""

@@ -76,12 +76,19 @@ class StorageTracker(MemTracker):
         device_type: Device whose bytes are counted (``"cpu"``, ``"cuda"``).
         workspace: Tells what kernels would allocate, for a run on fake tensors.
         probe: Tells the scratch of each operator while it runs.
+        granularity: Of a run on fake tensors: each allocation is a multiple of so many bytes.
     """
 
     def __init__(
-        self, device_type: str, *, workspace: Workspace | None = None, probe: ScratchProbe | None = None
+        self,
+        device_type: str,
+        *,
+        workspace: Workspace | None = None,
+        probe: ScratchProbe | None = None,
+        granularity: int = 1,
     ) -> None:
         super().__init__()
+        self._granularity = granularity
         self._workspace = workspace
         self._probe = probe
         self.ledger = Ledger()
@@ -131,21 +138,25 @@ class StorageTracker(MemTracker):
         moment = self.now()
         if u_type is _UpdateType.ADD:
             category = "temporaries" if moment.phase == "step" else _CATEGORY_OF[winfo.reftype]
-            holding = Holding([State(moment, winfo.mem_consumed, category, moment.module)], node=self._stack.node)
+            change = self._rounded(winfo.mem_consumed)
+            holding = Holding([State(moment, change, category, moment.module)], node=self._stack.node)
             self._holdings[winfo] = holding
             self.ledger.holdings.append(holding)
-            change = winfo.mem_consumed
         else:
             holding = self._holdings.pop(winfo)
             last = holding.states[-1]
             holding.change(moment, size_bytes=0)
             change = -last.size_bytes
             if u_type is _UpdateType.SIZE:  # another allocation, of the same use
-                self._holdings[winfo] = Holding([last._replace(since=moment, size_bytes=winfo.mem_consumed)])
+                size_bytes = self._rounded(winfo.mem_consumed)
+                self._holdings[winfo] = Holding([last._replace(since=moment, size_bytes=size_bytes)])
                 self.ledger.holdings.append(self._holdings[winfo])
-                change += winfo.mem_consumed
+                change += size_bytes
         self.current_bytes += change
         self._new_bytes += change
+
+    def _rounded(self, size_bytes: int) -> int:
+        return -(-size_bytes // self._granularity) * self._granularity
 
     def _is_elsewhere(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a fake one of somebody else's, such as a pipeline has for what other stages hold."""
@@ -291,6 +302,10 @@ class StorageTracker(MemTracker):
         self._phase = "other"
 
     # -- the dispatch mode ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to make sure of it at every call takes time
 
     def __enter__(self) -> "StorageTracker":
         super().__enter__()

@@ -12,7 +12,7 @@ from lightning_memopt.memory._torch_tracker import StorageTracker, active_fake_m
 from lightning_memopt.memory.allocator_events import AllocatorEvents, settle
 from lightning_memopt.memory.cuda_allocator import CudaAllocator
 from lightning_memopt.memory.report import MemoryReport
-from lightning_memopt.memory.workspace import Need, Workspace
+from lightning_memopt.memory.workspace import GpuWorkspace, Need, Workspace
 
 
 class track_memory:
@@ -35,6 +35,8 @@ class track_memory:
         timeline_points: The most points that the report's timeline has; where there are more, the largest of each run
             of neighbours.
         known_kernels: Of runs on fake tensors: what was found of kernels before, to which is added.
+        gpu_granularity: Of runs on fake tensors that stand for a GPU's: its allocator hands out multiples of so many
+            bytes; what the CPU's kernels take inside themselves is left out.
 
     Raises:
         ValueError: An argument is no module, optimizer, tensor or container.
@@ -50,10 +52,15 @@ class track_memory:
     """
 
     def __init__(
-        self, *tracked: Any, timeline_points: int = 1000, known_kernels: dict[str, Need] | None = None
+        self,
+        *tracked: Any,
+        timeline_points: int = 1000,
+        known_kernels: dict[str, Need] | None = None,
+        gpu_granularity: int | None = None,
     ) -> None:
         self._timeline_points = timeline_points
         self._known_kernels = known_kernels
+        self._gpu_granularity = gpu_granularity
         self._take(tracked)
         self._notes: list[str] = []
         self._workspace: Workspace | None = None
@@ -70,8 +77,11 @@ class track_memory:
         is_fake = active_fake_mode() is not None
         is_cuda = device.type == "cuda" and not is_fake
         self._cuda = CudaAllocator(device) if is_cuda else None
-        self._workspace = Workspace(self._known_kernels) if is_fake else None
-        self._tracker = StorageTracker(device.type, workspace=self._workspace, probe=self._cuda)
+        kind = Workspace if self._gpu_granularity is None else GpuWorkspace
+        self._workspace = kind(self._known_kernels) if is_fake else None
+        self._tracker = StorageTracker(
+            device.type, workspace=self._workspace, probe=self._cuda, granularity=self._gpu_granularity or 1
+        )
         self._label()
         self._events = None if is_cuda or is_fake else AllocatorEvents()
         if self._events is not None and not self._events.start():

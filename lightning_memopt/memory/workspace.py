@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
 from lightning_memopt.memory.allocator_events import AllocatorEvents
 from lightning_memopt.memory.arguments import tensor_arguments
@@ -279,6 +280,17 @@ class Workspace:
             return Need(0, 0, f"it does not run on zeros ({error})")
         finally:
             torch.default_generator.set_state(random_state)
+
+
+class GpuWorkspace(Workspace):
+    """Of runs on fake tensors of a CPU that stand for a GPU's, whose kernels take none of what the CPU's take.
+
+    What a fused LSTM keeps for its backward is kept on both.
+    """
+
+    @override
+    def _find(self, call: Call) -> Need:
+        return super()._find(call) if call.name.startswith("mkldnn_rnn_layer") else Need(0, 0)
 
 
 def _scale_of(call: Call, table: dict[str, dict[int, int]]) -> dict[int, int]:

@@ -79,6 +79,10 @@ class Estimates:
         estimate = self._held(choice) + made + self._error.get(choice.layout, 0)
         return estimate > budget_bytes * (_NEARLY if is_near else _ABOUT)
 
+    def fits(self, choice: Choice, budget_bytes: int) -> bool:
+        """Whether ``choice`` is estimated to hold no more than a budget."""
+        return self.exceeds(choice, int(budget_bytes / _ABOUT)) is False
+
     def _made_by(self, tensor: int, techniques: Techniques) -> int | None:
         known = self._made.get((tensor, techniques))
         if known is not None:
@@ -90,9 +94,11 @@ class Estimates:
         if techniques == replace(plain, chunked_loss=True) and tensor == 1:
             return self._made_in_blocks
         changed = [name for name in _SWITCHES if getattr(techniques, name) != getattr(plain, name)]
-        alone = [self._made.get((tensor, replace(plain, **{name: getattr(techniques, name)}))) for name in changed]
         without = self._made.get((tensor, plain))
-        if without is None or len(changed) < 2 or any(made is None for made in alone):
+        if without is None or len(changed) < 2:
+            return None
+        alone = [self._made_by(tensor, replace(plain, **{name: getattr(techniques, name)})) for name in changed]
+        if any(made is None for made in alone):
             return None
         return max(0, without + sum(made - without for made in alone if made is not None))
 

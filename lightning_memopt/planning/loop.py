@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
@@ -65,11 +66,13 @@ class _MeasureStep(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # The gradients stay, as those of the step before do until Lightning sets them to None after the forward.
-        for optimizer in trainer.optimizers if self._prepares else ():
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if parameter.requires_grad and parameter.device.type != "meta":  # those are on another stage
-                    parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
+        if self._prepares:
+            with _pop_mode_temporarily():  # the tracker, which is told of what is there when the report begins
+                for optimizer in trainer.optimizers:
+                    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                        if parameter.requires_grad and parameter.device.type != "meta":  # those are on another stage
+                            parameter.grad = torch.zeros_like(parameter)
+                    optimizer.step()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
@@ -98,6 +101,7 @@ def run_second_step(
     log: OperatorLog | None = None,
     timeline_points: int = 1000,
     known_kernels: dict[str, Need] | None = None,
+    gpu_granularity: int | None = None,
     prepares: bool = False,
 ) -> MemoryReport:
     """Fit ``module`` on ``batch`` until its second optimizer step is done, and report that step.
@@ -113,13 +117,20 @@ def run_second_step(
         log: Lists the operators of that step; the caller has entered it.
         timeline_points: The most points that the report's timeline has.
         known_kernels: As for :class:`~lightning_memopt.memory.track.track_memory`.
+        gpu_granularity: As for :class:`~lightning_memopt.memory.track.track_memory`.
         prepares: Take the first step, before which the optimizers step on gradients that no backward made: for runs
             on fake tensors, of modules and optimizers for which it makes no difference.
 
     Raises:
         ValueError: The loop does not step an optimizer.
     """
-    tracking = track_memory(module, _trackable(batch), timeline_points=timeline_points, known_kernels=known_kernels)
+    tracking = track_memory(
+        module,
+        _trackable(batch),
+        timeline_points=timeline_points,
+        known_kernels=known_kernels,
+        gpu_granularity=gpu_granularity,
+    )
     with quiet_lightning(), tracking as tracker:
         watcher = _MeasureStep(tracker, log, prepares)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])

@@ -104,6 +104,10 @@ class OperatorLog(TorchDispatchMode):
         """List nothing more."""
         self._is_on = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as of the tracker
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -119,9 +123,11 @@ class OperatorLog(TorchDispatchMode):
                 kind, waits = _COLLECTIVES[name]
                 size_bytes = max(tensor.nbytes for tensor in (*inputs, *outputs))
                 self._collectives[kind, size_bytes, _ranks(args), waits] += 1
-        elif outputs:
+        elif inputs or outputs:
+            if not outputs:  # of lists in place nothing is returned; the first is what is written
+                outputs = tensor_arguments(args[:1], {})
             flops = product_flops(func, args, kwargs, result) if is_product(func) else 0
-            dtype = str(outputs[0].dtype).removeprefix("torch.")
+            dtype = str((outputs or inputs)[0].dtype).removeprefix("torch.")
             moved_bytes = sum(tensor.nbytes for tensor in (*inputs, *outputs))
             self._counts[_part(), name, dtype, flops, moved_bytes] += 1
 

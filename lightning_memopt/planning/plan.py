@@ -14,6 +14,7 @@ from lightning_memopt.planning import written
 from lightning_memopt.planning.device_cache import this_device
 from lightning_memopt.planning.devices import DeviceModel, device_model
 from lightning_memopt.planning.estimates import Estimates
+from lightning_memopt.planning.expectations import Expectations
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
@@ -172,7 +173,7 @@ def plan(
         least_itemsize=4 if exact and precision == "32-true" else 2,
     )
     space = read_space(made, batch, precision, trainer_options)
-    tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options)
+    tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options, model)
     blocks = [stack.name for stack in find_block_stacks(made)]
     planner = _Planner(tracer, space, blocks, model, devices, nodes, batch)
     return planner.run(budget_bytes, wanted, layouts, exact)
@@ -206,24 +207,27 @@ class _Planner:
         base, usual = self._with_what_pays(plain, first)
         estimates = Estimates(self._tracer.trace(base), base.techniques, self._samples, self._blocks)
         estimates.learn(base, usual.by_category)
+        expectations = Expectations(base, usual.total_seconds, self._samples)
 
         def evaluate(choice: Choice) -> Evaluation:
             evaluation = self._evaluate(choice)
             estimates.learn(choice, evaluation.by_category)
+            expectations.learn(choice, evaluation.total_seconds)
             return evaluation
 
         found = Found({}, {}, {})
         for tier in self._space.tiers(layouts, exact):
             found |= search(
                 tier,
-                lambda choice: usual.total_seconds * choice.usual_slowdown(self._samples),
+                expectations,
                 estimates,
                 evaluate,
                 budget_bytes,
                 wanted=wanted,
             )
-            if found.fitting:
+            if found.fitting and self._tracer.is_quick:
                 found = keep_what_fits(found, evaluate, budget_bytes)
+            if found.fitting:
                 break
         else:
             found |= find_smallest(self._space.tiers(layouts, exact), estimates.least, evaluate)

@@ -26,6 +26,7 @@ from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
 from lightning_memopt.planning.known_values import KnownValues
 from lightning_memopt.planning.loop import StayInPlace, run_second_step
 from lightning_memopt.planning.operators import OperatorLog
+from lightning_memopt.planning.step_as_on_gpu import step_as_on_gpu
 from lightning_memopt.planning.values import explain_reads_of_values
 
 Module = pl.LightningModule | Callable[[], pl.LightningModule]
@@ -135,6 +136,7 @@ def predict_step(
     log: OperatorLog | None = None,
     timeline_points: int = 1000,
     known_kernels: dict[str, Need] | None = None,
+    gpu_granularity: int | None = None,
     rank_strategy: Strategy | None = None,
     prepares: bool = False,
     **trainer_options: Any,
@@ -142,7 +144,8 @@ def predict_step(
     """As :func:`predict_memory`.
 
     ``log`` gets the operators of the step, ``timeline_points`` bounds the timeline, ``known_kernels`` is what earlier
-    predictions found of kernels, ``rank_strategy`` makes it that of one rank of many
+    predictions found of kernels, ``gpu_granularity`` makes it that of a GPU whose allocator hands out multiples of so
+    many bytes, ``rank_strategy`` makes it that of one rank of many
     (:func:`~lightning_memopt.planning.ranks.one_of_many`), and ``prepares`` is as for
     :func:`~lightning_memopt.planning.loop.run_second_step`.
     """
@@ -167,8 +170,9 @@ def predict_step(
         }
         instead = "use measure_memory(), or keep that line out of the step (self.log takes the tensor itself)"
         explained = explain_reads_of_values(f"{type(own).__name__} cannot be predicted", instead)
+        stepping = nullcontext() if gpu_granularity is None else step_as_on_gpu()
         stubs = StubsApart() if rank_strategy is not None else nullcontext()
-        with explained, mode, log or nullcontext(), KnownValues(), stubs:
+        with explained, stepping, mode, log or nullcontext(), KnownValues(), stubs:
             report = run_second_step(
                 own,
                 own_batch,
@@ -177,6 +181,7 @@ def predict_step(
                 log=log,
                 timeline_points=timeline_points,
                 known_kernels=known_kernels,
+                gpu_granularity=gpu_granularity,
                 prepares=prepares,
             )
     notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []

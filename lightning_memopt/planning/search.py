@@ -8,6 +8,9 @@ from typing import Protocol
 
 from lightning_memopt.planning.space import Choice, Layout
 
+_FAILURES = 4
+"""So many choices of a layout that did not fit raise the question whether any does."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -61,6 +64,9 @@ class Estimator(Protocol):
     def exceeds(self, choice: Choice, budget_bytes: int) -> bool | None:
         """Whether it will clearly hold more; ``None`` where that is unknown."""
 
+    def fits(self, choice: Choice, budget_bytes: int) -> bool:
+        """Whether it is known to hold less, as far as an estimate can tell."""
+
 
 def search(
     choices: Iterable[Choice],
@@ -74,30 +80,33 @@ def search(
     """Evaluate the choices that are expected to be fast first, until enough of them fit.
 
     Savings cost time. So of two choices of which one has all savings of the other, the larger is worth nothing where
-    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once three
+    the smaller fits; and where the larger does not fit, the smaller does not. Neither is evaluated then. Once a few
     choices of a layout did not fit, the most frugal one is looked at: where that does not fit, nothing there does.
-    What is clearly too large by an estimate is left for when nothing else fits.
+    What is clearly too large by an estimate is left for when nothing else fits. Once what is left is expected to be
+    slower than the fastest that fits, that is the one to take: the others to choose from are looked for where an
+    estimate says that they fit, and not for long.
 
     Args:
         choices: All there are.
-        expected: Time as it is expected before evaluation, in the unit of ``evaluate``.
+        expected: Time as it is expected before evaluation, in the unit of ``evaluate``; an evaluation may change what
+            is expected of others.
         estimates: What choices hold, before evaluation.
         evaluate: The truth; raises :class:`Refused`.
         budget_bytes: What fits.
-        wanted: Stop when so many fit and what is left is expected to be slower than each of them.
+        wanted: Stop when so many fit and what is left is expected to be slower than the fastest of them.
     """
     found = Found({}, {}, {})
     remaining = [choice for choice in choices if estimates.least(choice) <= budget_bytes]
-    waiting = [(expected(choice), index) for index, choice in enumerate(remaining)]
-    heapq.heapify(waiting)
+    waiting = _queue(remaining, range(len(remaining)), expected)
     kept: dict[Choice, Evaluation] = {}
     layouts: dict[Layout, bool] = {}
     failures: Counter[Layout] = Counter()
     deferred: list[Choice] = []
+    others = 0
     while waiting:
         seconds, index = heapq.heappop(waiting)
         fastest = sorted(evaluation.total_seconds for evaluation in kept.values())[:wanted]
-        if len(fastest) == wanted and seconds > fastest[-1]:
+        if len(fastest) == wanted and seconds > fastest[0]:
             break
         choice = remaining[index]
         if not layouts.get(choice.layout, True) or choice in found.refused or _is_dominated(choice, found, kept):
@@ -105,13 +114,18 @@ def search(
         if estimates.exceeds(choice, budget_bytes):
             deferred.append(choice)
             continue
+        if fastest and seconds > fastest[0]:
+            if others == wanted or not estimates.fits(choice, budget_bytes):
+                continue
+            others += 1
         if choice not in found.fitting:
             _evaluate(choice, remaining, evaluate, budget_bytes, found)
+            waiting = _queue(remaining, (index for _, index in waiting), expected)
         if choice in found.fitting:
             kept[choice] = found.fitting[choice]
             continue
         failures[choice.layout] += choice in found.too_large
-        if failures[choice.layout] > 2 and choice.layout not in layouts:
+        if failures[choice.layout] >= _FAILURES and choice.layout not in layouts:
             layouts[choice.layout] = _may_fit(
                 _on(choice.layout, remaining), evaluate, budget_bytes, found, estimates=estimates
             )
@@ -124,6 +138,14 @@ def search(
     return found
 
 
+def _queue(
+    choices: list[Choice], indices: Iterable[int], expected: Callable[[Choice], float]
+) -> list[tuple[float, int]]:
+    queue = [(expected(choices[index]), index) for index in indices]
+    heapq.heapify(queue)
+    return queue
+
+
 class _Unknown:
     """No estimates."""
 
@@ -132,6 +154,9 @@ class _Unknown:
 
     def exceeds(self, choice: Choice, budget_bytes: int) -> bool | None:
         return None
+
+    def fits(self, choice: Choice, budget_bytes: int) -> bool:
+        return True
 
 
 def find_smallest(

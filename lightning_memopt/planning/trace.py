@@ -24,6 +24,7 @@ from lightning_memopt.planning.depth import (
     find_deep_stack,
     with_blocks,
 )
+from lightning_memopt.planning.devices import DeviceModel
 from lightning_memopt.planning.operators import Collective, OperatorCall, OperatorLog
 from lightning_memopt.planning.predict import Module, measure_step, predict_step
 from lightning_memopt.planning.ranks import one_of_many
@@ -35,6 +36,7 @@ from lightning_memopt.techniques.batches import batch_size, micro_batches
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
 
 _WHOLE_TIMELINE = 10**7
+_QUICK_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,18 @@ class StepTracer:
         look: The module to look at; the same where it is no function.
         batch: One batch of one device.
         trainer_options: Arguments of ``pl.Trainer`` that every plan shares.
+        device: What it will run on; ``None`` is a CPU like this.
     """
 
     def __init__(
-        self, module: Module, look: pl.LightningModule, batch: Any, trainer_options: Mapping[str, Any]
+        self,
+        module: Module,
+        look: pl.LightningModule,
+        batch: Any,
+        trainer_options: Mapping[str, Any],
+        device: DeviceModel | None = None,
     ) -> None:
+        self._gpu_granularity = device.granularity if device is not None and device.kind == "cuda" else None
         self._module = module
         self._batch = batch
         self._options = dict(trainer_options)
@@ -112,6 +121,11 @@ class StepTracer:
         if isinstance(known, str):
             raise Refused(known)
         return known
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a trace of all blocks, which a budget of activations takes, is quick."""
+        return self._stack is None or len(self._stack) <= _QUICK_BLOCKS
 
     def _of_stages(self, choice: Choice) -> StepTrace | None:
         if choice.layout.sizes.pipeline == 1:
@@ -221,6 +235,7 @@ class StepTracer:
                         module,
                         batch,
                         known_kernels=self._kernels,
+                        gpu_granularity=self._gpu_granularity,
                         rank_strategy=strategy,
                         prepares=prepares,
                         **options,

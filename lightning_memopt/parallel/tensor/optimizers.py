@@ -13,15 +13,16 @@ _TOGETHER = ("foreach", "fused")
 def stepping_mixed(optimizer: Optimizer) -> Iterator[None]:
     """Within the block, groups with both kinds of parameters step them one by one.
 
-    ``foreach=True`` and ``fused=True`` put all tensors of a group into one kernel, which takes no mixture. Neither
-    changes what is computed, and the groups have the user's values again afterwards, so checkpoints have too.
+    ``foreach`` and ``fused`` put all tensors of a group into one kernel, which takes no mixture; left open,
+    ``foreach`` is PyTorch's choice on a GPU. Neither changes what is computed, and the groups have the user's values
+    again afterwards, so checkpoints have too.
     """
     before = []
     for group in optimizer.param_groups:
         # Not by their gradients, which the closure of the step is yet to make.
         meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"] if not p.is_meta}
         if len(meshes) > 1:
-            asked = {key: group[key] for key in _TOGETHER if group.get(key)}
+            asked = {key: group[key] for key in _TOGETHER if group.get(key, False) is not False}
             before.append((group, asked))
             group.update(dict.fromkeys(asked, False))
     try:
