@@ -20,7 +20,7 @@ def largest_input(device: torch.device) -> int:
     cut off beyond 32,767. A pair of weights up to 127 and inputs of 8 bits reaches 64,770, of 7 bits 32,258. So
     inputs have 7 bits there, and weights, which files are made of, 8 bits everywhere.
     """
-    return 63 if _in_bytes(device) else 127
+    return 63 if in_bytes(device) else 127
 
 
 def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
     fp32, and so are sums of up to 1040; longer ones are rounded.
     """
     rows, inner, columns = *inputs.shape, weight.shape[1]
-    if _in_bytes(inputs.device) and rows >= 32:  # fewer do not pay for bringing the weight into order
+    if in_bytes(inputs.device) and rows >= 32:  # fewer do not pay for bringing the weight into order
         return _multiply_bytes((inputs + OFFSET).to(torch.uint8), weight)
     on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
     if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):
@@ -42,7 +42,7 @@ def convolve_integers(
     inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """As :func:`multiply_integers`, for a batch of images and the filters of ``F.conv2d``."""
-    if _in_bytes(inputs.device):
+    if in_bytes(inputs.device):
         return _convolve_bytes((inputs + OFFSET).to(torch.uint8), weight, stride, padding, dilation)
     return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 
@@ -52,7 +52,8 @@ def is_fast_in(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cpu" or (dtype is torch.bfloat16 and _BF16_ON_CPU)
 
 
-def _in_bytes(device: torch.device) -> bool:
+def in_bytes(device: torch.device) -> bool:
+    """Whether ``device`` multiplies bytes without a sign, by oneDNN's kernels."""
     return device.type == "cpu" and _BYTES_ON_CPU and not _INT8_ON_CPU
 
 
