@@ -151,7 +151,7 @@ def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: 
     """Pack ``parameter`` as ``weight`` is to be: one scale for all of it where it is clustered, and stays so."""
     cls, options = packing(scheme)
     if scheme == "int8_static":
-        options = {**options, "inputs": list(input_range) if input_range else None}
+        options = {**options, "inputs": list(input_range) if input_range else "dynamic"}
     if cls is Int8Weight:
         # With a scale for each output, one value of a cluster would become as many as there are outputs.
         options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and _has_few_values(parameter)}
@@ -188,7 +188,7 @@ def _growth(module: nn.Module, scheme: str, skipped: Mapping[str, str]) -> Growt
 
 
 def _range_of(weight: Weight, ranges: Mapping[str, Range]) -> Range | None:
-    """Of all layers that have it; a weight that calibration did not reach is rounded, and its inputs are not."""
+    """Of all layers that have it; where calibration did not reach, each row of the inputs is measured."""
     found: Range | None = None
     for name in (weight.name, *weight.tied):
         if (owner := name.rpartition(".")[0]) in ranges:

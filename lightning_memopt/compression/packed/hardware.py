@@ -9,6 +9,9 @@ _INT8_ON_CPU = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_i
 _BF16_ON_CPU = any(_CPU.get(name) for name in ("avx512_bf16", "amx_bf16"))
 _BYTES_ON_CPU = bool(_CPU.get("avx2")) and torch.backends.mkldnn.is_available()
 
+SMALLEST = 8192
+"""Elements of a weight below which multiplying floats is faster than calling oneDNN's kernel for integers."""
+
 OFFSET = 64
 """What is added to inputs so that they are bytes without a sign, as oneDNN's kernels take them."""
 
@@ -30,7 +33,8 @@ def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
     fp32, and so are sums of up to 1040; longer ones are rounded.
     """
     rows, inner, columns = *inputs.shape, weight.shape[1]
-    if in_bytes(inputs.device) and rows >= 32:  # fewer do not pay for bringing the weight into order
+    # Fewer rows do not pay for bringing the weight into order, and smaller ones not for calling the kernel.
+    if in_bytes(inputs.device) and rows >= 32 and weight.numel() >= SMALLEST:
         return _multiply_bytes((inputs + OFFSET).to(torch.uint8), weight)
     on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
     if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):

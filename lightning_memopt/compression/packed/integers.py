@@ -83,8 +83,12 @@ class Int8Weight(PackedWeight):
     def conv2d(self, x: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
         """Convolve integers and scale the result, where inputs are rounded and there are enough to gain by it."""
         is_large = groups == 1 and self.values[0].numel() >= FEWEST
-        if self.inputs is None or not is_large or isinstance(padding, str) or self.scale[0].numel() != 1:
+        if self.inputs is None:
             return super().conv2d(x, bias, stride, padding, dilation, groups)
+        if not is_large or isinstance(padding, str) or self.scale[0].numel() != 1:
+            # Channels last, as convolutions of integers after it want their images.
+            weight = self.dequantize().to(x.dtype).clone(memory_format=torch.channels_last)
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         images = x if x.dim() == 4 else x[None]
         integers, step, _zero = round_inputs(images, self.inputs, (1, 2, 3))
         product = convolve_integers(integers, self.values, *map(pair, (stride, padding, dilation)))

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import PackedWeight
-from lightning_memopt.compression.packed.hardware import in_bytes
+from lightning_memopt.compression.packed.hardware import SMALLEST, in_bytes
 from lightning_memopt.compression.packed.integers import FEWEST, Inputs, Int8Weight, as_rows, pair, round_inputs
 from lightning_memopt.models.fake import is_fake
-
-SMALLEST = 8192
-"""Integers below which calling the kernel takes longer than multiplying floats."""
 
 _ordered: WeakValueDictionary[int, "Ordered"] = WeakValueDictionary()
 _keys = count()
@@ -32,6 +29,7 @@ class Ordered:
 
     Attributes:
         tensor: oneDNN's.
+        nbytes: Its bytes; oneDNN fills channels up to multiples of 8 or so.
         key: Its number, for as long as something holds it.
     """
 
@@ -43,13 +41,9 @@ class Ordered:
             self.tensor = torch.ops.onednn.qconv_prepack(
                 values, torch.ones(1), 1.0, 0, [1, 1], [0, 0], [1, 1], 1, some_images
             )
+        self.nbytes: int = torch.ops.mkldnn._nbytes(self.tensor)
         self.key = next(_keys)
         _ordered[self.key] = self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory; oneDNN fills channels up to multiples of 8 or so."""
-        return torch.ops.mkldnn._nbytes(self.tensor)
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self  # nothing changes it
