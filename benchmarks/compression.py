@@ -40,7 +40,7 @@ def main() -> int:
         print(f"{', '.join(sorted(unknown))}: no such row; there are {', '.join(order)}", file=sys.stderr)
         return 2
     sizes = "toy" if options.quick else "full"
-    time_method = f"Speed is the median ratio of {options.runs} pairs of neighbouring runs, in processor time."
+    time_method = f"Speed is the median ratio of {options.runs} pairs of neighbouring runs."
     header = {"environment": environment_record(), "sizes": sizes, "time_method": time_method}
     results = open_results(options.out, header)
     failed = False
@@ -93,6 +93,7 @@ def _measure(task: Task, module: pl.LightningModule, score: float, recipe: Recip
         "metric_after": after,
         "drop": task.drop(score, after),
         "notes": outcome.notes,
+        "clock": "processor time",
     }
     first, second = (one.eval() for one in (task.copy(module), task.copy(outcome.module)))
     torch.compiler.reset()

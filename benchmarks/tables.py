@@ -224,6 +224,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parallel": parallel_table,
     "parity": parity_table,
     "compression": compression_table,
+    "int8_kernels": kernels_table,
     "planner": planner_table,
     "planner_others": estimators_table,
     "monitor_overhead": monitor_table,
@@ -254,6 +255,20 @@ def outdated(paths: Iterable[Path]) -> dict[Path, str]:
     """The files whose tables are not what the results say, with the text that they should have."""
     texts = {path: path.read_text() for path in paths}
     return {path: new for path, text in texts.items() if (new := rewrite(text)) != text}
+
+
+def kernels_table(results: dict[str, Any]) -> str:
+    """How much faster products of integers are, layer by layer.
+
+    Args:
+        results: What ``int8_kernels.py`` wrote.
+    """
+    lines = ["| task | product (rows x inputs x outputs) | fp32, int8 µs | speedup |", "|---|---|---:|---:|"]
+    for name, row in results["rows"].items():
+        floats, integers = (f"{seconds * 1e6:.0f}" for seconds in row["seconds"])
+        shape = name.partition(".")[2]
+        lines.append(f"| {row['task']} | {shape} | {floats}, {integers} | {row['speedup']:.2f} |")
+    return "\n".join([*lines, "", _provenance(results)]) + "\n"
 
 
 def main() -> int:
