@@ -217,6 +217,20 @@ def monitor_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{results['clock'].capitalize()}, {where}."]) + "\n"
 
 
+def kernels_table(results: dict[str, Any]) -> str:
+    """How much faster products of integers are, layer by layer.
+
+    Args:
+        results: What ``int8_kernels.py`` wrote.
+    """
+    lines = ["| task | product (rows x inputs x outputs) | fp32, int8 µs | speedup |", "|---|---|---:|---:|"]
+    for name, row in results["rows"].items():
+        floats, integers = (f"{seconds * 1e6:.0f}" for seconds in row["seconds"])
+        shape = name.partition(".")[2]
+        lines.append(f"| {row['task']} | {shape} | {floats}, {integers} | {row['speedup']:.2f} |")
+    return "\n".join([*lines, "", _provenance(results)]) + "\n"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
@@ -255,20 +269,6 @@ def outdated(paths: Iterable[Path]) -> dict[Path, str]:
     """The files whose tables are not what the results say, with the text that they should have."""
     texts = {path: path.read_text() for path in paths}
     return {path: new for path, text in texts.items() if (new := rewrite(text)) != text}
-
-
-def kernels_table(results: dict[str, Any]) -> str:
-    """How much faster products of integers are, layer by layer.
-
-    Args:
-        results: What ``int8_kernels.py`` wrote.
-    """
-    lines = ["| task | product (rows x inputs x outputs) | fp32, int8 µs | speedup |", "|---|---|---:|---:|"]
-    for name, row in results["rows"].items():
-        floats, integers = (f"{seconds * 1e6:.0f}" for seconds in row["seconds"])
-        shape = name.partition(".")[2]
-        lines.append(f"| {row['task']} | {shape} | {floats}, {integers} | {row['speedup']:.2f} |")
-    return "\n".join([*lines, "", _provenance(results)]) + "\n"
 
 
 def main() -> int:
