@@ -261,6 +261,20 @@ def monitor_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{results['clock'].capitalize()}, {where}."]) + "\n"
 
 
+def kernels_table(results: dict[str, Any]) -> str:
+    """How much faster products of integers are, layer by layer.
+
+    Args:
+        results: What ``int8_kernels.py`` wrote.
+    """
+    lines = ["| task | product (rows x inputs x outputs) | fp32, int8 µs | speedup |", "|---|---|---:|---:|"]
+    for name, row in results["rows"].items():
+        floats, integers = (f"{seconds * 1e6:.0f}" for seconds in row["seconds"])
+        shape = name.partition(".")[2]
+        lines.append(f"| {row['task']} | {shape} | {floats}, {integers} | {row['speedup']:.2f} |")
+    return "\n".join([*lines, "", _provenance(results)]) + "\n"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
@@ -268,6 +282,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parallel": parallel_table,
     "parity": parity_table,
     "compression": compression_table,
+    "int8_kernels": kernels_table,
     "planner": planner_table,
     "planner_others": estimators_table,
     "planner_published": published_table,

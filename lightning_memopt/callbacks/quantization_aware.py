@@ -14,6 +14,7 @@ from lightning_memopt.callbacks.fit_time import ReleasingCallback
 from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd
 from lightning_memopt.compression.fake_quantize import FakeQuantization
 from lightning_memopt.compression.quantize import Scheme
+from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.schedules import check_step
 from lightning_memopt.models.selectors import Selector
 
@@ -75,7 +76,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self.start_step = start_step
         self.freeze_observers_step = freeze_observers_step
         self.convert_on_fit_end = convert_on_fit_end
-        self._ranges: dict[str, float] = {}
+        self._ranges: dict[str, Range] = {}
         self._fake: FakeQuantization | None = None
 
     @override
@@ -116,7 +117,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self._ranges = dict(state_dict["ranges"])
 
     @override
-    def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Range]:
         return self._ranges
 
     def _follow(self, trainer: pl.Trainer) -> None:

@@ -19,7 +19,7 @@ from lightning_memopt.callbacks.fit_end import (
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
-from lightning_memopt.compression.ranges import observe_inputs
+from lightning_memopt.compression.ranges import Range, observe_inputs
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sensitivity import scan_sensitivity
@@ -140,7 +140,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         )  # fmt: skip
 
     def _backed_off(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranges: Mapping[str, float]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranges: Mapping[str, Range]
     ) -> tuple[pl.LightningModule, dict[str, str]] | None:
         """A copy with as many weights packed as the gate bears, and why others are not; ``None``: it bears none."""
         gate, module = self._gate, copy.deepcopy(pl_module)
@@ -161,7 +161,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         left = {trial.weight for trial in found.trials}.difference(recipe.quantize[0]["include"])
         return module, dict.fromkeys(left, "left as it was, to meet max_metric_drop")
 
-    def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Range]:
         if self.scheme != "int8_static":
             return {}
         with observe_inputs(module) as ranges:

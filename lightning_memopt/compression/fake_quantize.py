@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memopt.compression.packed.integers import round_inputs
+from lightning_memopt.compression.packed.integers import Inputs, round_inputs
 from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
-from lightning_memopt.compression.ranges import sample_dims
+from lightning_memopt.compression.ranges import Range, input_range, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.models.fake import is_fake
 
@@ -32,9 +32,9 @@ class FakeQuantization:
 
     Attributes:
         enabled: Whether anything is rounded now.
-        observing: Whether the ranges of ``"int8_static"`` follow the inputs; a moving average of the largest
-            magnitude of each training batch.
-        ranges: By name of a layer, that magnitude.
+        observing: Whether the ranges of ``"int8_static"`` follow the inputs; moving averages of the smallest and the
+            largest of each training batch.
+        ranges: By name of a layer, these two.
 
     Raises:
         ValueError: The scheme is unknown, or no weight is left.
@@ -45,7 +45,7 @@ class FakeQuantization:
         module: nn.Module,
         scheme: Scheme,
         which: WeightFilter | None = None,
-        ranges: Mapping[str, float] | None = None,
+        ranges: Mapping[str, Range] | None = None,
     ) -> None:
         self.enabled = self.observing = True
         self.ranges = dict(ranges or {})
@@ -105,9 +105,10 @@ class FakeQuantization:
 
     def _observe(self, name: str, x: Any) -> None:
         if self._inputs == "static" and isinstance(x, Tensor) and x.numel():
-            largest = 1.0 if is_fake(x) else float(x.detach().abs().amax())  # fake: only sizes are asked for
-            if 0 < largest < float("inf"):
-                self.ranges[name] = largest + (1 - MOMENTUM) * (self.ranges.get(name, largest) - largest)
+            low, high = (0.0, 1.0) if is_fake(x) else input_range(x)  # fake: only sizes are asked for
+            if 0 < high - low < float("inf"):
+                old_low, old_high = self.ranges.get(name, (low, high))
+                self.ranges[name] = low + (1 - MOMENTUM) * (old_low - low), high + (1 - MOMENTUM) * (old_high - high)
 
 
 def _is_self(query: Any, key: Any = None, value: Any = None, *_: Any) -> bool:
@@ -122,9 +123,9 @@ def _carrier(module: nn.Module, owner: str) -> tuple[nn.Module, nn.Module]:
     return (parent if isinstance(parent, nn.MultiheadAttention) else part), part
 
 
-def _round_inputs(x: Tensor, inputs: float | str, dims: tuple[int, ...]) -> Tensor:
+def _round_inputs(x: Tensor, inputs: Inputs, dims: tuple[int, ...]) -> Tensor:
     with torch.no_grad():
-        integers, step = round_inputs(x, inputs, dims)
+        integers, step, _zero = round_inputs(x, inputs, dims)
         rounded = (integers * step).to(x.dtype)
         inside = (x.abs() <= rounded.abs() + 0.51 * step).to(x.dtype)  # what is cut off does not learn
     return x * inside + (rounded - x * inside).detach()

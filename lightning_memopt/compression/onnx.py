@@ -89,7 +89,7 @@ def _unpacked(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]]:
     for prefix, child in plain.named_modules():
         for name, parameter in child._parameters.items():
             if isinstance(parameter, PackedWeight):
-                held[f"{prefix}.{name}" if prefix else name] = parameter
+                held[f"{prefix}.{name}" if prefix else name] = parameter.plain()
                 if id(parameter) not in dense:
                     dense[id(parameter)] = nn.Parameter(plain_values(parameter), requires_grad=False)
                 child._parameters[name] = dense[id(parameter)]

@@ -16,6 +16,8 @@ from lightning_memopt.compression.packed import (
     PackedWeight,
     stored_bytes,
 )  # fmt: skip
+from lightning_memopt.compression.placing import order_weights, replace_weight
+from lightning_memopt.compression.ranges import Range, joined
 from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.models.fake import is_fake
 
@@ -64,7 +66,7 @@ def quantize(
     module: nn.Module,
     scheme: Scheme = "int8_weight_only",
     which: WeightFilter | None = None,
-    input_ranges: Mapping[str, float] | None = None,
+    input_ranges: Mapping[str, Range] | None = None,
 ) -> Quantized:
     """Pack the weights of ``module``, in place, where that makes them smaller.
 
@@ -78,7 +80,7 @@ def quantize(
             ``"int8_static"`` round the inputs of linear layers, 2-d convolutions and self-attention too and multiply
             integers.
         which: Which weights; ``None``: all, embeddings too.
-        input_ranges: For ``"int8_static"``: by name of a module, the largest magnitude of its inputs
+        input_ranges: For ``"int8_static"``: by name of a module, the smallest and the largest of its inputs
             (:func:`~lightning_memopt.compression.ranges.observe_inputs`).
 
     Raises:
@@ -100,12 +102,13 @@ def quantize(
             packed = pack_weight(weight.parameter, weight, scheme, _range_of(weight, input_ranges or {}))
             reason = _too_large(packed, weight)
             if not reason:
-                _replace(module, weight, packed)
+                replace_weight(module, weight, packed)
                 names += [weight.name, *weight.tied]
                 continue
         skipped[weight.name] = reason
     if not names:
         raise _growth(module, scheme, skipped)
+    order_weights(module)
     return Quantized(names, skipped, before, module_bytes(module))
 
 
@@ -144,11 +147,11 @@ def module_bytes(module: nn.Module) -> int:
     return sum(map(stored_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values()))
 
 
-def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: float | None = None) -> PackedWeight:
+def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: Range | None = None) -> PackedWeight:
     """Pack ``parameter`` as ``weight`` is to be: one scale for all of it where it is clustered, and stays so."""
     cls, options = packing(scheme)
     if scheme == "int8_static":
-        options = {**options, "inputs": input_range}
+        options = {**options, "inputs": list(input_range) if input_range else "dynamic"}
     if cls is Int8Weight:
         # With a scale for each output, one value of a cluster would become as many as there are outputs.
         options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and _has_few_values(parameter)}
@@ -184,14 +187,10 @@ def _growth(module: nn.Module, scheme: str, skipped: Mapping[str, str]) -> Growt
     )
 
 
-def _range_of(weight: Weight, ranges: Mapping[str, float]) -> float | None:
-    """Of all layers that have it; a weight that calibration did not reach is rounded, and its inputs are not."""
-    owners = (name.rpartition(".")[0] for name in (weight.name, *weight.tied))
-    return max((ranges[owner] for owner in owners if owner in ranges), default=None) or None
-
-
-def _replace(module: nn.Module, weight: Weight, packed: PackedWeight) -> None:
-    parameter = nn.Parameter(packed, requires_grad=False)
+def _range_of(weight: Weight, ranges: Mapping[str, Range]) -> Range | None:
+    """Of all layers that have it; where calibration did not reach, each row of the inputs is measured."""
+    found: Range | None = None
     for name in (weight.name, *weight.tied):
-        owner, _, key = name.rpartition(".")
-        module.get_submodule(owner)._parameters[key] = parameter
+        if (owner := name.rpartition(".")[0]) in ranges:
+            found = joined(found, ranges[owner])
+    return found if found and found[0] < found[1] else None

@@ -9,10 +9,24 @@ from torch import Tensor, nn
 from lightning_memopt.compression.packed.integers import FEWEST
 from lightning_memopt.models.linears import read_linear
 
+Range = tuple[float, float]
+"""The smallest and the largest input; 0 is between them, since it must stay 0."""
+
+
+def input_range(x: Tensor) -> Range:
+    """The range of ``x``."""
+    low, high = map(float, x.detach().aminmax())
+    return min(low, 0.0), max(high, 0.0)
+
+
+def joined(one: Range | None, other: Range) -> Range:
+    """The range of both."""
+    return other if one is None else (min(one[0], other[0]), max(one[1], other[1]))
+
 
 @contextmanager
-def observe_inputs(module: nn.Module) -> Iterator[dict[str, float]]:
-    """Collect, while the block runs, the largest magnitude that layers below ``module`` are given.
+def observe_inputs(module: nn.Module) -> Iterator[dict[str, Range]]:
+    """Collect, while the block runs, between which numbers the inputs of layers below ``module`` are.
 
     Yields:
         By qualified name of the layer; filled as layers are called.
@@ -23,9 +37,9 @@ def observe_inputs(module: nn.Module) -> Iterator[dict[str, float]]:
         >>> with observe_inputs(net) as ranges:
         ...     _ = net(torch.tensor([[0.5, -3.0]]))
         >>> ranges
-        {'0': 3.0}
+        {'0': (-3.0, 0.5)}
     """
-    ranges: dict[str, float] = {}
+    ranges: dict[str, Range] = {}
     handles = []
     for name, layer in module.named_modules():
         if sample_dims(layer) is None and not isinstance(layer, nn.MultiheadAttention):
@@ -34,7 +48,7 @@ def observe_inputs(module: nn.Module) -> Iterator[dict[str, float]]:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = name) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(x, Tensor) and x.numel():
-                ranges[name] = max(ranges.get(name, 0.0), float(x.detach().abs().amax()))
+                ranges[name] = joined(ranges.get(name), input_range(x))
 
         handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     try:

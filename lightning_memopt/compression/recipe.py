@@ -10,6 +10,7 @@ from torch import nn
 from lightning_memopt.compression.clustering import cluster_weights
 from lightning_memopt.compression.masks import prune_weights
 from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.report import CompressionReport, compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
@@ -82,7 +83,7 @@ class Recipe:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
     def apply(
-        self, module: nn.Module, call: Call | None = None, *, input_ranges: Mapping[str, float] | None = None
+        self, module: nn.Module, call: Call | None = None, *, input_ranges: Mapping[str, Range] | None = None
     ) -> CompressionReport:
         """Compress ``module`` in place.
 

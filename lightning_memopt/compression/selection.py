@@ -163,26 +163,36 @@ def _find_places(root: nn.Module) -> dict[nn.Parameter, list[_Place]]:
     return places
 
 
+def find_weights(module: nn.Module) -> list[Weight]:
+    """All that is a weight by where it is, compressed or not."""
+    found = (_as_weight(parameter, held) for parameter, held in _find_places(module).items())
+    return [weight for weight in found if weight is not None]
+
+
 def _read(parameter: nn.Parameter, held: list[_Place]) -> tuple[Weight | None, str]:
     """The weight that ``parameter`` is, or why it is none."""
-    kinds = [found for place in held if (found := _kind(place))]
     if is_lazy(parameter):
         return None, f"{type(held[0].owner).__name__} has not seen its first batch, so its shape is not known"
     if not parameter.numel():
         return None, "empty"
     if is_compressed(parameter):
         return None, f"a {type(parameter).__name__} of {parameter.dtype}, so it is compressed already"
+    weight = _as_weight(parameter, held)
+    return weight, "" if weight else _why_not(parameter, held[0])
+
+
+def _as_weight(parameter: nn.Parameter, held: list[_Place]) -> Weight | None:
+    kinds = [found for place in held if (found := _kind(place))]
     if not kinds:
-        return None, _why_not(parameter, held[0])
+        return None
     kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
     place = next(place for place in held if _kind(place) == kind)
     swapped = kind == "conv1d" or isinstance(place.owner, _ConvTransposeNd)
-    weight = Weight(
+    return Weight(
         place.name, place.path[-1][0], place.owner, parameter, kind,
         output_dim=int(swapped), input_dim=int(not swapped),
         tied=tuple(other.name for other in held if other is not place),
     )  # fmt: skip
-    return weight, ""
 
 
 def _kind(place: _Place) -> Kind | None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_memopt.compression.quantize import GrowthError, Scheme, quantize
+from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.models.selectors import Selector
@@ -52,7 +53,7 @@ class Sensitivity:
         module: nn.Module,
         *,
         mode: str = "max",
-        input_ranges: Mapping[str, float] | None = None,
+        input_ranges: Mapping[str, Range] | None = None,
     ) -> Recipe:
         """The recipe of fewest bytes whose measured drop is at most ``max_metric_drop``.
 
@@ -107,7 +108,7 @@ def scan_sensitivity(
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     mode: str = "max",
-    input_ranges: Mapping[str, float] | None = None,
+    input_ranges: Mapping[str, Range] | None = None,
 ) -> Sensitivity:
     """Quantize one weight at a time and measure.
 

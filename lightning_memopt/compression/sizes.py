@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memopt.compression.codecs import encode
+from lightning_memopt.compression.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def measure_sizes(module: nn.Module, *, packed: bool = True) -> ModuleSizes:
             seen.add(id(tensor))
             held += 1
             parts = list(plain_parts(tensor))
-            memory += sum(part.nbytes for part in parts)
+            memory += tensor.held_bytes if isinstance(tensor, PackedWeight) else sum(part.nbytes for part in parts)
             if key not in child._non_persistent_buffers_set:
                 disk += sum(encoded_bytes(part) if packed else part.nbytes for part in parts)
             if key in child._parameters:
@@ -69,6 +70,9 @@ def measure_sizes(module: nn.Module, *, packed: bool = True) -> ModuleSizes:
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that ``tensor`` is made of: itself, or the values, scales and codes of a quantized one."""
+    if isinstance(tensor, PackedWeight):
+        yield from tensor.plain().parts.values()
+        return
     if is_traceable_wrapper_subclass(tensor):  # torchao's
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_parts(getattr(tensor, name))

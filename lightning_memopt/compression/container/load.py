@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_memopt.compression.container import files, skeleton, tensors
 from lightning_memopt.compression.container.errors import CompressedFileError
 from lightning_memopt.compression.container.save import named_tensors
+from lightning_memopt.compression.placing import order_weights
 
 
 def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -51,6 +52,7 @@ def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module
         _set(target, name, _as_before(old, tensors.read_tensor(name, record, data)))
     for alias, name in ties.items():
         _set(target, alias, _get(target, name))
+    order_weights(target)
     return target.eval()
 
 

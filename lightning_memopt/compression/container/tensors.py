@@ -32,6 +32,7 @@ def write_tensor(name: str, tensor: Tensor, data: dict[str, Tensor]) -> dict[str
         ValueError: The tensor is of a class or type that the container has no name for.
     """
     if isinstance(tensor, PackedWeight):
+        tensor = tensor.plain()
         return {
             "packed": _KIND_OF[type(tensor)],
             "attributes": tensor.attributes,

@@ -76,6 +76,29 @@ class PackedWeight(Tensor):
         """Whether the types and shapes of the parts fit the shape of the weight; kernels read beyond them else."""
         raise NotImplementedError
 
+    def plain(self) -> "PackedWeight":
+        """The same weight in the form that files have, whatever order this machine reads it in."""
+        return self
+
+    def fill(self, source: Tensor) -> None:
+        """Take the values of ``source``, which is packed alike.
+
+        Raises:
+            ValueError: It is not.
+        """
+        if type(source) is not type(self) or source.attributes != self.attributes:
+            raise ValueError(
+                f"A {type(self).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. "
+                "Load the weights before they are packed, or with `load_state_dict(..., assign=True)`."
+            )
+        for name, part in self.parts.items():
+            part.copy_(getattr(source, name))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory."""
+        return sum(part.nbytes for part in self.parts.values())
+
     @property
     def parts(self) -> dict[str, Tensor]:
         """The plain tensors that hold the weight."""
@@ -130,9 +153,11 @@ class PackedWeight(Tensor):
         if function is aten._to_copy.default:
             # Parts have types of their own: a change of type is only that of what they stand for.
             moved = {key: kwargs[key] for key in ("device", "non_blocking") if key in kwargs}
-            return args[0].map_parts(lambda part: part.to(copy=True, **moved), kwargs.get("dtype"))
+            weight = args[0].plain() if "device" in moved else args[0]
+            return weight.map_parts(lambda part: part.to(copy=True, **moved), kwargs.get("dtype"))
         if function is aten.copy_.default and isinstance(args[0], PackedWeight):
-            return _copy(args[0], args[1])
+            args[0].fill(args[1])
+            return args[0]
         # Within attention, which calls no functions that are seen above, linear maps come in these forms.
         if function is aten.t.default:
             return args[0].transposed()
@@ -156,9 +181,7 @@ def dense(tree: Any) -> Any:
 
 def stored_bytes(tensor: Tensor) -> int:
     """The bytes that ``tensor`` takes: those of its parts where it is packed."""
-    if isinstance(tensor, PackedWeight):
-        return sum(part.nbytes for part in tensor.parts.values())
-    return tensor.nbytes
+    return tensor.held_bytes if isinstance(tensor, PackedWeight) else tensor.nbytes
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -184,14 +207,3 @@ def _is_self(query: Any, key: Any, value: Any, *_: Any) -> bool:
 def _embedding(input: Tensor, weight: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
     # Padding, scaling and sparsity are about gradients, and there are none.
     return weight.rows(input) if isinstance(weight, PackedWeight) else F.embedding(input, weight)
-
-
-def _copy(target: PackedWeight, source: Tensor) -> PackedWeight:
-    if type(source) is not type(target) or source.attributes != target.attributes:
-        raise ValueError(
-            f"A {type(target).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. "
-            "Load the weights before they are packed, or with `load_state_dict(..., assign=True)`."
-        )
-    for name, part in target.parts.items():
-        part.copy_(getattr(source, name))
-    return target

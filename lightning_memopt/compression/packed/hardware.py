@@ -9,6 +9,9 @@ _INT8_ON_CPU = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_i
 _BF16_ON_CPU = any(_CPU.get(name) for name in ("avx512_bf16", "amx_bf16"))
 _BYTES_ON_CPU = bool(_CPU.get("avx2")) and torch.backends.mkldnn.is_available()
 
+SMALLEST = 8192
+"""Elements of a weight below which multiplying floats is faster than calling oneDNN's kernel for integers."""
+
 OFFSET = 64
 """What is added to inputs so that they are bytes without a sign, as oneDNN's kernels take them."""
 
@@ -20,7 +23,7 @@ def largest_input(device: torch.device) -> int:
     cut off beyond 32,767. A pair of weights up to 127 and inputs of 8 bits reaches 64,770, of 7 bits 32,258. So
     inputs have 7 bits there, and weights, which files are made of, 8 bits everywhere.
     """
-    return 63 if _in_bytes(device) else 127
+    return 63 if in_bytes(device) else 127
 
 
 def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -30,7 +33,8 @@ def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
     fp32, and so are sums of up to 1040; longer ones are rounded.
     """
     rows, inner, columns = *inputs.shape, weight.shape[1]
-    if _in_bytes(inputs.device) and rows >= 32:  # fewer do not pay for bringing the weight into order
+    # Fewer rows do not pay for bringing the weight into order, and smaller ones not for calling the kernel.
+    if in_bytes(inputs.device) and rows >= 32 and weight.numel() >= SMALLEST:
         return _multiply_bytes((inputs + OFFSET).to(torch.uint8), weight)
     on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
     if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):
@@ -42,7 +46,7 @@ def convolve_integers(
     inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """As :func:`multiply_integers`, for a batch of images and the filters of ``F.conv2d``."""
-    if _in_bytes(inputs.device):
+    if in_bytes(inputs.device):
         return _convolve_bytes((inputs + OFFSET).to(torch.uint8), weight, stride, padding, dilation)
     return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 
@@ -52,7 +56,8 @@ def is_fast_in(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cpu" or (dtype is torch.bfloat16 and _BF16_ON_CPU)
 
 
-def _in_bytes(device: torch.device) -> bool:
+def in_bytes(device: torch.device) -> bool:
+    """Whether ``device`` multiplies bytes without a sign, by oneDNN's kernels."""
     return device.type == "cpu" and _BYTES_ON_CPU and not _INT8_ON_CPU
 
 

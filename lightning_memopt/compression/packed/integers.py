@@ -1,13 +1,22 @@
 """Weights in 8 or 4 bits: integers with a scale for each output, or for each group of inputs."""
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import TINY, PackedWeight
-from lightning_memopt.compression.packed.hardware import convolve_integers, largest_input, multiply_integers
+from lightning_memopt.compression.packed.hardware import (
+    convolve_integers,
+    in_bytes,
+    largest_input,
+    multiply_integers,
+)
+
+Inputs = Sequence[float] | str
+"""How inputs are rounded: ``"dynamic"``, or between two numbers."""
 
 GROUP = 32
 """Inputs that share a scale and a minimum in 4 bits: 0.5 + 4/32 bytes an element."""
@@ -24,19 +33,19 @@ class Int8Weight(PackedWeight):
         values: int8, of the weight's shape, in -127..127.
         scale: fp32, of the weight's shape with 1 everywhere but in the dimension of the outputs.
         inputs: Round the inputs of linear maps and plain 2-d convolutions too, and multiply integers: ``"dynamic"``
-            scales each row (each image) by its largest magnitude, a number is the largest magnitude expected of all;
-            ``None`` leaves inputs alone.
+            scales each row (each image) by its largest magnitude; two numbers are the smallest and the largest input
+            that is expected; ``None`` leaves inputs alone.
     """
 
     part_names = ("values", "scale")
-    attribute_names = ("inputs",)
+    attribute_names: ClassVar[tuple[str, ...]] = ("inputs",)
     values: Tensor  # type: ignore[assignment]
     scale: Tensor
-    inputs: float | str | None
+    inputs: Inputs | None
 
     @classmethod
     def pack(
-        cls, weight: Tensor, output_dim: int = 0, *, inputs: float | str | None = None, whole: bool = False, **_: Any
+        cls, weight: Tensor, output_dim: int = 0, *, inputs: Inputs | None = None, whole: bool = False, **_: Any
     ) -> Self:
         """Round to multiples of the largest magnitude / 127: of that of each output; ``whole``: of that of all."""
         others = [dim for dim in range(weight.dim()) if whole or dim != output_dim]
@@ -74,11 +83,15 @@ class Int8Weight(PackedWeight):
     def conv2d(self, x: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
         """Convolve integers and scale the result, where inputs are rounded and there are enough to gain by it."""
         is_large = groups == 1 and self.values[0].numel() >= FEWEST
-        if self.inputs is None or not is_large or isinstance(padding, str) or self.scale[0].numel() != 1:
+        if self.inputs is None:
             return super().conv2d(x, bias, stride, padding, dilation, groups)
+        if not is_large or isinstance(padding, str) or self.scale[0].numel() != 1:
+            # Channels last, as convolutions of integers after it want their images.
+            weight = self.dequantize().to(x.dtype).clone(memory_format=torch.channels_last)
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         images = x if x.dim() == 4 else x[None]
-        integers, step = round_inputs(images, self.inputs, (1, 2, 3))
-        product = convolve_integers(integers, self.values, *map(_pair, (stride, padding, dilation)))
+        integers, step, _zero = round_inputs(images, self.inputs, (1, 2, 3))
+        product = convolve_integers(integers, self.values, *map(pair, (stride, padding, dilation)))
         product = (product * (step * self.scale.view(-1, 1, 1))).to(x.dtype)
         product = product if bias is None else product + bias.view(-1, 1, 1)
         return product if x.dim() == 4 else product[0]
@@ -91,11 +104,16 @@ class Int8Weight(PackedWeight):
         return (self.values[indices] * scale[indices]).to(self.dtype)
 
     def _inputs_known(self) -> bool:
-        return self.inputs in (None, "dynamic") or (type(self.inputs) is float and 0 < self.inputs < float("inf"))
+        if self.inputs is None or self.inputs == "dynamic":
+            return True
+        if not isinstance(self.inputs, list) or [type(end) for end in self.inputs] != [float, float]:
+            return False
+        low, high = self.inputs
+        return -float("inf") < low <= 0 <= high < float("inf") and low < high
 
     def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         if self.inputs is not None:
-            integers, step = round_inputs(x.reshape(-1, x.shape[-1]), self.inputs, (1,))
+            integers, step, _zero = round_inputs(as_rows(x), self.inputs, (1,))
             product = (multiply_integers(integers, values) * step).reshape(*x.shape[:-1], -1)
         else:
             product = x @ values.to(x.dtype)
@@ -103,26 +121,38 @@ class Int8Weight(PackedWeight):
         return product if bias is None else product + bias
 
 
-def round_inputs(x: Tensor, inputs: float | str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as a matrix that the compiler computes once, and not again for its largest value."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.as_strided(rows.size(), rows.stride())
+
+
+def round_inputs(x: Tensor, inputs: Inputs, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float, int]:
     """Round inputs to as many bits as the device multiplies without overflow.
 
     Args:
         x: Inputs of any floating-point type.
-        inputs: ``"dynamic"``, or the largest magnitude that is expected.
+        inputs: ``"dynamic"``, or the smallest and the largest that are expected.
         dims: What shares a scale if that is dynamic.
 
     Returns:
-        Integers, as floats, and what one of them stands for.
+        Integers, as floats; what one of them stands for; and what has to be added to them so that none is negative.
     """
     largest = largest_input(x.device)
     if inputs == "dynamic":
-        step: Any = x.detach().abs().amax(dims, keepdim=True).float().clamp_min(TINY * 127) / largest
-    else:
-        step = float(inputs) / largest
-    return (x / step).round().clamp(-largest, largest), step
+        magnitude = x.detach().abs().amax(dims, keepdim=True).float().clamp_min(TINY * 127)
+        return (x * (largest / magnitude)).round(), magnitude / largest, largest
+    low, high = map(float, inputs)
+    if in_bytes(x.device):  # which has no sign, so that no value need be left unused
+        step = (high - low) / (2 * largest + 1)
+        zero = round(-low / step)
+        return (x / step).round().clamp(-zero, 2 * largest + 1 - zero), step, zero
+    step = max(-low, high) / largest
+    return (x / step).round().clamp(-largest, largest), step, largest
 
 
-def _pair(value: Any) -> list[int]:
+def pair(value: Any) -> list[int]:
+    """An option of a convolution for both dimensions."""
     return [value, value] if isinstance(value, int) else list(value)
 
 

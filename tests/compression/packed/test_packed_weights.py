@@ -19,7 +19,7 @@ from lightning_memopt.compression.packed import (
 PACKINGS = {
     "int8": (Int8Weight, {}, 40, 0.26),
     "int8 dynamic": (Int8Weight, {"inputs": "dynamic"}, 33, 0.26),
-    "int8 static": (Int8Weight, {"inputs": 4.5}, 25, 0.26),
+    "int8 static": (Int8Weight, {"inputs": [-4.5, 4.5]}, 25, 0.26),
     "int4": (Int4Weight, {}, 19, 0.16),
     "fp8": (Float8Weight, {}, 28, 0.26),
     "nf4": (NF4Weight, {}, 16, 0.15),
