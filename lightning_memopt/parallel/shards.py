@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -24,7 +25,7 @@ def whole_of_shards(value: DTensor) -> Tensor:
     """
     mesh, placements = value.device_mesh, value.placements
     if not _is_shard_of_part(placements):
-        return value.full_tensor()
+        return _whole_of_part(value)
     outer, inner = _split_mesh(mesh)
     dimension: int = placements[-1].dim  # type: ignore[attr-defined]
     # Tensor parallelism deals out evenly.
@@ -35,7 +36,20 @@ def whole_of_shards(value: DTensor) -> Tensor:
     part = DTensor.from_local(
         shard.full_tensor(), inner, placements[-1:], run_check=False, shape=value.shape, stride=value.stride()
     )
-    return part.full_tensor()
+    return _whole_of_part(part)
+
+
+def _whole_of_part(part: DTensor) -> Tensor:
+    """By hand for slices of pieces, which torch 2.11 refuses to gather on a mesh where nothing else is cut."""
+    placement = part.placements[-1]
+    if not isinstance(placement, _StridedShard):
+        return part.full_tensor()
+    group = part.device_mesh.get_group(part.device_mesh.ndim - 1)
+    local = part.to_local().detach().contiguous()
+    locals_: list[Tensor] = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(locals_, local, group)
+    slices = [each.chunk(placement.split_factor, placement.dim) for each in locals_]
+    return torch.cat([each[piece] for piece in range(placement.split_factor) for each in slices], placement.dim)
 
 
 def shards_of_whole(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:

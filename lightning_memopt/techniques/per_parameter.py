@@ -164,7 +164,7 @@ def _train_stand_ins(
     twin.__dict__.update(optimizer.__dict__)
     for patch in ("step", _REPLACEMENT):
         twin.__dict__.pop(patch, None)
-    twin.state = defaultdict(dict)
+    twin.state = defaultdict(dict, {stand_in: _first_state(optimizer, like, shape) for stand_in in stand_ins})
     twin.param_groups = [{**group, "params": stand_ins}]
     twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     # Forked, so that an optimizer that draws noise draws the same when its parameters are stepped one by one.
@@ -174,6 +174,17 @@ def _train_stand_ins(
                 stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
             step(twin)
     return stand_ins
+
+
+def _first_state(optimizer: Optimizer, like: torch.Tensor, shape: list[int]) -> dict[str, Any]:
+    """What a stand-in begins with: nothing, or zeros where a constructor made the state (Adagrad's in torch 2.11)."""
+    state = optimizer.state.get(like, {})
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return {}
+    return {
+        name: torch.zeros(shape if value.shape == like.shape else value.shape, dtype=value.dtype, device=value.device)
+        for name, value in state.items()
+    }
 
 
 def _step_all(optimizer: Optimizer) -> None:

@@ -1,7 +1,4 @@
-"""A stage as ``torch.distributed.pipelining`` runs it, with shapes that may differ between micro-batches.
-
-Adapter for private parts of ``torch.distributed.pipelining`` (receive buffers); tried with torch 2.13.
-"""
+"""A stage as ``torch.distributed.pipelining`` runs it, with shapes that may differ between micro-batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,16 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.stage import _RecvInfo
 
-try:
-    from torch.distributed.pipelining._utils import _derive_grad_metas, extract_tensor_metas
-except ImportError as error:
-    raise ImportError(
-        "lightning_memopt runs pipelines by private parts of torch.distributed.pipelining, which torch "
-        f"{torch.__version__} lacks or has changed ({error}); install torch 2.13, or use memopt_zero3 or memopt_tp"
-    ) from error
+from lightning_memopt.parallel.pipeline.torch_stage import Received, TorchStage, grad_metas_of, metas_of
 
 Forward = Callable[[int, int, tuple[Tensor, ...]], Any]
 """(stage, number of the micro-batch, received tensors) -> the tensors to send, or the loss."""
@@ -28,7 +17,7 @@ Around = Callable[[bool], AbstractContextManager[Any]]
 """Makes the context of a backward, from whether it is the stage's last of the batch."""
 
 
-def _let_go(received: Iterable[Sequence[_RecvInfo]]) -> None:
+def _let_go(received: Iterable[Sequence[Received]]) -> None:
     """Of their buffers; root arguments have none."""
     for infos in received:
         for info in infos:
@@ -57,7 +46,7 @@ class StageModule(nn.Module):
         return self._forward_of_stage(self._stage, int(index), received)
 
 
-class Stage(PipelineStage):
+class Stage(TorchStage):  # type: ignore[misc]
     """torch's stage, with a buffer for what is received only from its receipt to its use.
 
     Args:
@@ -86,7 +75,6 @@ class Stage(PipelineStage):
         outputs: Sequence[Sequence[Tensor]],
         splits_backward: bool = False,
     ) -> None:
-        self.inputs, self.outputs = inputs, outputs
         self._around = around
         # torch's backward in two parts finds the gradients of parameters on the paths from what a stage receives to
         # what it sends, and loses those that get into a second thing sent beside them (an encoder-decoder's position
@@ -102,6 +90,7 @@ class Stage(PipelineStage):
             group=group,
             dw_builder=_nothing_left if splits_backward and not is_one else None,
         )
+        self.inputs, self.outputs = inputs, outputs
 
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
         """Yes: every stage knows its shapes, so torch need not learn them, also where no neighbour answers (where a
@@ -120,8 +109,8 @@ class Stage(PipelineStage):
 
     def prepare_forward_only(self) -> None:
         """What a schedule's first step does, for runs without a schedule."""
-        self._stage_meta.inputs = extract_tensor_metas(tuple(self.inputs[0]))
-        self._stage_meta.outputs = extract_tensor_metas(tuple(self.outputs[0]))
+        self._stage_meta.inputs = metas_of(tuple(self.inputs[0]))
+        self._stage_meta.outputs = metas_of(tuple(self.outputs[0]))
         self._setup_forward_send_info()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -156,8 +145,8 @@ class Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """In the context of the strategy's, with the shapes of this micro-batch."""
-        self._stage_meta.inputs = extract_tensor_metas(tuple(self.inputs[bwd_chunk_id]))
-        self._stage_meta.input_grads = _derive_grad_metas(self._stage_meta.inputs or ())
+        self._stage_meta.inputs = metas_of(tuple(self.inputs[bwd_chunk_id]))
+        self._stage_meta.input_grads = grad_metas_of(self._stage_meta.inputs or ())
         with self._around(last_backward):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self.grad_recv_info.pop(bwd_chunk_id, None)
@@ -169,22 +158,22 @@ class Stage(PipelineStage):
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """With the shapes of this micro-batch, for gradients that are zero."""
-        self._stage_meta.inputs = extract_tensor_metas(tuple(self.inputs[bwd_chunk_id]))
-        self._stage_meta.input_grads = _derive_grad_metas(self._stage_meta.inputs or ())
+        self._stage_meta.inputs = metas_of(tuple(self.inputs[bwd_chunk_id]))
+        self._stage_meta.input_grads = grad_metas_of(self._stage_meta.inputs or ())
         return super().get_bwd_send_ops(bwd_chunk_id)
 
-    def _buffers_like(self, stubs: Sequence[Tensor], source: int, empty: bool = False) -> tuple[_RecvInfo, ...]:
-        metas = extract_tensor_metas(tuple(stubs)) or ()
+    def _buffers_like(self, stubs: Sequence[Tensor], source: int, empty: bool = False) -> tuple[Received, ...]:
+        metas = metas_of(tuple(stubs)) or ()
         return tuple(
-            _RecvInfo("received", source, None if empty else self._empty_like(stub), meta)
+            Received("received", source, None if empty else self._empty_like(stub), meta)
             for stub, meta in zip(stubs, metas, strict=True)
         )
 
-    def _gradients_like(self, chunk: int) -> tuple[_RecvInfo, ...]:
+    def _gradients_like(self, chunk: int) -> tuple[Received, ...]:
         stubs = self.outputs[chunk]
-        metas = _derive_grad_metas(extract_tensor_metas(tuple(stubs)) or ())
+        metas = grad_metas_of(metas_of(tuple(stubs)) or ())
         return tuple(
-            _RecvInfo("gradient", self.stage_index + 1, None if meta is None else self._empty_like(stub), meta)
+            Received("gradient", self.stage_index + 1, None if meta is None else self._empty_like(stub), meta)
             for stub, meta in zip(stubs, metas, strict=True)
         )
 

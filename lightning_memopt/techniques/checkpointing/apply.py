@@ -207,18 +207,21 @@ class _Runner:
 
 
 class _KeepCalls:
-    """Tells torch which operator calls of one run to keep: by operator and how often it ran before."""
+    """Tells torch which operator calls of one run to keep: by operator and how often it ran before.
+
+    torch 2.11 asks again in the replay, where calls are counted anew; 2.13 goes by the answers of the forward.
+    """
 
     def __init__(self, keep: Keep) -> None:
         self._keep = keep
-        self._seen: dict[Any, int] = dict.fromkeys(keep, 0)
+        self._seen: dict[tuple[Any, bool], int] = defaultdict(int)
 
     def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = self._keep.get(op)
         if kept is None:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        ordinal = self._seen[op]
-        self._seen[op] = ordinal + 1
+        ordinal = self._seen[op, context.is_recompute]
+        self._seen[op, context.is_recompute] += 1
         if ordinal in kept and not draws_random_numbers(op, args, kwargs):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
