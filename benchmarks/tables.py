@@ -92,8 +92,8 @@ def parallel_table(results: dict[str, Any]) -> str:
     idle = results["rows"].get("memopt_pp_idle", {})
     if "played_ratio" in idle:
         provenance += (
-            f" Idle shares over theory: {idle['ratio']:.3f} for memopt_pp and {idle['by_hand_ratio']:.3f} for the loop "
-            f"by hand; played with what each rank computed for, and messages that take no time: "
+            f" Idle shares over theory: {idle['ratio']:.3f} for memopt_pp and {idle['by_hand_ratio']:.3f} for the "
+            f"loop by hand; played with what each rank computed for, and messages that take no time: "
             f"{idle['played_ratio']:.3f} and {idle['by_hand_played_ratio']:.3f}."
         )
     return "\n".join([*lines, "", provenance]) + "\n"
