@@ -48,8 +48,8 @@ def _whole_of_part(part: DTensor) -> Tensor:
     local = part.to_local().detach().contiguous()
     locals_: list[Tensor] = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(locals_, local, group)
-    slices = [each.chunk(placement.split_factor, placement.dim) for each in locals_]
-    return torch.cat([each[piece] for piece in range(placement.split_factor) for each in slices], placement.dim)
+    slices = [each.chunk(int(placement.split_factor), placement.dim) for each in locals_]
+    return torch.cat([each[piece] for piece in range(int(placement.split_factor)) for each in slices], placement.dim)
 
 
 def shards_of_whole(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:

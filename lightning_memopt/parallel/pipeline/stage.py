@@ -46,7 +46,7 @@ class StageModule(nn.Module):
         return self._forward_of_stage(self._stage, int(index), received)
 
 
-class Stage(TorchStage):  # type: ignore[misc]
+class Stage(TorchStage):
     """torch's stage, with a buffer for what is received only from its receipt to its use.
 
     Args:

@@ -14,25 +14,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, _utils
 from torch.distributed.pipelining.stage import _RecvInfo
 
+# Any, as what is right for one version is wrong for the other.
+TorchStage: Any = PipelineStage
+Received: Any = _RecvInfo
+metas_of: Any
+grad_metas_of: Any
 
-class _EarlierReceived(_RecvInfo):
+
+class _EarlierReceived(Received):
     """A place for a tensor, which may have no buffer, with what the tensor is like (None: nothing comes)."""
 
     def __init__(self, input_name: str, source: int, buffer: Tensor | None, tensor_meta: Tensor | None) -> None:
-        super().__init__(input_name, source, buffer)  # type: ignore[call-arg]
+        super().__init__(input_name, source, buffer)
         self.tensor_meta = tensor_meta
 
 
-class _EarlierStage(PipelineStage):
+class _EarlierStage(TorchStage):
     """torch 2.11's stage, taught that shapes differ and that not every tensor has a gradient."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stage_meta: Any = SimpleNamespace(inputs=(), outputs=(), input_grads=())
-        self.args_recv_info = defaultdict(tuple)
+        self.args_recv_info: dict[int, Any] = defaultdict(tuple)
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         self._setup_forward_send_info()
@@ -122,11 +128,8 @@ def _earlier_grad_metas(metas: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     return tuple(meta if meta.requires_grad else None for meta in metas)
 
 
-TorchStage: Any = PipelineStage
-Received: Any = _RecvInfo
 try:
-    from torch.distributed.pipelining._utils import _derive_grad_metas as grad_metas_of
-    from torch.distributed.pipelining._utils import extract_tensor_metas as metas_of
-except ImportError:  # torch 2.11
+    metas_of, grad_metas_of = _utils.extract_tensor_metas, _utils._derive_grad_metas
+except AttributeError:  # torch 2.11
     TorchStage, Received = _EarlierStage, _EarlierReceived
     metas_of, grad_metas_of = _earlier_metas, _earlier_grad_metas
