@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_memopt.checkpoints.sharded import full_state_dict as full_state_dict
     from lightning_memopt.compression.clustering import cluster_weights as cluster_weights
     from lightning_memopt.compression.container import load_compressed as load_compressed
+    from lightning_memopt.compression.executorch import export_executorch as export_executorch
     from lightning_memopt.compression.masks import find_sparsity as find_sparsity
     from lightning_memopt.compression.masks import prune_weights as prune_weights
     from lightning_memopt.compression.onnx import export_onnx as export_onnx
@@ -83,6 +84,7 @@ _HOME = {
     "chunked_cross_entropy": "techniques.chunked_loss",
     "cluster_weights": "compression.clustering",
     "compression_report": "compression.report",
+    "export_executorch": "compression.executorch",
     "export_onnx": "compression.onnx",
     "find_sparsity": "compression.masks",
     "full_state_dict": "checkpoints.sharded",

@@ -43,7 +43,7 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
         ) from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain, held = _unpacked(module)
+    plain, held = unpacked_copy(module)
     named = inputs if isinstance(inputs, dict) else {}
     positional = () if named else inputs if isinstance(inputs, tuple) else (inputs,)
     try:
@@ -74,7 +74,7 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
     return path
 
 
-def _unpacked(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]]:
+def unpacked_copy(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]]:
     """A copy with plain weights, without the trainer of a LightningModule, and what it held packed, by name."""
     trainer = vars(module).pop("_trainer", None)
     try:
