@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.pipeline import torch_stage
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, number_of_micro_batches
 from lightning_memopt.parallel.pipeline.splitting import Split
@@ -69,6 +70,11 @@ class PipelineParallelStrategy(MemoptStrategy):
         if schedule not in SCHEDULES:
             raise MisconfigurationException(
                 f"{name}(schedule={schedule!r}) is not known; choose one of {', '.join(map(repr, SCHEDULES))}."
+            )
+        if schedule == "zbv" and not torch_stage.CAN_SPLIT_BACKWARD:
+            raise MisconfigurationException(
+                f"{name}(schedule='zbv') runs backwards in two parts, which torch {torch.__version__} cannot where "
+                "stages exchange tensors without gradients; install torch 2.13, or give schedule='interleaved_1f1b'."
             )
         if microbatches != "auto" and (
             not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1

@@ -88,3 +88,9 @@ def test_what_cannot_be_pipelined_is_refused_by_name_on_all_ranks(name, strategy
 def test_a_bad_argument_is_refused_when_it_is_given(argument):
     with pytest.raises(MisconfigurationException, match=next(iter(argument))):
         memopt.PipelineParallelStrategy(**argument)
+
+
+def test_zero_bubbles_are_refused_by_name_under_a_torch_that_cannot_split_backwards(monkeypatch):
+    monkeypatch.setattr("lightning_memopt.parallel.pipeline.torch_stage.CAN_SPLIT_BACKWARD", False)
+    with pytest.raises(MisconfigurationException, match=r"HybridStrategy\(schedule='zbv'\) .* install torch 2.13"):
+        memopt.HybridStrategy(pipeline=2, schedule="zbv")

@@ -22,6 +22,9 @@ TorchStage: Any = PipelineStage
 Received: Any = _RecvInfo
 metas_of: Any
 grad_metas_of: Any
+CAN_SPLIT_BACKWARD = True
+"""Whether a backward may run in two parts, as zero-bubble schedules have it. 2.11's hangs where a stage receives or
+sends what takes no gradients."""
 
 
 class _EarlierReceived(Received):
@@ -83,24 +86,6 @@ class _EarlierStage(TorchStage):
         # The rest are of keyword arguments, which are the stage's own.
         self.bwd_cache[bwd_chunk_id] = self.bwd_cache[bwd_chunk_id][: len(self._stage_meta.inputs)]
 
-    def backward_maybe_with_nosync(
-        self, backward_type: str, bwd_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The part by inputs fails on tensors without gradients, and leaves them out of what it returns."""
-        if backward_type != "input":
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, *args, **kwargs)
-        outputs, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
-        taken = [index for index, output in enumerate(outputs) if output.requires_grad]
-        part = {
-            **bwd_kwargs,
-            "stage_output": [outputs[index] for index in taken],
-            "output_grads": None if gradients is None else [gradients[index] for index in taken],
-        }
-        found, groups = super().backward_maybe_with_nosync(backward_type, part, *args, **kwargs)
-        of_inputs = iter(found)
-        inputs = [value for value in bwd_kwargs["input_values"] if isinstance(value, Tensor)]
-        return tuple(next(of_inputs) if value.requires_grad else None for value in inputs), groups
-
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if not self.has_backward or self.is_first:
             return []
@@ -131,5 +116,5 @@ def _earlier_grad_metas(metas: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 try:
     metas_of, grad_metas_of = _utils.extract_tensor_metas, _utils._derive_grad_metas
 except AttributeError:  # torch 2.11
-    TorchStage, Received = _EarlierStage, _EarlierReceived
+    TorchStage, Received, CAN_SPLIT_BACKWARD = _EarlierStage, _EarlierReceived, False
     metas_of, grad_metas_of = _earlier_metas, _earlier_grad_metas
