@@ -179,7 +179,7 @@ def main() -> None:
             made = memory_row(name, plans=4 if options.quick else 12)
         else:
             quick = options.quick
-            made = choice_row(name, rounds=1 if quick else 3, most=4 if quick else None)
+            made = choice_row(name, rounds=1 if quick else 2, most=4 if quick else None)
         results.add(row, made | {"measured_at": now()}, ROWS)
         print(row, {key: value for key, value in made.items() if key != "plans"}, flush=True)
 
