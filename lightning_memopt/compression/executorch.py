@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_memopt.compression.onnx import unpacked_copy
+from lightning_memopt.compression.onnx import check_same, unpacked_copy
 
 
 def export_executorch(
@@ -58,11 +58,5 @@ def export_executorch(
             f"{type(module).__name__} cannot be exported to ExecuTorch: {type(error).__name__}: "
             f"{' '.join(str(error).split())}"
         ) from error
-    for found, tensor in zip(results, expected, strict=True):
-        if found.shape != tensor.shape or not torch.allclose(found.float(), tensor.float(), rtol=rtol, atol=atol):
-            path.unlink()
-            raise ValueError(
-                f"{type(module).__name__} computes something else under ExecuTorch (shapes {list(found.shape)} and "
-                f"{list(tensor.shape)}); the file is removed"
-            )
+    check_same(module, path, results, expected, "ExecuTorch", rtol=rtol, atol=atol)
     return path

@@ -1,7 +1,7 @@
 """Write a module as ONNX, and run the file once to see that it computes the same."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,33 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     leaves = [leaf for leaf in tree_leaves((positional, named)) if isinstance(leaf, Tensor)]
     feeds = {one.name: leaf.numpy(force=True) for one, leaf in zip(session.get_inputs(), leaves, strict=True)}
-    for result, tensor in zip(session.run(None, feeds), expected, strict=True):
-        found = torch.as_tensor(result).float()
-        if found.shape != tensor.shape or not torch.allclose(found, tensor.float(), rtol=rtol, atol=atol):
+    results = [torch.as_tensor(result) for result in session.run(None, feeds)]
+    check_same(module, path, results, expected, "onnxruntime", rtol=rtol, atol=atol)
+    return path
+
+
+def check_same(
+    module: nn.Module,
+    path: Path,
+    results: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    runtime: str,
+    *,
+    rtol: float,
+    atol: float,
+) -> None:
+    """Remove the file that was written of ``module``, unless what it computes is what was expected.
+
+    Raises:
+        ValueError: It is not.
+    """
+    for found, tensor in zip(results, expected, strict=True):
+        if found.shape != tensor.shape or not torch.allclose(found.float(), tensor.float(), rtol=rtol, atol=atol):
             path.unlink()
             raise ValueError(
-                f"{type(module).__name__} computes something else under onnxruntime (shapes {list(found.shape)} and "
+                f"{type(module).__name__} computes something else under {runtime} (shapes {list(found.shape)} and "
                 f"{list(tensor.shape)}); the file is removed"
             )
-    return path
 
 
 def unpacked_copy(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]]:

@@ -116,3 +116,35 @@ def test_packed_modules_give_no_gradients_to_their_weights_and_pass_them_on_to_i
     net(x).sum().backward()
     torch.testing.assert_close(x.grad, expected, rtol=0.05, atol=0.05)
     assert net[0].weight.grad is None and net[0].bias.grad is not None
+
+
+class TiedHead(nn.Module):
+    """An embedding's weight in a head, where it is not in the order of kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(200, 64), nn.Linear(64, 200, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(16, 16, 3)), "0", (8, 16, 12, 12)),
+        (lambda: nn.Sequential(nn.Conv2d(12, 65, 5)), "0", (8, 12, 12, 12)),
+        (TiedHead, "head", (64, 64)),
+        (lambda: nn.Sequential(nn.Linear(64, 200)), "0", (64, 64)),
+    ],
+    ids=["small_filters", "odd_filters", "tied_head", "linear"],
+)
+def test_sums_of_static_inputs_of_one_sign_do_not_overflow(make, layer, shape):
+    module, x = make(), torch.rand(shape)
+    with torch.no_grad():  # nearly all as large as an integer gets
+        weight = next(module.parameters())
+        weight.copy_(0.1 + 0.001 * torch.randn_like(weight))
+    expected = module(x)
+    quantize(module, "int8_static", input_ranges={layer: (0.0, 1.0)})
+    torch.testing.assert_close(module(x), expected, rtol=0.01, atol=0.01)

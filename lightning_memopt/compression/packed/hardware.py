@@ -12,9 +12,6 @@ _BYTES_ON_CPU = bool(_CPU.get("avx2")) and torch.backends.mkldnn.is_available()
 SMALLEST = 8192
 """Elements of a weight below which multiplying floats is faster than calling oneDNN's kernel for integers."""
 
-OFFSET = 64
-"""What is added to inputs so that they are bytes without a sign, as oneDNN's kernels take them."""
-
 
 def largest_input(device: torch.device) -> int:
     """The largest integer that inputs of products are rounded to on ``device``: 127, or 63.
@@ -26,16 +23,21 @@ def largest_input(device: torch.device) -> int:
     return 63 if in_bytes(device) else 127
 
 
-def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
-    """The product in fp32 of a matrix of integers up to :func:`largest_input`, held as floats, and an int8 matrix.
+def multiply_integers(inputs: Tensor, weight: Tensor, zero: int) -> Tensor:
+    """The product in fp32 of a matrix of integers, held as floats, and an int8 matrix.
 
     By floats where the hardware has no instructions for integers, or none for these sizes. Products are exact in
     fp32, and so are sums of up to 1040; longer ones are rounded.
+
+    Args:
+        inputs: ``-zero`` to ``2 * largest_input + 1 - zero``: kernels that take no sign add up pairs of more wrongly.
+        weight: (in, out).
+        zero: What makes all inputs positive.
     """
     rows, inner, columns = *inputs.shape, weight.shape[1]
     # Fewer rows do not pay for bringing the weight into order, and smaller ones not for calling the kernel.
     if in_bytes(inputs.device) and rows >= 32 and weight.numel() >= SMALLEST:
-        return _multiply_bytes((inputs + OFFSET).to(torch.uint8), weight)
+        return _multiply_bytes((inputs + zero).to(torch.uint8), weight, zero)
     on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
     if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):
         return torch._int_mm(inputs.to(torch.int8), weight).float()
@@ -43,11 +45,11 @@ def multiply_integers(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def convolve_integers(
-    inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+    inputs: Tensor, weight: Tensor, zero: int, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """As :func:`multiply_integers`, for a batch of images and the filters of ``F.conv2d``."""
     if in_bytes(inputs.device):
-        return _convolve_bytes((inputs + OFFSET).to(torch.uint8), weight, stride, padding, dilation)
+        return _convolve_bytes((inputs + zero).to(torch.uint8), weight, zero, stride, padding, dilation)
     return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 
 
@@ -66,35 +68,37 @@ def in_bytes(device: torch.device) -> bool:
 
 
 @torch.library.custom_op("lightning_memopt::multiply_bytes", mutates_args=(), device_types="cpu")
-def _multiply_bytes(inputs: Tensor, weight: Tensor) -> Tensor:
+def _multiply_bytes(inputs: Tensor, weight: Tensor, zero: int) -> Tensor:
     packed = weight.t().contiguous().to_mkldnn().transpose(0, 1)
     return torch.ops.onednn.qlinear_pointwise(
-        inputs, 1.0, OFFSET, packed, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 1.0, 0, torch.float32,
+        inputs, 1.0, zero, packed, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 1.0, 0, torch.float32,
         "none", [], "",
     )  # fmt: skip
 
 
 @_multiply_bytes.register_fake
-def _(inputs: Tensor, weight: Tensor) -> Tensor:
+def _(inputs: Tensor, weight: Tensor, zero: int) -> Tensor:
     return inputs.new_empty(inputs.shape[0], weight.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_memopt::convolve_bytes", mutates_args=(), device_types="cpu")
 def _convolve_bytes(
-    inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+    inputs: Tensor, weight: Tensor, zero: int, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    scale, zero = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    scale, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
     packed = torch.ops.onednn.qconv_prepack(
-        weight, scale, 1.0, OFFSET, stride, padding, dilation, 1, list(inputs.shape)
+        weight, scale, 1.0, zero, stride, padding, dilation, 1, list(inputs.shape)
     )
     return torch.ops.onednn.qconv_pointwise(
-        inputs, 1.0, OFFSET, packed, scale, zero, None, stride, padding, dilation, 1, 1.0, 0, torch.float32,
+        inputs, 1.0, zero, packed, scale, zeros, None, stride, padding, dilation, 1, 1.0, 0, torch.float32,
         "none", [], "",
     )  # fmt: skip
 
 
 @_convolve_bytes.register_fake
-def _(inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+def _(
+    inputs: Tensor, weight: Tensor, zero: int, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
     size = (
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(inputs.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)

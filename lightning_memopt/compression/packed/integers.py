@@ -90,8 +90,8 @@ class Int8Weight(PackedWeight):
             weight = self.dequantize().to(x.dtype).clone(memory_format=torch.channels_last)
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         images = x if x.dim() == 4 else x[None]
-        integers, step, _zero = round_inputs(images, self.inputs, (1, 2, 3))
-        product = convolve_integers(integers, self.values, *map(pair, (stride, padding, dilation)))
+        integers, step, zero = round_inputs(images, self.inputs, (1, 2, 3))
+        product = convolve_integers(integers, self.values, zero, *map(pair, (stride, padding, dilation)))
         product = (product * (step * self.scale.view(-1, 1, 1))).to(x.dtype)
         product = product if bias is None else product + bias.view(-1, 1, 1)
         return product if x.dim() == 4 else product[0]
@@ -113,8 +113,8 @@ class Int8Weight(PackedWeight):
 
     def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         if self.inputs is not None:
-            integers, step, _zero = round_inputs(as_rows(x), self.inputs, (1,))
-            product = (multiply_integers(integers, values) * step).reshape(*x.shape[:-1], -1)
+            integers, step, zero = round_inputs(as_rows(x), self.inputs, (1,))
+            product = (multiply_integers(integers, values, zero) * step).reshape(*x.shape[:-1], -1)
         else:
             product = x @ values.to(x.dtype)
         product = (product * scale).to(x.dtype)

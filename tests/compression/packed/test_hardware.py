@@ -27,7 +27,7 @@ def _integers(largest, shape, extreme):
 def test_integers_are_multiplied_exactly_and_the_largest_do_not_overflow(way, extreme):
     a = _integers(hardware.largest_input(CPU), (40, 1000), extreme)
     b = _integers(127, (1000, 24), False) if not extreme else torch.full((1000, 24), 127)
-    product = hardware.multiply_integers(a.float(), b.to(torch.int8))
+    product = hardware.multiply_integers(a.float(), b.to(torch.int8), hardware.largest_input(CPU))
     assert torch.equal(product.long(), a @ b)
 
 
@@ -37,7 +37,8 @@ def test_images_of_integers_are_convolved_exactly_at_the_borders_too(way, option
     images[1] = _integers(hardware.largest_input(CPU), images[1].shape, False)
     filters = torch.full((24, 30, 3, 3), 127)
     filters[12:] = _integers(127, filters[12:].shape, False)
-    product = hardware.convolve_integers(images.float(), filters.to(torch.int8), *options)
+    zero = hardware.largest_input(CPU)
+    product = hardware.convolve_integers(images.float(), filters.to(torch.int8), zero, *options)
     assert torch.equal(product.double(), F.conv2d(images.double(), filters.double(), None, *options))
 
 
@@ -46,8 +47,8 @@ def test_the_compiler_knows_the_shapes_and_the_layouts(way):
     images, filters = torch.randint(-63, 64, (2, 4, 5, 5)).float(), torch.ones(8, 4, 3, 3, dtype=torch.int8)
 
     def both(x, images):
-        product = hardware.multiply_integers(x, weight)
-        return product + 1, hardware.convolve_integers(images, filters, [1, 1], [1, 1], [1, 1]) + 1
+        product = hardware.multiply_integers(x, weight, 63)
+        return product + 1, hardware.convolve_integers(images, filters, 63, [1, 1], [1, 1], [1, 1]) + 1
 
     for actual, expected in zip(torch.compile(both, backend="aot_eager")(x, images), both(x, images), strict=True):
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
