@@ -53,6 +53,7 @@ def test_a_plan_that_recomputes_nothing_and_one_that_refuses_a_budget_stay():
     assert keep_what_fits(found, refuse, 10) is found
 
 
+@pytest.mark.slow
 def test_a_budget_between_full_checkpointing_and_none_is_predicted_to_the_byte_and_pasted():
     entry = ZOO["encoder"]
     batch = entry.batch(2)
