@@ -27,7 +27,7 @@ from lightning_memopt.parallel.verdict import (
 
 _VERDICT = "verdict"
 _STORE_ANSWERS_SECONDS = 5
-_BETWEEN_SIGNS_SECONDS = 0.1  # at least: a thread that gives signs takes time from the one that trains
+_BETWEEN_SIGNS_SECONDS = 0.05  # at least: a thread that gives signs takes time from the one that trains
 _BETWEEN_READINGS_SECONDS = 0.2
 _LONG_SILENCE_SECONDS = 5
 

@@ -63,10 +63,8 @@ def test_torchrun_restarts_after_a_kill_with_the_losses_of_the_uninterrupted_run
 
     assert whole.returncode == 0, whole.stderr
     assert interrupted.returncode == 0, interrupted.stderr
-    # Killed at the start of batch 2, maybe before it could give a sign of having come so far.
-    assert re.search(rf"Rank {killed} \(host \S+\) failed in .+ of batch [12]: ", interrupted.stderr), (
-        interrupted.stderr
-    )
+    # These batches take milliseconds, less than passes between two signs: which was the last is not said for sure.
+    assert re.search(rf"Rank {killed} \(host \S+\) failed in .+: ", interrupted.stderr), interrupted.stderr
     assert len((tmp_path / "killed" / "losses").read_text().splitlines()) > BATCHES * EPOCHS, "nothing was done again"
     np.testing.assert_allclose(losses_in(tmp_path / "killed"), losses_in(tmp_path / "whole"), rtol=1e-5)
 
