@@ -13,12 +13,16 @@ PACKAGES = ("lightning-memopt", "torch", "lightning", "transformers", "bitsandby
 
 
 def environment_record() -> dict[str, Any]:
-    """Versions, processor, cores and threads: what two runs must share for their figures to be compared."""
+    """Versions, processor, cores and threads: what two runs must share for their figures to be compared.
+
+    A hypervisor may give several generations of a processor the same name, so the instructions are told beside it.
+    """
     record: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -130,10 +130,11 @@ def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
     """The share of a pipeline's forward and backward in which a rank waits, against the schedule's theory.
 
     A rank that has ended its part waits for the last one, whether it says so or not. The vocabulary is small, so that
-    the head on the last stage hardly weighs. What is left of imbalance is told by playing the schedule with what each
-    rank computed for, and what is the machine's by the same of a loop by hand.
+    the head on the last stage hardly weighs, and micro-batches have four sequences, so that the messages between them
+    do not either. What is left of imbalance is told by playing the schedule with what each rank computed for, and what
+    is the machine's by the same of a loop by hand.
     """
-    size = replace(size, vocabulary=min(size.vocabulary, 64))
+    size = replace(size, vocabulary=min(size.vocabulary, 64), batch_size=4 * size.batch_size)
     with (
         RankGroup(train, "memopt_pp", size, "waiting", ranks=RANKS) as ours,
         RankGroup(loop_by_hand, "memopt_pp", size, "waiting", ranks=RANKS) as by_hand,
