@@ -131,8 +131,8 @@ def _idle_share(size: Size, pairs: int) -> dict[str, Any]:
 
     A rank that has ended its part waits for the last one, whether it says so or not. The vocabulary is small, so that
     the head on the last stage hardly weighs, and micro-batches have four sequences, so that the messages between them
-    do not either. What is left of imbalance is told by playing the schedule with what each rank computed for, and what
-    is the machine's by the same of a loop by hand.
+    do not either. What is left of imbalance is told by playing the schedule with what each rank computed for, and
+    what is the machine's by the same of a loop by hand.
     """
     size = replace(size, vocabulary=min(size.vocabulary, 64), batch_size=4 * size.batch_size)
     with (

@@ -39,6 +39,16 @@ class Stack:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified names of the blocks."""
+        prefix = f"{self.holder}." if self.holder else ""
+        return tuple(f"{prefix}{key}" for key in self.keys)
+
+    def of_stage(self, start: int, blocks: int) -> "Stack":
+        """Those of them that a stage of a pipeline has."""
+        return Stack(self.holder, self.keys[start : start + blocks])
+
 
 def find_deep_stack(module: nn.Module) -> Stack | None:
     """The largest stack of ``module``, if it is deep and its blocks are alike."""
@@ -71,13 +81,20 @@ def cut(module: nn.Module, stack: Stack, count: int) -> None:
 
 
 def extrapolate_points(
-    shallow: Sequence[TimelinePoint], deep: Sequence[TimelinePoint], stack: Stack
+    shallow: Sequence[TimelinePoint], deep: Sequence[TimelinePoint], traced: Stack, blocks: int
 ) -> tuple[TimelinePoint, ...] | None:
-    """The largest points of each place with all blocks; ``None`` where the two traces have other places."""
-    first, second = _places(shallow, stack, SHALLOW), _places(deep, stack, SHALLOW + 1)
+    """The largest points of each place with all blocks; ``None`` where the two traces have other places.
+
+    Args:
+        shallow: Of a model with so few of them.
+        deep: Of one with one more.
+        traced: The blocks of the deep one.
+        blocks: How many all are.
+    """
+    first, second = _places(shallow, traced, SHALLOW), _places(deep, traced, SHALLOW + 1)
     if first.keys() != second.keys():
         return None
-    more = len(stack) - SHALLOW
+    more = blocks - SHALLOW
     points = []
     for key, point in first.items():
         grown = second[key].by_category
@@ -86,10 +103,10 @@ def extrapolate_points(
     return tuple(points)
 
 
-def extrapolate_times(shallow: Sequence[Row], deep: Sequence[Row], stack: Stack) -> list[Row]:
+def extrapolate_times(shallow: Sequence[Row], deep: Sequence[Row], blocks: int) -> list[Row]:
     """Rows whose last field says how often, for all blocks; what one of the traces lacks is taken as it is."""
     before = {row[:-1]: row for row in shallow}
-    more = len(stack) - SHALLOW
+    more = blocks - SHALLOW
     rows = []
     for row in deep:
         earlier = before.get(row[:-1])
@@ -105,7 +122,7 @@ def _places(points: Sequence[TimelinePoint], stack: Stack, count: int) -> dict[K
     distance from the first or the last. What runs under no module's name belongs to the module before it.
     """
     prefix = f"{stack.holder}." if stack.holder else ""
-    blocks = {f"{prefix}{key}": index for index, key in enumerate(stack.keys[:count])}
+    blocks = {name: index for index, name in enumerate(stack.names[:count])}
     found: dict[Key, TimelinePoint] = {}
     passes, phase = 0, ""
     where: tuple[str, ...] = ("",)

@@ -30,7 +30,15 @@ from lightning_memopt.planning.predict import Module, measure_step, predict_step
 from lightning_memopt.planning.ranks import one_of_many
 from lightning_memopt.planning.search import Refused
 from lightning_memopt.planning.space import Choice, Layout, Techniques
-from lightning_memopt.planning.stages import Stages, count_micro_batches, few_micro_batches, stages_to_trace
+from lightning_memopt.planning.stages import (
+    Stages,
+    block_names_to_cut_before,
+    count_micro_batches,
+    few_micro_batches,
+    is_deep,
+    stages_to_trace,
+    whole_partition,
+)
 from lightning_memopt.planning.values import ReadsValues
 from lightning_memopt.techniques.batches import batch_size, micro_batches
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
@@ -130,13 +138,52 @@ class StepTracer:
     def _of_stages(self, choice: Choice) -> StepTrace | None:
         if choice.layout.sizes.pipeline == 1:
             return None
-        first = self._run(choice)
-        assert self._partition is not None
-        partition = self._partition
-        traces = {0: first} | {stage: self._run(choice, stage=stage) for stage in stages_to_trace(partition)[1:]}
+        traces, partition = self._stages_of_few_blocks(choice) or self._whole_stages(choice)
         largest = max(traces.values(), key=lambda trace: trace.peak.total_bytes)
         microbatches = count_micro_batches(batch_size(self._batch), choice.layout.sizes.pipeline)
         return replace(largest, stages=Stages(traces, partition.costs, microbatches))
+
+    def _whole_stages(self, choice: Choice) -> tuple[dict[int, StepTrace], Partition]:
+        first = self._run(choice)
+        assert self._partition is not None
+        partition = self._partition
+        return {0: first} | {
+            each: self._run(choice, stage=each) for each in stages_to_trace(partition)[1:]
+        }, partition
+
+    def _stages_of_few_blocks(self, choice: Choice) -> tuple[dict[int, StepTrace], Partition] | None:
+        """Each stage from two traces of a model in which it has few blocks, and every other stage one."""
+        stack, stages = self._stack, choice.layout.sizes.pipeline
+        if stack is None or not is_deep(stack, stages):
+            return None
+
+        def run(stage: int, blocks: int) -> tuple[StepTrace, Partition]:
+            traced = self._run(choice, (stack, stages - 1 + blocks), stage)
+            assert self._partition is not None
+            return traced, self._partition
+
+        def both(stage: int) -> list[tuple[StepTrace, Partition]]:
+            return [run(stage, blocks) for blocks in (SHALLOW, SHALLOW + 1)]
+
+        try:
+            (shallow, few), (deep, one_more) = both(0)
+            partition = whole_partition(few, one_more, stack)
+            if partition is None:
+                return None
+            pairs = {0: (shallow, deep)}
+            for stage in stages_to_trace(partition)[1:]:
+                (shallow, _), (deep, _) = both(stage)
+                pairs[stage] = (shallow, deep)
+        except (LogitsNotFormedError, ReadsValues):
+            raise
+        except Exception:  # a cut that the balanced one does not have, or code that counts on all blocks
+            return None
+        found = {
+            stage: _extrapolated(*pair, stack.of_stage(stage, SHALLOW + 1), len(partition.links_of(stage)))
+            for stage, pair in pairs.items()
+        }
+        known = {stage: trace for stage, trace in found.items() if trace is not None}
+        return (known, partition) if len(known) == len(found) else None
 
     def _of_few_blocks(self, choice: Choice) -> StepTrace | None:
         stack = self._stack
@@ -150,15 +197,7 @@ class StepTracer:
         except Exception:  # code of the user's that counts on all of its blocks
             self._stack = None
             return None
-        points = extrapolate_points(shallow.points, deep.points, stack)
-        if points is None:
-            return None
-        return StepTrace(
-            points,
-            tuple(extrapolate_times(shallow.operators, deep.operators, stack)),
-            tuple(extrapolate_times(shallow.collectives, deep.collectives, stack)),
-            deep.notes,
-        )
+        return _extrapolated(shallow, deep, stack, len(stack))
 
     def _run(self, choice: Choice, blocks: tuple[Stack, int] | None = None, stage: int = 0) -> StepTrace:
         """Trace one step: the second of two, or one alone where the module and the layout make both the same."""
@@ -183,11 +222,14 @@ class StepTracer:
         return self._prepares
 
     def _step(self, choice: Choice, blocks: tuple[Stack, int] | None, prepares: bool, stage: int = 0) -> StepTrace:
-        batch, repeats, left_out_bytes, of_stage = self._batch, 1.0, 0, dict[str, int]()
+        batch, repeats, left_out_bytes, of_stage = self._batch, 1.0, 0, dict[str, Any]()
         size, pipeline = choice.techniques.micro_batch, choice.layout.sizes.pipeline
         if pipeline > 1:
-            batch, few = few_micro_batches(batch, pipeline)
+            batch, few = few_micro_batches(batch, pipeline, stage)
             of_stage = {"stage": stage, "microbatches": few}
+            if blocks is not None:
+                stack, count = blocks
+                of_stage["split"] = block_names_to_cut_before(stack, count - pipeline + 1, pipeline, stage)
         elif size is not None:
             # The third micro-batch and those after it repeat the second: gradients are there, activations come again.
             batch = micro_batches(batch, 2 * size)[0]
@@ -218,7 +260,7 @@ class StepTracer:
         choice: Choice,
         log: OperatorLog,
         prepares: bool,
-        of_stage: Mapping[str, int],
+        of_stage: Mapping[str, Any],
     ) -> MemoryReport:
         options: dict[str, Any] = {
             "callbacks": choice.techniques.callbacks("cpu"),
@@ -261,6 +303,18 @@ class StepTracer:
                 yield module
         else:
             yield lambda: _cut_for_good(module(), *blocks)
+
+
+def _extrapolated(shallow: StepTrace, deep: StepTrace, traced: Stack, blocks: int) -> StepTrace | None:
+    points = extrapolate_points(shallow.points, deep.points, traced, blocks)
+    if points is None:
+        return None
+    return StepTrace(
+        points,
+        tuple(extrapolate_times(shallow.operators, deep.operators, blocks)),
+        tuple(extrapolate_times(shallow.collectives, deep.collectives, blocks)),
+        deep.notes,
+    )
 
 
 def _cut_for_good(module: Any, stack: Stack, count: int) -> Any:

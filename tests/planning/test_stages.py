@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -21,6 +23,7 @@ from lightning_memopt.planning.trace import StepTrace, StepTracer
 from tests.distributed import run_on_ranks
 from tests.planning.a_cpu import A_CPU
 from tests.zoo import ZOO
+from tests.zoo.text import LossOutside
 
 _TWO = Layout("memopt_pp", MeshSizes(pipeline=2))
 _FOUR = Choice(Layout("memopt_pp", MeshSizes(pipeline=4)), Techniques())
@@ -31,6 +34,21 @@ def _tracer(name: str) -> StepTracer:
     return StepTracer(module, module, batch, {})
 
 
+def _times(trace: StepTrace) -> dict[tuple, float]:
+    return {call[:-1]: call.times for call in trace.operators}
+
+
+def _deep_gpt2() -> pl.LightningModule:
+    """Its second stage has the head, which costs more than a block, and fewer blocks than the first."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=512, n_positions=16, n_embd=16, n_layer=17, n_head=2, use_cache=False,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return LossOutside(GPT2LMHeadModel(config))
+
+
 @pytest.mark.parametrize("name", ["mlp", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_one_more_micro_batch_than_stages_peak_where_all_do(name, monkeypatch):
     def peaks() -> list[int]:
@@ -38,8 +56,29 @@ def test_one_more_micro_batch_than_stages_peak_where_all_do(name, monkeypatch):
         return [traces[stage].peak.total_bytes for stage in (0, 1)]
 
     few = peaks()
-    monkeypatch.setattr(tracing, "few_micro_batches", lambda batch, stages: (batch, 8))
+    monkeypatch.setattr(tracing, "few_micro_batches", lambda batch, stages, stage: (batch, 8))
     assert few == pytest.approx(peaks(), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [
+        pytest.param(Techniques(), id="plain"),
+        pytest.param(Techniques("full", chunked_loss=True), id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_few_blocks_of_a_stage_tell_of_all_that_it_has(techniques, monkeypatch):
+    module, choice = _deep_gpt2(), Choice(_TWO, techniques)
+    batch = {name: torch.randint(0, 512, (8, 16)) for name in ("input_ids", "labels")}
+    few = StepTracer(module, module, batch, {}).trace(choice)
+    monkeypatch.setattr(tracing, "is_deep", lambda stack, stages: False)
+    whole = StepTracer(module, module, batch, {}).trace(choice)
+    assert len(module.model.transformer.h) == 17
+    assert few.stages.costs == pytest.approx(whole.stages.costs)
+    assert few.stages.traces.keys() == whole.stages.traces.keys()
+    for stage, trace in whole.stages.traces.items():
+        assert few.stages.traces[stage].peak.by_category == trace.peak.by_category
+        assert _times(few.stages.traces[stage]) == pytest.approx(_times(trace))
 
 
 def test_stages_between_are_traced_where_they_may_hold_the_most():
