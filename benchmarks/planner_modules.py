@@ -130,7 +130,7 @@ def _question() -> Any:
 
 
 SIZED: dict[str, Sized] = {
-    "mlp": Sized(_mlp, lambda: (torch.randn(1024, 64), torch.randint(0, 10, (1024,)))),
+    "mlp": Sized(_mlp, lambda: (torch.randn(256, 64), torch.randint(0, 10, (256,)))),
     "encoder": Sized(
         _encoder, lambda: (torch.randint(0, VOCABULARY, (SAMPLES, LENGTH)), torch.randint(0, 10, (SAMPLES,)))
     ),
