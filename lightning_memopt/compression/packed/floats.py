@@ -125,10 +125,11 @@ class NF4Weight(PackedWeight):
 
     def dequantize(self) -> Tensor:
         """The levels times the magnitude of their block."""
+        # As one row: bitsandbytes' AVX512 kernel takes wrong magnitudes for rows that are shorter than a block.
         dense = _bitsandbytes().dequantize_4bit(
-            self.values, self.absmax, self.BLOCK, "nf4", list(self.shape), torch.float32
+            self.values, self.absmax, self.BLOCK, "nf4", [self.numel()], torch.float32
         )
-        return dense.to(self.dtype)
+        return dense.view(self.shape).to(self.dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Unpack the rows that are looked up and no others, where rows are whole blocks."""
