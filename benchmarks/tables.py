@@ -203,6 +203,27 @@ def estimators_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _environment(results)]) + "\n"
 
 
+def batch_size_table(results: dict[str, Any]) -> str:
+    """The largest batch that fits, found by training until memory runs out and by predicting.
+
+    Args:
+        results: What ``planner_batch_size.py`` wrote.
+    """
+    lines = [
+        "| module | BatchSizeFinder: batch, of the budget | trainings (out of memory), seconds | predicted: batch, of "
+        "the budget | predictions, seconds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for module, row in results["rows"].items():
+        found, predicted = row["batch_size_finder"], row["predict_memory"]
+        lines.append(
+            f"| {module} | {found['batch_size']}, {found['of_budget']:.0%} | {found['trials']} ({found['ran_out']}), "
+            f"{found['seconds']:.1f} s | {predicted['batch_size']}, {predicted['of_budget']:.0%} | "
+            f"{predicted['predictions']}, {predicted['seconds']:.1f} s |"
+        )
+    return "\n".join([*lines, "", _environment(results)]) + "\n"
+
+
 def published_table(results: dict[str, Any]) -> str:
     """Memory that others published for a configuration, against the prediction of it.
 
@@ -285,6 +306,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "int8_kernels": kernels_table,
     "planner": planner_table,
     "planner_others": estimators_table,
+    "planner_batch_size": batch_size_table,
     "planner_published": published_table,
     "planning_time": planning_time_table,
     "monitor_overhead": monitor_table,

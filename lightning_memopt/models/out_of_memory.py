@@ -17,14 +17,16 @@ _MESSAGES = (
     "cudnn_status_internal_error_host_allocation_failed",
     "cudnn_status_internal_error_device_allocation_failed",
 )
+_ONEDNN = ("could not create a primitive", "could not execute a primitive")
+"""All that oneDNN's kernels on the CPU say without memory. What they cannot do fails as a "primitive descriptor"."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on the host or on an accelerator.
 
     That is ``torch.OutOfMemoryError``, Python's (and NumPy's) ``MemoryError``, ``OSError`` with ``ENOMEM``, and the
-    ``RuntimeError`` of torch's CPU allocator, of shared memory, of the CUDA runtime and of cuBLAS, cuSOLVER, cuSPARSE
-    and cuDNN when they cannot allocate.
+    ``RuntimeError`` of torch's CPU allocator, of shared memory, of oneDNN, of the CUDA runtime and of cuBLAS,
+    cuSOLVER, cuSPARSE and cuDNN when they cannot allocate.
 
     An error raised *from* such an error (``__cause__``; torch.compile wraps errors so) counts as one; an error raised
     while another was handled (``__context__``) does not: it is a failure of its own.
@@ -56,4 +58,4 @@ def _says_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     message = str(error).lower()
-    return any(words in message for words in _MESSAGES)
+    return any(words in message for words in _MESSAGES) or message.partition("\n")[0] in _ONEDNN

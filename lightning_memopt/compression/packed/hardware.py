@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _CPU = torch.cpu.get_capabilities()
-_INT8_ON_CPU = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+_SUMS_IN_32_BITS = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 _BF16_ON_CPU = any(_CPU.get(name) for name in ("avx512_bf16", "amx_bf16"))
 _BYTES_ON_CPU = bool(_CPU.get("avx2")) and torch.backends.mkldnn.is_available()
 
@@ -16,11 +16,11 @@ SMALLEST = 8192
 def largest_input(device: torch.device) -> int:
     """The largest integer that inputs of products are rounded to on ``device``: 127, or 63.
 
-    Processors with AVX2 and without VNNI multiply bytes without a sign by bytes with one and add pairs in 16 bits,
-    cut off beyond 32,767. A pair of weights up to 127 and inputs of 8 bits reaches 64,770, of 7 bits 32,258. So
-    inputs have 7 bits there, and weights, which files are made of, 8 bits everywhere.
+    oneDNN's kernels multiply bytes without a sign by bytes with one. Processors with AVX2 and without VNNI or AMX add
+    pairs of such products in 16 bits, cut off beyond 32,767. A pair of weights up to 127 and inputs of 8 bits reaches
+    64,770, of 7 bits 32,258. So inputs have 7 bits there, and weights, which files are made of, 8 bits everywhere.
     """
-    return 63 if in_bytes(device) else 127
+    return 63 if in_bytes(device) and not _SUMS_IN_32_BITS else 127
 
 
 def multiply_integers(inputs: Tensor, weight: Tensor, zero: int) -> Tensor:
@@ -38,8 +38,7 @@ def multiply_integers(inputs: Tensor, weight: Tensor, zero: int) -> Tensor:
     # Fewer rows do not pay for bringing the weight into order, and smaller ones not for calling the kernel.
     if in_bytes(inputs.device) and rows >= 32 and weight.numel() >= SMALLEST:
         return _multiply_bytes((inputs + zero).to(torch.uint8), weight, zero)
-    on_gpu = inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0  # what cuBLAS asks for
-    if on_gpu or (inputs.device.type == "cpu" and _INT8_ON_CPU):
+    if inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0:  # what cuBLAS asks for
         return torch._int_mm(inputs.to(torch.int8), weight).float()
     return inputs.float() @ weight.float()
 
@@ -60,7 +59,7 @@ def is_fast_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 def in_bytes(device: torch.device) -> bool:
     """Whether ``device`` multiplies bytes without a sign, by oneDNN's kernels."""
-    return device.type == "cpu" and _BYTES_ON_CPU and not _INT8_ON_CPU
+    return device.type == "cpu" and _BYTES_ON_CPU
 
 
 # oneDNN's kernels read weights in an order of their own, which they are brought into at each call: keeping them so

@@ -18,6 +18,9 @@ from lightning_memopt.compression.packed.hardware import SMALLEST, in_bytes
 from lightning_memopt.compression.packed.integers import FEWEST, Inputs, Int8Weight, as_rows, pair, round_inputs
 from lightning_memopt.models.fake import is_fake
 
+MOST_FILLED = 1.15
+"""How much larger a weight may be in the kernels' order, which fills its dimensions up: to 64 outputs with AVX-512."""
+
 _ordered: WeakValueDictionary[int, "Ordered"] = WeakValueDictionary()
 _keys = count()
 
@@ -29,7 +32,7 @@ class Ordered:
 
     Attributes:
         tensor: oneDNN's.
-        nbytes: Its bytes; oneDNN fills channels up to multiples of 8 or so.
+        nbytes: Its bytes; oneDNN fills channels up to multiples of 8 to 64.
         key: Its number, for as long as something holds it.
     """
 
@@ -155,13 +158,14 @@ def in_order(packed: PackedWeight, module: nn.Module, output_dim: int) -> Packed
     if is_fake(packed.values) or packed.numel() < SMALLEST or not has_scales:
         return packed
     if packed.dim() == 2:
-        return OrderedInt8Weight.order(packed, is_transposed=output_dim == 1)
-    if not isinstance(module, nn.Conv2d) or module.groups != 1 or isinstance(module.padding, str):
+        ordered = OrderedInt8Weight.order(packed, is_transposed=output_dim == 1)
+    elif not isinstance(module, nn.Conv2d) or module.groups != 1 or isinstance(module.padding, str):
         return packed
-    if packed[0].numel() < FEWEST:
+    elif packed[0].numel() < FEWEST:
         return packed
-    ordered = OrderedInt8Weight.order(packed)
-    return ordered if ordered.held_bytes <= 1.05 * packed.held_bytes else packed
+    else:
+        ordered = OrderedInt8Weight.order(packed)
+    return ordered if ordered.held_bytes <= MOST_FILLED * packed.held_bytes else packed
 
 
 def _unpickled(weight: Int8Weight, is_transposed: bool, is_parameter: bool) -> Tensor:

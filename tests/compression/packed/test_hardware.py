@@ -9,12 +9,11 @@ from lightning_memopt.compression.packed import Int8Weight, hardware
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["floats", "bytes", "integers"])
+@pytest.fixture(params=["floats", "bytes"])
 def way(request, monkeypatch):
     """Each way to multiply in turn."""
     if request.param == "bytes" and not hardware._BYTES_ON_CPU:
         pytest.skip("no AVX2, or torch without oneDNN")
-    monkeypatch.setattr(hardware, "_INT8_ON_CPU", request.param == "integers")
     monkeypatch.setattr(hardware, "_BYTES_ON_CPU", request.param == "bytes")
 
 
