@@ -210,8 +210,8 @@ def batch_size_table(results: dict[str, Any]) -> str:
         results: What ``planner_batch_size.py`` wrote.
     """
     lines = [
-        "| module | BatchSizeFinder: batch, of the budget | trainings (out of memory), seconds | predicted: batch, of "
-        "the budget | predictions, seconds |",
+        "| module | BatchSizeFinder: batch, of the budget | trainings (out of memory), seconds | predicted: batch, "
+        "of the budget | predictions, seconds |",
         "|---|---:|---:|---:|---:|",
     ]
     for module, row in results["rows"].items():

@@ -19,7 +19,7 @@ from lightning_memopt.compression.packed.integers import FEWEST, Inputs, Int8Wei
 from lightning_memopt.models.fake import is_fake
 
 MOST_FILLED = 1.15
-"""How much larger a weight may be in the kernels' order, which fills its dimensions up: to 64 outputs with AVX-512."""
+"""How much larger a weight may be in the kernels' order, which fills its dimensions up: to 64 with AVX-512."""
 
 _ordered: WeakValueDictionary[int, "Ordered"] = WeakValueDictionary()
 _keys = count()
@@ -157,14 +157,12 @@ def in_order(packed: PackedWeight, module: nn.Module, output_dim: int) -> Packed
     has_scales = packed.scale.numel() in (1, packed.scale.shape[output_dim])
     if is_fake(packed.values) or packed.numel() < SMALLEST or not has_scales:
         return packed
-    if packed.dim() == 2:
-        ordered = OrderedInt8Weight.order(packed, is_transposed=output_dim == 1)
-    elif not isinstance(module, nn.Conv2d) or module.groups != 1 or isinstance(module.padding, str):
-        return packed
-    elif packed[0].numel() < FEWEST:
-        return packed
-    else:
-        ordered = OrderedInt8Weight.order(packed)
+    if packed.dim() > 2:
+        if not isinstance(module, nn.Conv2d) or module.groups != 1 or isinstance(module.padding, str):
+            return packed
+        if packed[0].numel() < FEWEST:
+            return packed
+    ordered = OrderedInt8Weight.order(packed, is_transposed=packed.dim() == 2 and output_dim == 1)
     return ordered if ordered.held_bytes <= MOST_FILLED * packed.held_bytes else packed
 
 

@@ -13,9 +13,7 @@ from lightning_memopt.compression.packed.ordered import OrderedInt8Weight, _orde
 from lightning_memopt.compression.quantize import module_bytes, quantize
 from lightning_memopt.compression.ranges import observe_inputs
 
-pytestmark = pytest.mark.skipif(
-    not hardware.in_bytes(torch.device("cpu")), reason="no AVX2, or torch without oneDNN"
-)
+pytestmark = pytest.mark.skipif(not hardware.in_bytes(torch.device("cpu")), reason="no AVX2, or torch without oneDNN")
 
 
 def _linear():
