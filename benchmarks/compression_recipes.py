@@ -82,12 +82,16 @@ def _pickled(module: pl.LightningModule, **notes: Any) -> Outcome:
 
 
 def _static(task: Task, module: pl.LightningModule) -> Outcome:
-    module = task.copy(module).eval()
+    return _exported(_calibrated(task, task.copy(module)))
+
+
+def _calibrated(task: Task, module: pl.LightningModule) -> pl.LightningModule:
+    module.eval()
     with observe_inputs(module) as ranges, torch.no_grad():
         for inputs in task.calibration():
             module(inputs)
     quantize(module, "int8_static", input_ranges=ranges)
-    return _exported(module)
+    return module
 
 
 def _pt2e(task: Task, module: pl.LightningModule) -> Outcome:
@@ -131,9 +135,7 @@ def _structured(task: Task, module: pl.LightningModule) -> Outcome:
 
 
 def _structured_int8(task: Task, module: pl.LightningModule) -> Outcome:
-    module = _shrunk(task, module)
-    quantize(module, "int8_dynamic")
-    return _exported(module)
+    return _exported(_calibrated(task, _shrunk(task, module)))
 
 
 def _shrunk(task: Task, module: pl.LightningModule) -> pl.LightningModule:
