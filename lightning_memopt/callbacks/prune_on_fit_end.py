@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import FitEndCallback
+from lightning_memopt.callbacks.fit_end import FitEndCallback, refuse_sent_back
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.masks import Masks, find_sparsity
@@ -198,12 +197,11 @@ class PruneOnFitEnd(FitEndCallback):
 
 
 def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise ValueError(
-            "the processes that this strategy spawns or forks send weights back to a module of the old sizes, which "
-            "method='structured' changes. Use strategy='ddp' (or a memopt one), which starts the script itself "
-            "again, or torchrun."
-        )
+    refuse_sent_back(
+        trainer,
+        "of the old sizes, which method='structured' changes",
+        "Use strategy='ddp' (or a memopt one), which starts the script itself again, or torchrun.",
+    )
     if not module.automatic_optimization:
         raise ValueError(
             f"method='structured' follows training_step, and that of {type(module).__name__} steps its optimizers "

@@ -13,11 +13,13 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
+    refuse_sent_back,
     require_validation,
     time_example,
     validate_now,
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
+from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import Range, observe_inputs
 from lightning_memopt.compression.report import compression_report
@@ -63,6 +65,8 @@ class QuantizeOnFitEnd(FitEndCallback):
         >>> trainer = pl.Trainer(callbacks=[QuantizeOnFitEnd("int8")], logger=False)
     """
 
+    quantized = Returned[pl.LightningModule | None](None)
+
     def __init__(
         self,
         scheme: Scheme = "int8",
@@ -94,11 +98,14 @@ class QuantizeOnFitEnd(FitEndCallback):
         self.calibration_batches = calibration_batches
         self.back_off = back_off
         self.inplace = inplace
-        self.quantized: pl.LightningModule | None = None
 
     @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_fit(trainer, pl_module)
+        if self.inplace:
+            refuse_sent_back(
+                trainer, "of plain weights, which inplace=True packs", "Leave inplace out: `quantized` comes back."
+            )
         if self.scheme == "int8_static":
             require_validation(trainer, pl_module)
         if has_its_layers(pl_module):

@@ -108,6 +108,19 @@ def test_dense_values_are_not_rounded_silently_into_a_packed_weight():
         packed.load_state_dict(nn.Linear(8, 4).state_dict())
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_dense_weight_that_it_stands_for_may_be_copied_into_it_as_ddp_does_among_replicas(packing):
+    cls, options, *_ = PACKINGS[packing]
+    packed = _packed(nn.Linear(64, 48), ["weight"], cls, options)
+    x, dense = torch.randn(3, 64), packed.weight.dequantize()
+    before = packed(x)
+    with torch.no_grad():
+        packed.weight.copy_(dense)
+        assert torch.equal(packed(x), before)
+        with pytest.raises(ValueError, match="cannot be filled from a Tensor"):
+            packed.weight.copy_(dense + 1)
+
+
 def test_the_largest_weight_of_each_output_is_exact_in_8_bits_whatever_the_others_are():
     weight = torch.randn(6, 16) * torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 0.0])[:, None]
     packed = Int8Weight.pack(weight).dequantize()
