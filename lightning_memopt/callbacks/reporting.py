@@ -64,7 +64,7 @@ class ReportingCallback(Callback):
 
 
 class _Mailbox:
-    """A folder of this user's alone, which processes that were started leave results in for the one that started them.
+    """A folder of this user's alone, where processes that were started leave results for the one that started them.
 
     Lightning's launchers that spawn or fork bring weights and metrics back from their processes and no attributes of
     callbacks. What they send is pickled, as what Lightning sends is: a module is whatever class the user wrote. So

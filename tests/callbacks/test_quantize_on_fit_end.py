@@ -240,7 +240,7 @@ def test_the_process_that_launched_others_is_told_why_a_result_was_refused(max_d
 
 @pytest.mark.distributed
 def test_packing_the_module_itself_is_refused_where_weights_travel_back_to_a_plain_one():
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="QuantizeOnFitEnd: .*inplace=True packs"):
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"QuantizeOnFitEnd: .*inplace=True packs"):
         _fit(QuantizeOnFitEnd(inplace=True), None, devices=2, strategy="ddp_fork")
 
 
