@@ -124,7 +124,8 @@ class QuantizeOnFitEnd(FitEndCallback):
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy.deepcopy(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
-        skipped = quantize(module, self.scheme, self._which, ranges).skipped
+        done = quantize(module, self.scheme, self._which, ranges)
+        skipped, fallbacks = done.skipped, done.fallbacks
         after = self._validate_if_possible(trainer, module)
         if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
@@ -133,6 +134,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                 after = validate_now(trainer, module)
                 self.refusal = self._gate.refusal(metrics, after)
                 skipped = skipped | left
+                fallbacks = {name: way for name, way in fallbacks.items() if name not in left}
         module.eval()
         if not self.refusal:
             self.quantized = module
@@ -141,7 +143,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                 f"{type(self).__name__}: {self.refusal}, so the result is dropped. Try a scheme of more bits."
             )
         self.report = compression_report(
-            before, module, skipped=skipped, metrics_before=metrics, metrics_after=after,
+            before, module, skipped=skipped, fallbacks=fallbacks, metrics_before=metrics, metrics_after=after,
             latency=() if self.inplace else time_example(trainer, pl_module, module),
             export_path=self._export(trainer, module),
         )  # fmt: skip
