@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--recipe", required=True, metavar="YAML", help="what to do")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--onnx", metavar="FILE", help="write the module as ONNX too")
+    parser.add_argument("--executorch", metavar="FILE", help="write the module as an ExecuTorch program too")
     parser.add_argument("--report", metavar="JSON", help="write what it did to this file too")
     parser.set_defaults(run=run)
 
@@ -41,6 +42,7 @@ def _compress(options: argparse.Namespace) -> None:
 
     from lightning_memopt.compression.container import save_compressed
     from lightning_memopt.compression.container.destination import check_destination
+    from lightning_memopt.compression.executorch import export_executorch
     from lightning_memopt.compression.onnx import export_onnx
     from lightning_memopt.compression.recipe import Recipe
 
@@ -48,17 +50,34 @@ def _compress(options: argparse.Namespace) -> None:
     check_destination(options.out)
     module = _load(options.module, options.checkpoint)
     inputs = getattr(module, "example_input_array", None)
-    if options.onnx is not None and inputs is None:
-        raise ValueError(f"--onnx needs inputs to run on; give {type(module).__name__} an example_input_array")
+    programs = [(option, path) for option in ("onnx", "executorch") if (path := getattr(options, option)) is not None]
+    for option, path in programs:
+        _check_program(option, path, module, inputs)
     report = recipe.apply(module, None if inputs is None else lambda module: _call(module, inputs))
     folder = save_compressed(module, options.out)
     written = sum(file.stat().st_size for file in folder.iterdir())
     report = replace(report, disk_bytes_after=written)
-    if options.onnx is not None:
-        export_onnx(module, inputs, options.onnx)
+    for option, path in programs:
+        (export_onnx if option == "onnx" else export_executorch)(module, inputs, path)
     if options.report is not None:
         Path(options.report).write_text(report.to_json() + "\n")
     Console().print(report)
+
+
+def _check_program(option: str, path: str, module: Any, inputs: Any) -> None:
+    """Raise, before anything is done, where the program cannot be written when all of it is."""
+    from pathlib import Path
+
+    from lightning_memopt.compression.executorch import require_executorch
+    from lightning_memopt.compression.onnx import require_onnx
+
+    (require_onnx if option == "onnx" else require_executorch)()
+    if inputs is None:
+        raise ValueError(f"--{option} needs inputs to run on; give {type(module).__name__} an example_input_array")
+    if option == "executorch" and isinstance(inputs, dict):
+        raise ValueError(f"--executorch takes positional inputs; {type(module).__name__} has a dict of named ones")
+    if Path(path).is_dir():
+        raise ValueError(f"--{option} {path} is a folder; name a file")
 
 
 def _load(name: str, checkpoint: str) -> Any:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,7 +19,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.reporting import ReportingCallback
+from lightning_memopt.callbacks.reporting import ReportingCallback, Returned
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.container.destination import check_destination
 from lightning_memopt.compression.latency import Latency, compare_latency
@@ -40,6 +41,8 @@ class FitEndCallback(ReportingCallback):
         refusal: Why the result was refused; empty where it was not.
     """
 
+    refusal = Returned("")
+
     def __init__(
         self,
         max_metric_drop: float | None,
@@ -49,7 +52,6 @@ class FitEndCallback(ReportingCallback):
     ) -> None:
         super().__init__()
         self.export_path = export_path
-        self.refusal = ""
         self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
 
     @override
@@ -110,6 +112,23 @@ def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:
                 f"{name}(inplace=True) comes before it in the list of callbacks, and packs the weights that it would "
                 f"change. Put it before {name}."
             )
+
+
+def refuse_sent_back(trainer: pl.Trainer, what: str, instead: str) -> None:
+    """Raise where weights travel back, when training is over, to a module of another process that has plain ones.
+
+    Args:
+        trainer: The trainer.
+        what: What they would not fit, for the message.
+        instead: What to do.
+
+    Raises:
+        MisconfigurationException: The strategy spawns or forks its processes.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            f"the processes that this strategy spawns or forks send weights back to a module {what}. {instead}"
+        )
 
 
 def validate_now(

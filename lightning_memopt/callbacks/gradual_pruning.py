@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_time import HoldingCallback
+from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
 from lightning_memopt.compression.report import compression_report
@@ -53,6 +54,7 @@ class GradualPruning(HoldingCallback):
         >>> trainer = pl.Trainer(callbacks=[GradualPruning(schedule)], logger=False)
     """
 
+    sparsity = Returned(0.0)
     _held: Masks | None
 
     def __init__(
@@ -68,7 +70,6 @@ class GradualPruning(HoldingCallback):
         seed: int = 0,
     ) -> None:
         self.schedule = schedule
-        self.sparsity = 0.0
         self._target = 0.0
         with named_errors(self):
             super().__init__(WeightFilter(include, exclude, embeddings), bits=1)

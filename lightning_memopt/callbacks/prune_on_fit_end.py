@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import FitEndCallback
+from lightning_memopt.callbacks.fit_end import FitEndCallback, refuse_sent_back
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.masks import Masks, find_sparsity
@@ -26,7 +25,7 @@ from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
-from lightning_memopt.compression.structured import prune_structured
+from lightning_memopt.compression.structured import StructuredPruning, prune_structured
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
@@ -157,11 +156,15 @@ class PruneOnFitEnd(FitEndCallback):
         trial.trainer = module.trainer
         random_state = StepSnapshot(trial)
         try:
-            self._prune(trial)
+            failed = self._remove(trial).failed
         finally:
             random_state.restore()
             del trial, random_state
             gc.collect()  # modules refer to themselves, and a copy is large
+        if failed:
+            name, reason = next(iter(failed.items()))
+            others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            rank_zero_warn(f"PruneOnFitEnd: {name!r}{others} will stay whole, since {reason}. The report names all.")
 
     def _check(self, module: nn.Module) -> None:
         selection = self._which.select(module)
@@ -173,17 +176,19 @@ class PruneOnFitEnd(FitEndCallback):
     ) -> tuple[Mapping[str, str], float | None]:
         """Prune ``module``, the same whenever its weights are the same; what was skipped, and the share of zeros."""
         if self._is_structured:
-            done = prune_structured(
-                module, self.amount, self._run, include=self._which.include, exclude=self._which.exclude,
-                optimizers=optimizers,
-            )  # fmt: skip
-            return done.skipped, None
+            return self._remove(module, optimizers).skipped, None
         selection = self._which.select(module)
         masks = Masks(selection.weights)
         masks.prune(self.amount, self._choice)
         masks.apply()
         _warn_of_empty(module)
         return selection.skipped, masks.sparsity
+
+    def _remove(self, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> StructuredPruning:
+        return prune_structured(
+            module, self.amount, self._run, include=self._which.include, exclude=self._which.exclude,
+            optimizers=optimizers,
+        )  # fmt: skip
 
     def _run(self, module: nn.Module) -> Any:
         """A training step on the first batch, without what Lightning would log of it."""
@@ -198,12 +203,11 @@ class PruneOnFitEnd(FitEndCallback):
 
 
 def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise ValueError(
-            "the processes that this strategy spawns or forks send weights back to a module of the old sizes, which "
-            "method='structured' changes. Use strategy='ddp' (or a memopt one), which starts the script itself "
-            "again, or torchrun."
-        )
+    refuse_sent_back(
+        trainer,
+        "of the old sizes, which method='structured' changes",
+        "Use strategy='ddp' (or a memopt one), which starts the script itself again, or torchrun.",
+    )
     if not module.automatic_optimization:
         raise ValueError(
             f"method='structured' follows training_step, and that of {type(module).__name__} steps its optimizers "

@@ -13,11 +13,13 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
+    refuse_sent_back,
     require_validation,
     time_example,
     validate_now,
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
+from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import Range, observe_inputs
 from lightning_memopt.compression.report import compression_report
@@ -63,6 +65,8 @@ class QuantizeOnFitEnd(FitEndCallback):
         >>> trainer = pl.Trainer(callbacks=[QuantizeOnFitEnd("int8")], logger=False)
     """
 
+    quantized = Returned[pl.LightningModule | None](None)
+
     def __init__(
         self,
         scheme: Scheme = "int8",
@@ -94,11 +98,14 @@ class QuantizeOnFitEnd(FitEndCallback):
         self.calibration_batches = calibration_batches
         self.back_off = back_off
         self.inplace = inplace
-        self.quantized: pl.LightningModule | None = None
 
     @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_fit(trainer, pl_module)
+        if self.inplace:
+            refuse_sent_back(
+                trainer, "of plain weights, which inplace=True packs", "Leave inplace out: `quantized` comes back."
+            )
         if self.scheme == "int8_static":
             require_validation(trainer, pl_module)
         if has_its_layers(pl_module):
@@ -117,7 +124,8 @@ class QuantizeOnFitEnd(FitEndCallback):
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy.deepcopy(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
-        skipped = quantize(module, self.scheme, self._which, ranges).skipped
+        done = quantize(module, self.scheme, self._which, ranges)
+        skipped, fallbacks = done.skipped, done.fallbacks
         after = self._validate_if_possible(trainer, module)
         if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
@@ -126,6 +134,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                 after = validate_now(trainer, module)
                 self.refusal = self._gate.refusal(metrics, after)
                 skipped = skipped | left
+                fallbacks = {name: way for name, way in fallbacks.items() if name not in left}
         module.eval()
         if not self.refusal:
             self.quantized = module
@@ -134,7 +143,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                 f"{type(self).__name__}: {self.refusal}, so the result is dropped. Try a scheme of more bits."
             )
         self.report = compression_report(
-            before, module, skipped=skipped, metrics_before=metrics, metrics_after=after,
+            before, module, skipped=skipped, fallbacks=fallbacks, metrics_before=metrics, metrics_after=after,
             latency=() if self.inplace else time_example(trainer, pl_module, module),
             export_path=self._export(trainer, module),
         )  # fmt: skip

@@ -32,14 +32,11 @@ def export_executorch(
         ModuleNotFoundError: executorch is missing; it comes with ``lightning-memopt[executorch]``.
         ValueError: The module cannot be exported, or the file computes something else; it is not left then.
     """
-    try:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-        from executorch.runtime import Runtime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'ExecuTorch export needs {error.name}, which is missing: pip install "lightning-memopt[executorch]"'
-        ) from error
+    require_executorch()
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain, _ = unpacked_copy(module)
@@ -60,3 +57,17 @@ def export_executorch(
         ) from error
     check_same(module, path, results, expected, "ExecuTorch", rtol=rtol, atol=atol)
     return path
+
+
+def require_executorch() -> None:
+    """Raise where the package that the export needs is missing.
+
+    Raises:
+        ModuleNotFoundError: Says what installs it.
+    """
+    try:
+        import executorch.runtime  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'ExecuTorch export needs {error.name}, which is missing: pip install "lightning-memopt[executorch]"'
+        ) from error

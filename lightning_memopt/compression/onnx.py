@@ -34,13 +34,9 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing; they come with ``lightning-memopt[onnx]``.
         ValueError: The module cannot be exported, or the file computes something else; it is not left then.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401, which the exporter needs
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'ONNX export needs {error.name}, which is not installed: pip install "lightning-memopt[onnx]"'
-        ) from error
+    require_onnx()
+    import onnxruntime
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain, held = unpacked_copy(module)
@@ -66,6 +62,21 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
     results = [torch.as_tensor(result) for result in session.run(None, feeds)]
     check_same(module, path, results, expected, "onnxruntime", rtol=rtol, atol=atol)
     return path
+
+
+def require_onnx() -> None:
+    """Raise where a package that the export needs is missing.
+
+    Raises:
+        ModuleNotFoundError: Says which, and what installs it.
+    """
+    try:
+        import onnxruntime  # noqa: F401, which runs the file
+        import onnxscript  # noqa: F401, which the exporter needs
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'ONNX export needs {error.name}, which is not installed: pip install "lightning-memopt[onnx]"'
+        ) from error
 
 
 def check_same(

@@ -17,7 +17,7 @@ from lightning_memopt.compression.packed import (
     stored_bytes,
 )  # fmt: skip
 from lightning_memopt.compression.placing import order_weights, replace_weight
-from lightning_memopt.compression.ranges import Range, joined
+from lightning_memopt.compression.ranges import Range, joined, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.models.fake import is_fake
 
@@ -52,12 +52,14 @@ class Quantized:
     Attributes:
         packed: Names of the parameters that are packed now, tied ones by each name.
         skipped: Of every other parameter, why it is as it was.
+        fallbacks: Of packed weights whose inputs are not rounded as the scheme says, what is done instead and why.
         bytes_before: Bytes of the module's parameters and buffers before.
         bytes_after: And now.
     """
 
     packed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -96,20 +98,24 @@ def quantize(
     packing(scheme)
     selection = (which or WeightFilter(embeddings=True)).select(module)
     skipped, names, before = dict(selection.skipped), [], module_bytes(module)
+    fallbacks: dict[str, str] = {}
     for weight in selection.weights:
         reason = why_not(weight)
         if not reason:
-            packed = pack_weight(weight.parameter, weight, scheme, _range_of(weight, input_ranges or {}))
+            found = _range_of(weight, input_ranges or {})
+            packed = pack_weight(weight.parameter, weight, scheme, found)
             reason = _too_large(packed, weight)
             if not reason:
                 replace_weight(module, weight, packed)
                 names += [weight.name, *weight.tied]
+                if fallback := _fallback(weight, scheme, found):
+                    fallbacks[weight.name] = fallback
                 continue
         skipped[weight.name] = reason
     if not names:
         raise _growth(module, scheme, skipped)
     order_weights(module)
-    return Quantized(names, skipped, before, module_bytes(module))
+    return Quantized(names, skipped, fallbacks, before, module_bytes(module))
 
 
 def check_quantizable(module: nn.Module, scheme: Scheme, which: WeightFilter) -> None:
@@ -172,6 +178,17 @@ def why_not(weight: Weight) -> str:
     if "forward" in vars(weight.module):
         return "its forward is replaced on the instance"
     return "" if weight.parameter.element_size() > 1 else f"is {weight.parameter.dtype} already"
+
+
+def _fallback(weight: Weight, scheme: str, found: Range | None) -> str:
+    """What is done with the inputs of ``weight`` instead of what ``scheme`` says; empty where it is that."""
+    if scheme not in ("int8_dynamic", "int8_static") or (weight.kind == "embedding" and not weight.tied):
+        return ""
+    if weight.kind == "conv" and sample_dims(weight.module) is None:
+        return "inputs are not rounded: integers are convolved in two dimensions, without groups, where it is quicker"
+    if scheme == "int8_static" and found is None:
+        return "each row of inputs is measured, as with int8_dynamic, since calibration saw none"
+    return ""
 
 
 def _too_large(packed: PackedWeight, weight: Weight) -> str:

@@ -98,6 +98,7 @@ class Recipe:
         """
         before = measure_sizes(module, packed=False)
         skipped: dict[str, str] = {}
+        fallbacks: dict[str, str] = {}
         sparsity = None
         if self.prune is not None:
             how = dict(self.prune)
@@ -123,8 +124,9 @@ class Recipe:
             done = quantize(module, step["scheme"], which, input_ranges)
             packed.update(done.packed)
             skipped.update(done.skipped)
+            fallbacks.update(done.fallbacks)
         skipped = {name: reason for name, reason in skipped.items() if name not in packed}
-        return compression_report(before, module, skipped=skipped, eligible_sparsity=sparsity)
+        return compression_report(before, module, skipped=skipped, fallbacks=fallbacks, eligible_sparsity=sparsity)
 
 
 def _checked(step: str, arguments: Any) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """What compressing a module did: bytes, zeros, latency and metrics, before and after, and what was left alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,6 +53,7 @@ class CompressionReport(JsonReport):
         metrics_after: The same of the compressed module.
         skipped: Why a weight was left alone, by its name.
         skipped_bytes: What it takes in memory.
+        fallbacks: Of quantized weights whose inputs are not rounded as the scheme says, what is done instead and why.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -67,6 +68,7 @@ class CompressionReport(JsonReport):
     metrics_after: Mapping[str, float]
     skipped: Mapping[str, str]
     skipped_bytes: Mapping[str, int]
+    fallbacks: Mapping[str, str]
 
     parts: ClassVar[Mapping[str, type[Any]]] = {"modules": ModuleChange, "latency": Latency}
 
@@ -120,14 +122,19 @@ class CompressionReport(JsonReport):
         table.add_row("zeros, of all weights", "", f"{self.sparsity:.1%}", "")
         if self.eligible_sparsity is not None:
             table.add_row("zeros, of the weights to be pruned", "", f"{self.eligible_sparsity:.1%}", "")
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
+        for reason, names in _by_reason(self.fallbacks):
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            table.add_row(f"in another way: {names[0]}{others}", "", reason, "")
+        for reason, names in _by_reason(self.skipped):
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             size = format_bytes(sum(self.skipped_bytes.get(name, 0) for name in names))
             table.add_row(f"left alone: {names[0]}{others}", size, reason, "")
         return table
+
+
+def _by_reason(reasons: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    for reason in dict.fromkeys(reasons.values()):
+        yield reason, [name for name, other in reasons.items() if other == reason]
 
 
 def compression_report(
@@ -135,6 +142,7 @@ def compression_report(
     after: nn.Module,
     *,
     skipped: Mapping[str, str] | None = None,
+    fallbacks: Mapping[str, str] | None = None,
     eligible_sparsity: float | None = None,
     metrics_before: Mapping[str, float] | None = None,
     metrics_after: Mapping[str, float] | None = None,
@@ -147,6 +155,7 @@ def compression_report(
         before: The original, or its sizes (:func:`measure_sizes`) where it was changed in place.
         after: The compressed module.
         skipped: Why a weight was left alone, by its name.
+        fallbacks: What is done with inputs instead of what the scheme says, by the name of the weight.
         eligible_sparsity: Share of zeros over the weights that were to be pruned.
         metrics_before: Validation metrics of the original.
         metrics_after: Validation metrics of the compressed module.
@@ -176,6 +185,7 @@ def compression_report(
         metrics_before=dict(metrics_before or {}),
         metrics_after=dict(metrics_after or {}),
         skipped=dict(skipped or {}),
+        fallbacks=dict(fallbacks or {}),
         skipped_bytes={
             name: sum(part.nbytes for part in plain_parts(parameter))
             for name, parameter in after.named_parameters(remove_duplicate=False)

@@ -52,6 +52,8 @@ def _remove_hooks(submodule: Any) -> None:
             handle.remove()
         for handle in group._module_to_pre_load_state_dict_hook_handle.values():
             handle.remove()
+        for parameter in group.fsdp_params:
+            parameter._post_load_hook_handle.remove()  # it would hold the shards, and could not be pickled
 
 
 def make_whole(module: nn.Module) -> None:

@@ -323,6 +323,8 @@ def test_the_process_that_launched_others_gets_the_pruned_weights_back(strategy)
     ]
     run = train(entry.build(), entry.loader(2), steps=2, callbacks=callbacks, devices=2, strategy=strategy)
     assert find_sparsity(run.module) == {"net.0.weight": 0.25, "net.3.weight": 0.5}
+    assert callbacks[0].sparsity == callbacks[0].report.eligible_sparsity == 0.25
+    assert callbacks[1].report.eligible_sparsity == 0.5
 
 
 @pytest.mark.parametrize(

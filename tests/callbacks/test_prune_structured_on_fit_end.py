@@ -75,7 +75,8 @@ def test_a_module_that_steps_its_optimizers_itself_is_refused_by_structure_in_se
 
 class _Fixed(type(ZOO["mlp"].build())):
     def training_step(self, batch, batch_idx):
-        assert self.net[0].out_features == 64, "made for 64"
+        assert self.net[0].out_features == self.net[3].in_features == 64, "made for 64"
+        assert self.net[3].out_features == ZOO["mlp"].build().net[3].out_features, "made for so many"
         return super().training_step(batch, batch_idx)
 
 
@@ -110,6 +111,27 @@ def test_a_module_that_cannot_be_followed_or_cut_is_refused_by_name_before_the_f
     with pytest.raises(MisconfigurationException, match=f"PruneOnFitEnd: {message}"):
         trainer.fit(module := module(), ZOO["lstm" if hasattr(module, "lstm") else "mlp"].loader(1))
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "part"),
+    [
+        ("t5", "SelfAttention", 0.82),
+        ("captioner", "encoder.layers.1.mlp.fc2", 0.42),
+    ],
+)
+def test_of_two_stacks_what_can_become_smaller_does_and_what_cannot_is_said_before_training_and_reported(
+    name, left, part
+):
+    pytest.importorskip("torch_pruning")
+    pruning, entry = PruneOnFitEnd(0.5, "structured"), ZOO[name]
+    module, weights = entry.build(), sum(p.numel() for p in entry.build().parameters())
+    with pytest.warns(UserWarning, match="PruneOnFitEnd: .* will stay whole, since the code does not run with fewer"):
+        train(module, entry.loader(2), steps=2, callbacks=[pruning])
+    assert sum(p.numel() for p in module.parameters()) < part * weights
+    reasons = [reason for name, reason in pruning.report.skipped.items() if left in name]
+    assert reasons and all(reason.startswith("the code does not run with fewer of it") for reason in reasons)
+    train(module, entry.loader(1), steps=1)
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
-from lightning_memopt import QuantizeOnFitEnd, load_compressed
+from lightning_memopt import DataParallelStrategy, QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.packed import PackedWeight
 from tests.distributed import run_on_ranks
@@ -207,6 +207,41 @@ def test_two_ranks_quantize_the_same_whole_module_and_one_writes_it(strategy, tm
     loaded = load_compressed(tmp_path / "net").net[2].weight
     assert [*loaded.dequantize().flatten().tolist(), loaded.inputs] == first[0]
     torch.testing.assert_close(torch.tensor(first[0][:-1]), torch.tensor(first[2]), rtol=0, atol=0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: "ddp_fork",
+        lambda: DataParallelStrategy(shard="none", start_method="fork"),
+        pytest.param(lambda: DataParallelStrategy(shard="parameters", start_method="fork"), marks=pytest.mark.slow),
+        pytest.param(lambda: "ddp_spawn", marks=pytest.mark.slow),
+    ],
+)
+def test_the_process_that_launched_others_gets_the_quantized_module_back_and_they_validate_it(make, tmp_path):
+    callback = QuantizeOnFitEnd("int8_static", export_path=tmp_path / "net")
+    trainer, module = _fit(callback, None, devices=2, strategy=make(), max_epochs=1)
+    written, x = load_compressed(tmp_path / "net"), torch.randn(4, 16)
+    assert isinstance(callback.quantized.net[2].weight, PackedWeight)
+    assert torch.equal(callback.quantized(x), written(x)) and not torch.equal(module.eval()(x), written(x))
+    assert callback.report.metrics_after
+    trainer.validate(callback.quantized, _loader(1), verbose=False)
+    assert float(trainer.callback_metrics["val_accuracy"]) > 0.7
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("max_drop", [0.0, 1.0])
+def test_the_process_that_launched_others_is_told_why_a_result_was_refused(max_drop):
+    callback = QuantizeOnFitEnd("int4_weight_only", max_metric_drop=max_drop, monitor="val_loss", mode="min")
+    _fit(callback, None, devices=2, strategy="ddp_fork", max_epochs=1)
+    assert bool(callback.refusal) == (callback.quantized is None) == (max_drop == 0)
+
+
+@pytest.mark.distributed
+def test_packing_the_module_itself_is_refused_where_weights_travel_back_to_a_plain_one():
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"QuantizeOnFitEnd: .*inplace=True packs"):
+        _fit(QuantizeOnFitEnd(inplace=True), None, devices=2, strategy="ddp_fork")
 
 
 class NoValidation(Classifier):

@@ -103,6 +103,30 @@ def test_static_ranges_make_the_product_of_integers_and_inputs_beyond_them_are_c
     assert torch.equal(net(100 * x.abs() + 10), net(torch.full_like(x, float(x.abs().max()))))
 
 
+def test_where_calibration_did_not_reach_or_a_convolution_rounds_no_inputs_the_fallback_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 64, 3)
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+            self.head, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = self.body(self.stem(x)).flatten(2).mT
+            return self.head(self.attention(x, x, x)[0])
+
+    net = Net().eval()
+    with observe_inputs(net) as ranges, torch.no_grad():
+        net(torch.randn(2, 1, 8, 8))
+    fallbacks = quantize(net, "int8_static", input_ranges=ranges).fallbacks
+    rows = "each row of inputs is measured, as with int8_dynamic, since calibration saw none"
+    assert fallbacks.pop("stem.weight").startswith("inputs are not rounded")
+    assert fallbacks == {"attention.out_proj.weight": rows, "unused.weight": rows}
+    assert net.attention.out_proj.weight.inputs == net.unused.weight.inputs == "dynamic"
+    assert set(quantize(Net(), "int8_dynamic").fallbacks) == {"stem.weight"}
+    assert not quantize(Net(), "int8").fallbacks
+
+
 def test_schemes_that_there_are_not_are_refused_with_those_that_there_are():
     with pytest.raises(ValueError, match="possible are 'int8'"):
         quantize(nn.Linear(64, 64), "int3")

@@ -1,6 +1,7 @@
 """Recipes as data, and the command that follows them."""
 
 import json
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 from lightning_memopt import load_compressed
 from lightning_memopt.cli import main
+from lightning_memopt.compression import executorch, onnx
+from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.demo.model import GPT
@@ -160,3 +163,50 @@ def test_a_disk_that_is_full_is_said_in_one_line_and_leaves_nothing(checkpoint, 
         said = capsys.readouterr().err
         assert "pace left" in said and said.count("\n") == 1
         assert not list(folder.iterdir())
+
+
+def test_the_command_writes_onnx_beside_the_folder_and_it_computes_what_the_folder_does(checkpoint, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert _run(checkpoint, "quantize: int8", tmp_path, "--onnx", str(tmp_path / "deep" / "net.onnx")) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "deep" / "net.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(2, 16)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = load_compressed(tmp_path / "out")(x).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_writes_an_executorch_program_of_what_it_made(checkpoint, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(executorch, "require_executorch", lambda: None)
+    monkeypatch.setattr(executorch, "export_executorch", lambda *arguments: written.append(arguments))
+    assert _run(checkpoint, "quantize: int8", tmp_path, "--executorch", str(tmp_path / "net.pte")) == 0
+    ((module, inputs, path),) = written
+    assert isinstance(module.net[2].weight, PackedWeight) and path == str(tmp_path / "net.pte")
+    assert torch.equal(inputs, torch.ones(2, 16))
+
+
+@pytest.mark.parametrize(("option", "package"), [("onnx", "onnxruntime"), ("executorch", "executorch")])
+def test_a_program_for_which_a_package_is_missing_is_refused_before_anything_is_done(
+    option, package, checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"{package}.runtime", raising=False)
+    assert _run(checkpoint, "quantize: int8", tmp_path, f"--{option}", str(tmp_path / "net")) == 2
+    said = capsys.readouterr().err
+    assert f"needs {package}" in said and f"lightning-memopt[{option}]" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["onnx", "executorch"])
+def test_a_program_that_cannot_be_written_is_refused_before_anything_is_done(
+    option, checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(executorch, "require_executorch", lambda: None)
+    monkeypatch.setattr(onnx, "require_onnx", lambda: None)
+    assert _run(checkpoint, "quantize: int8", tmp_path, f"--{option}", str(tmp_path)) == 2
+    assert "is a folder" in capsys.readouterr().err
+    monkeypatch.setattr(Net, "example_input_array", property(lambda _: None, lambda *_: None), raising=False)
+    assert _run(checkpoint, "quantize: int8", tmp_path, f"--{option}", str(tmp_path / "net")) == 2
+    assert f"--{option} needs inputs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

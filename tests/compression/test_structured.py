@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_memopt.compression.structured import plan_structured, prune_structured
 from lightning_memopt.demo.model import GPT
+from tests.zoo import ZOO
 
 pytest.importorskip("torch_pruning")
 IDS = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -82,29 +83,42 @@ def test_half_of_everything_leaves_a_third_of_the_weights_and_a_module_that_trai
     assert all(p.grad is None or p.grad.shape == p.shape for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt2", "llama", "bert", "vit"])
+def _zoo(name):
+    """Of two stacks, and what gives each its width."""
+    batch = ZOO[name].batch(2)
+    streams = {
+        "t5": ["*.block.1.layer.1.DenseReluDense.wo", "*.block.1.layer.2.DenseReluDense.wo"],
+        "captioner": ["*.encoder.layers.1.mlp.fc2", "*.h.1.mlp.c_proj"],
+    }
+    return ZOO[name].build, lambda module: module.model(**batch).logits, streams[name]
+
+
+@pytest.mark.parametrize("name", ["cnn", "gpt2", "llama", "bert", "vit", "t5", "captioner"])
 def test_what_is_left_computes_what_it_did_with_the_removed_units_unread(name):
     """Heads, neurons and channels: the width of the stream is left, which its norms average over."""
-    build, call, stream = MODELS[name]
+    build, call, stream = MODELS[name] if name in MODELS else _zoo(name)
     torch.manual_seed(0)
     module = build().eval()
     for p in module.parameters():
         nn.init.normal_(p, std=0.2)
     exclude = stream if name != "cnn" else None
     unread, smaller = copy.deepcopy(module), module
-    plan = plan_structured(unread, 0.5, call, exclude=exclude)
-    kinds = {group.kind for group, _ in plan.kept}
-    assert kinds == ({"channels"} if name == "cnn" else {"heads", "channels"})
     with torch.no_grad():
-        for group, kept in plan.kept:
+        found = prune_structured(smaller, 0.5, call, exclude=exclude)
+    kept = [
+        part for part in plan_structured(unread, 0.5, call, exclude=exclude).kept if part[0].name in found.removed
+    ]
+    assert {group.kind for group, _ in kept} == ({"channels"} if name in ("cnn", "t5") else {"heads", "channels"})
+    with torch.no_grad():
+        before = call(unread)
+        for group, mask in kept:
             for slot in group.slots:
                 is_conv1d = type(slot.module).__name__ == "Conv1D"
                 if slot.tensor.ndim > 1 and slot.dimension == (0 if is_conv1d else 1):
-                    gone = (slot.units >= 0) & ~kept[slot.units.clamp_min(0)]
+                    gone = (slot.units >= 0) & ~mask[slot.units.clamp_min(0)]
                     slot.tensor.index_fill_(slot.dimension, gone.nonzero().view(-1), 0)
         expected = call(unread)
-        prune_structured(smaller, 0.5, call, exclude=exclude)
-    assert (expected - call(build().eval())).abs().max() > 1e-3
+    assert (expected - before).abs().max() > 1e-3
     torch.testing.assert_close(call(smaller), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -186,6 +200,28 @@ def test_a_module_whose_code_cannot_run_smaller_is_refused_by_name_and_left_whol
     assert module.first.out_features == 8 and module.last.in_features == 8
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+class PartlyHardCoded(nn.Module):
+    """The number of features of its second layer is in its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)])
+
+    def forward(self, x):
+        x = self.layers[1](self.layers[0](x).relu())
+        return self.layers[3](self.layers[2](x.view(-1, 8).relu()).relu())
+
+
+def test_what_the_code_does_not_run_without_is_left_and_named_and_the_rest_is_removed():
+    torch.manual_seed(0)
+    module, x = PartlyHardCoded(), torch.randn(3, 4)
+    found = prune_structured(module, 0.5, lambda m: m(x))
+    assert found.removed == {"layers.0": (8, 4), "layers.2": (8, 4)}
+    assert set(found.failed) == {"layers.1"}
+    assert "does not run with fewer of it (RuntimeError: shape '[-1, 8]' is invalid" in found.skipped["layers.1"]
+    assert [layer.weight.shape for layer in module.layers] == [(4, 4), (8, 4), (4, 8), (2, 4)]
 
 
 def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name():

@@ -1,5 +1,6 @@
 """Sharding as a plain function, in a training loop without Lightning."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_sharding_and_undoing_leaves_the_trained_weights_of_one_device():
     for weights in _on_two(train):
         for name, weight in plain.state_dict().items():
             np.testing.assert_allclose(weights[name], weight.numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_after_undoing_the_module_is_pickled_with_no_hook_that_holds_the_shards():
+    def undo() -> list[int]:
+        model = _model()
+        sharding = _shard(model)
+        sharding.undo()
+        hooks = [len(part._load_state_dict_post_hooks) for part in model.modules()]
+        pickle.loads(pickle.dumps(model)).load_state_dict(model.state_dict())
+        return hooks
+
+    assert _on_two(undo) == [[0] * len(list(_model().modules()))] * 2
 
 
 def test_between_steps_every_parameter_is_a_shard_in_every_stage():

@@ -81,11 +81,14 @@ class PackedWeight(Tensor):
         return self
 
     def fill(self, source: Tensor) -> None:
-        """Take the values of ``source``, which is packed alike.
+        """Take the values of ``source``, which is packed alike, or is the dense weight that this one stands for.
 
         Raises:
-            ValueError: It is not.
+            ValueError: It is neither.
         """
+        is_dense = type(source) is Tensor and (source.device, source.dtype) == (self.device, self.dtype)
+        if is_dense and torch.equal(source, self.dequantize()):
+            return  # of another replica: what DDP broadcasts is dense
         if type(source) is not type(self) or source.attributes != self.attributes:
             raise ValueError(
                 f"A {type(self).__name__} cannot be filled from a {type(source).__name__}: its values are rounded. "

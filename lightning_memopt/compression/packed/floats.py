@@ -127,7 +127,7 @@ class NF4Weight(PackedWeight):
         """The levels times the magnitude of their block."""
         # As one row: bitsandbytes' AVX512 kernel takes wrong magnitudes for rows that are shorter than a block.
         dense = _bitsandbytes().dequantize_4bit(
-            self.values, self.absmax, self.BLOCK, "nf4", [self.numel()], torch.float32
+            self.values, self.absmax, self.BLOCK, "nf4", [1, self.numel()], torch.float32
         )
         return dense.view(self.shape).to(self.dtype)
 
