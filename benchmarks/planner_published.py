@@ -78,7 +78,12 @@ ROWS = {
     "optimizer in backward": Published(_TORCHTUNE, 23.1, LLAMA_3B, 4096, Choice(_ALONE, _IN_BACKWARD), _COMPILED),
     "activation offload": Published(_TORCHTUNE, 21.8, LLAMA_3B, 4096, Choice(_ALONE, _OFFLOADED), _COMPILED),
     "8-bit optimizer": Published(
-        _TORCHTUNE, 17.6, LLAMA_3B, 4096, Choice(_ALONE, replace(_OFFLOADED, low_bit=True)), _COMPILED
+        _TORCHTUNE,
+        17.6,
+        LLAMA_3B,
+        4096,
+        Choice(_ALONE, replace(_OFFLOADED, low_bit=True)),
+        "theirs came to 4.2 GiB less than the row above, where 8 bits less of two moments of each parameter are 6.0",
     ),
     "8 shards, selective": Published(
         _TORCHTITAN,

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lightning_memopt.planning.devices import DeviceModel, Link
 from lightning_memopt.planning.known_devices import KNOWN_DEVICES
 from lightning_memopt.planning.operator_rates import operator_rates, quickest
-from lightning_memopt.planning.operators import OperatorLog
+from lightning_memopt.planning.overheads import measure_overheads
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOOPBACK = {"intra": Link(5e-5, 1e9), "inter": Link(2e-4, 1.25e8)}
@@ -31,6 +30,7 @@ def measure_device(links: Mapping[str, Link] | None = None) -> DeviceModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_cuda = device.type == "cuda"
     with _undisturbed(device):
+        overheads = measure_overheads(device)
         return DeviceModel(
             name=device_name(),
             kind="cuda" if is_cuda else "cpu",
@@ -40,11 +40,13 @@ def measure_device(links: Mapping[str, Link] | None = None) -> DeviceModel:
             host_link=_host_link(device),
             granularity=_granularity(device),
             workspace_bytes=_workspace_bytes(device),
-            operator_overhead=_operator_overhead(device),
+            operator_overhead=overheads.operator,
             links=links or (_links_of_gpu() if is_cuda else _LOOPBACK),
             source=source(),
             date=datetime.date.today().isoformat(),
             operator_rates=operator_rates(device),
+            recompute_overheads=overheads.recomputed,
+            micro_batch_overhead=overheads.micro_batch,
         )
 
 
@@ -57,7 +59,7 @@ def device_name() -> str:
 
 def source() -> str:
     """By what measurements of today are made; those by another are not comparable."""
-    return f"measured with torch {torch.__version__}"
+    return f"measured in thread time and with overheads, by torch {torch.__version__}"
 
 
 def _processor() -> str:
@@ -128,22 +130,3 @@ def _links_of_gpu() -> Mapping[str, Link]:
     name = torch.cuda.get_device_name().lower()
     alike = [model for key, model in KNOWN_DEVICES.items() if key.split("-")[0] in name.replace(" ", "")]
     return (alike[0] if alike else KNOWN_DEVICES["rtx3090"]).links
-
-
-def _operator_overhead(device: torch.device) -> float:
-    """Seconds a call in training steps so small that nothing but calls is in them."""
-    layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(8)]
-    model = nn.Sequential(*layers).to(device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    batch = torch.ones(2, 8, device=device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(batch).sum().backward()
-        optimizer.step()
-
-    seconds = quickest(step, device)
-    with OperatorLog() as log:
-        log.start()
-        step()
-    return seconds / sum(call.times for call in log.calls)

@@ -83,6 +83,9 @@ class DeviceModel:
         date: When they were measured, or looked up.
         operator_rates: By operator and dtype of its result (``"aten.gelu float32"``) what was measured of it, per
             second: floating-point operations of products, convolutions and attention, bytes moved of all others.
+        recompute_overheads: ``operator_overhead`` of a call that is computed again, by policy (``"full"``,
+            ``"selective"``), with what that takes in the first forward; as of any call where it is not known.
+        micro_batch_overhead: Seconds of a micro-batch that has nothing to do.
     """
 
     name: str
@@ -98,6 +101,8 @@ class DeviceModel:
     source: str
     date: str
     operator_rates: Mapping[str, float] = field(default_factory=dict)
+    recompute_overheads: Mapping[str, float] = field(default_factory=dict)
+    micro_batch_overhead: float = 0.0
 
     def rounded_bytes(self, size_bytes: int) -> int:
         """Bytes that the allocator takes for one tensor of ``size_bytes``."""

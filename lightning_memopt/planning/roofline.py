@@ -66,13 +66,16 @@ class Transfer(NamedTuple):
     is_overlapped: bool = False
 
 
-def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) -> float:
+def operator_seconds(
+    call: OperatorCall, device: DeviceModel, sharing: int = 1, recompute_overhead: float | None = None
+) -> float:
     """Time of all calls of one row: the slower of arithmetic and memory, and the time to issue them.
 
     Args:
         call: One row of :attr:`~lightning_memopt.planning.operators.OperatorLog.calls`.
         device: Where it runs.
         sharing: Ranks that compute on this one device at once, as those of a CPU do.
+        recompute_overhead: Seconds of issuing a call that is computed again; as of any call by default.
     """
     rate = device.operator_rates.get(f"{call.name} {call.dtype}")
     if rate is None:
@@ -80,16 +83,21 @@ def operator_seconds(call: OperatorCall, device: DeviceModel, sharing: int = 1) 
     else:
         busy = (call.flops or call.moved_bytes) / rate
     busy *= sharing
+    overhead = device.operator_overhead
+    if call.part == "recompute" and recompute_overhead is not None:
+        overhead = recompute_overhead
     if device.kind == "cuda":  # the host issues the next call while the device is busy
-        return call.times * max(busy, device.operator_overhead)
-    return call.times * (busy + device.operator_overhead)
+        return call.times * max(busy, overhead)
+    return call.times * (busy + overhead)
 
 
-def busy_seconds(calls: Iterable[OperatorCall], device: DeviceModel, sharing: int = 1) -> dict[Part, float]:
+def busy_seconds(
+    calls: Iterable[OperatorCall], device: DeviceModel, sharing: int = 1, recompute_overhead: float | None = None
+) -> dict[Part, float]:
     """Time that a rank computes, by part of the step; arguments as for :func:`step_time`."""
     spent: dict[Part, float] = {"forward": 0.0, "backward": 0.0, "recompute": 0.0, "optimizer": 0.0}
     for call in calls:
-        spent[call.part] += operator_seconds(call, device, sharing)
+        spent[call.part] += operator_seconds(call, device, sharing, recompute_overhead)
     return spent
 
 
@@ -99,6 +107,7 @@ def step_time(
     *,
     transfers: Iterable[Transfer] = (),
     sharing: int = 1,
+    recompute_overhead: float | None = None,
 ) -> StepTime:
     """Time of one optimizer step of one rank.
 
@@ -107,11 +116,12 @@ def step_time(
         device: What it computes on.
         transfers: What it sends and receives.
         sharing: Ranks that compute on this one device at once.
+        recompute_overhead: As for :func:`operator_seconds`.
 
     Returns:
         Seconds by part.
     """
-    spent = busy_seconds(calls, device, sharing)
+    spent = busy_seconds(calls, device, sharing, recompute_overhead)
     busy = spent["forward"] + spent["backward"] + spent["recompute"]
     exposed = _exposed(list(transfers), device, busy)
     return StepTime(

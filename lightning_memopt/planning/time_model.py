@@ -42,8 +42,13 @@ def _of_rank(trace: StepTrace, choice: Choice, device: DeviceModel, devices: int
         steps = [call for call in operators if call.part == "optimizer"]
         on_host = sum(call.moved_bytes * call.times for call in steps) / device.host_link
         operators = [call for call in operators if call.part != "optimizer"]
-    time = step_time(operators, device, transfers=transfers, sharing=_sharing(choice, device, devices))
-    return replace(time, optimizer=time.optimizer + on_host)
+    time = step_time(
+        operators, device, transfers=transfers, sharing=_sharing(choice, device, devices),
+        recompute_overhead=_recompute_overhead(choice, device),
+    )  # fmt: skip
+    # A GPU is still busy with the micro-batch before while its host prepares the next.
+    looping = device.micro_batch_overhead * trace.micro_batches if device.kind == "cpu" else 0.0
+    return replace(time, compute=time.compute + looping, optimizer=time.optimizer + on_host)
 
 
 def _of_pipeline(trace: StepTrace, choice: Choice, device: DeviceModel, devices: int) -> StepTime:
@@ -54,7 +59,8 @@ def _of_pipeline(trace: StepTrace, choice: Choice, device: DeviceModel, devices:
     stages, sizes = trace.stages, choice.layout.sizes
     assert stages is not None
     sharing, count = _sharing(choice, device, devices), stages.microbatches
-    busy = {stage: busy_seconds(of.operators, device, sharing) for stage, of in stages.traces.items()}
+    again_overhead = _recompute_overhead(choice, device)
+    busy = {stage: busy_seconds(of.operators, device, sharing, again_overhead) for stage, of in stages.traces.items()}
     forward = stages.by_stage({stage: of["forward"] / count for stage, of in busy.items()})
     recompute = stages.by_stage({stage: of["recompute"] / count for stage, of in busy.items()})
     backward = stages.by_stage({stage: of["backward"] / count for stage, of in busy.items()})
@@ -77,6 +83,11 @@ def _of_pipeline(trace: StepTrace, choice: Choice, device: DeviceModel, devices:
         offload=max(each.offload for each in ranks),
         idle=at_once.seconds - computes,
     )
+
+
+def _recompute_overhead(choice: Choice, device: DeviceModel) -> float | None:
+    policy = choice.techniques.checkpointing
+    return device.recompute_overheads.get("selective" if policy == "budget" else policy)  # both look at each call
 
 
 def _sharing(choice: Choice, device: DeviceModel, devices: int) -> int:

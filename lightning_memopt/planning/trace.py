@@ -57,6 +57,7 @@ class StepTrace:
         collectives: What ranks sent each other.
         notes: What the figures leave out.
         stages: Of a pipeline, of which the rest is that of the stage that holds the most.
+        micro_batches: In how many parts the batch was taken, outside of pipelines.
     """
 
     points: tuple[TimelinePoint, ...]
@@ -64,6 +65,7 @@ class StepTrace:
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...] = ()
     stages: Stages | None = None
+    micro_batches: float = 1.0
 
     @property
     def peak(self) -> TimelinePoint:
@@ -251,7 +253,8 @@ class StepTracer:
             each if each.kind == "reduce_scatter" else each._replace(times=each.times * repeats)
             for each in log.collectives
         ]
-        return StepTrace(points, tuple(operators), tuple(collectives), report.notes)
+        parts = 1.0 if size is None else batch_size(self._batch) / size
+        return StepTrace(points, tuple(operators), tuple(collectives), report.notes, micro_batches=parts)
 
     def _report(
         self,
@@ -314,6 +317,7 @@ def _extrapolated(shallow: StepTrace, deep: StepTrace, traced: Stack, blocks: in
         tuple(extrapolate_times(shallow.operators, deep.operators, blocks)),
         tuple(extrapolate_times(shallow.collectives, deep.collectives, blocks)),
         deep.notes,
+        micro_batches=deep.micro_batches,
     )
 
 
