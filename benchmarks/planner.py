@@ -6,9 +6,9 @@
 
 ``memory``: of each module of the zoo, plans of one device as the planner's space has them, predicted and measured by
 the allocator's events. ``choice``: six modules of some size under three budgets each, with every plan of the space's
-first group measured, so that the best of them is known. The chosen one, be it one of them or not, is compared with it,
-and the order of predicted times with that of measured ones. Times are of the process's own work on one thread (a shared
-machine's other work is not counted): the least of the medians of rounds that take the plans in turn.
+first group measured, so that the best of them is known. The chosen one, be it one of them or not, is compared with
+it, and the order of predicted times with that of measured ones. Times are of the process's own work on one thread (a
+shared machine's other work is not counted): the least of the medians of rounds that take the plans in turn.
 """
 
 import statistics
