@@ -84,11 +84,14 @@ def _show(machine: dict[str, Any], model: "DeviceModel", notes: list[str], cache
 
 
 def _rows(model: "DeviceModel") -> list[tuple[str, str]]:
+    again = model.recompute_overheads
     rows = [(f"products in {dtype}", f"{rate / 1e9:.1f} GFLOP/s") for dtype, rate in model.matmul_flops.items()]
     rows += [
         ("memory", f"{model.memory_bandwidth / 1e9:.1f} GB/s"),
         ("copies from and to the host", f"{model.host_link / 1e9:.1f} GB/s"),
         ("call of an operator", f"{model.operator_overhead * 1e6:.1f} us"),
+        *((f"call under {policy} checkpointing", f"{seconds * 1e6:.1f} us") for policy, seconds in again.items()),
+        ("micro-batch", f"{model.micro_batch_overhead * 1e6:.1f} us"),
         ("single operators measured", str(len(model.operator_rates))),
         ("allocator hands out multiples of", f"{model.granularity} B"),
         ("libraries hold", f"{model.workspace_bytes / 2**20:.1f} MiB"),

@@ -32,6 +32,9 @@ def test_what_is_measured_is_of_the_right_size(measured):
     assert measured.matmul_flops["float32"] > 1e8
     assert 1e8 < measured.memory_bandwidth < 1e13
     assert 1e-7 < measured.operator_overhead < 0.05
+    again = measured.recompute_overheads
+    assert measured.operator_overhead < again["full"] < again["selective"] < 0.1  # which looks at each call
+    assert 0 < measured.micro_batch_overhead < 0.1
 
 
 def test_operators_of_language_and_image_models_have_rates_of_their_own(measured):

@@ -53,6 +53,13 @@ def test_issuing_hides_behind_a_gpu_that_is_busy_and_adds_up_on_a_cpu():
     assert step_time([large], _CPU).compute == pytest.approx(1.001)
 
 
+def test_a_call_that_is_computed_again_takes_what_checkpointing_takes_around_it():
+    calls = [_call(part=part, times=10) for part in ("forward", "recompute")]
+    plain, slow = step_time(calls, _CPU), step_time(calls, _CPU, recompute_overhead=0.5)
+    assert plain.recompute == plain.compute == slow.compute == pytest.approx(10 * _CPU.operator_overhead)
+    assert slow.recompute == pytest.approx(5.0)
+
+
 def test_ranks_that_share_a_processor_share_its_rates():
     alone, shared = (step_time([_call(flops=10**12)], _CPU, sharing=ranks).compute for ranks in (1, 4))
     assert shared == pytest.approx(4 * (alone - 1e-3) + 1e-3)
