@@ -116,6 +116,11 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._ranges = dict(state_dict["ranges"])
 
+    @property
+    @override
+    def _calibrates(self) -> bool:
+        return False  # training has seen the ranges
+
     @override
     def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Range]:
         return self._ranges

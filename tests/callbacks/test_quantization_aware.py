@@ -155,6 +155,13 @@ def test_with_clustering_the_clusters_stay_clusters():
     assert callback.report.metrics_after["val_accuracy"] > 0.85
 
 
+def test_ranges_seen_in_training_need_no_validation_and_two_optimizers_train_with_them():
+    callback = QuantizationAwareTraining("int8_static", start_step=1)
+    train(ZOO["gan"].build(), ZOO["gan"].loader(4), callbacks=[callback])
+    inputs = {name: p.inputs for name, p in callback.quantized.named_parameters() if hasattr(p, "inputs")}
+    assert len(inputs) > 1 and all(isinstance(seen, list) for seen in inputs.values())
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_the_memory_of_rounding_in_each_forward_is_predicted(scheme):
     entry = ZOO["mlp"]
