@@ -109,6 +109,52 @@ def test_rounding_starts_and_ranges_freeze_at_their_steps():
     assert len(set(ranges[:6])) == 6 and len(set(ranges[5:])) == 1
 
 
+class _CompiledInPlace(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.compile(backend="aot_eager")
+
+
+class _CompiledWrapper(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="aot_eager")
+
+
+def test_compiled_code_rounds_when_it_is_told_to_and_no_longer():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    plain = net(x)
+    net.compile(backend="aot_eager")
+    net(x)
+    fake = FakeQuantization(net, "int4_weight_only")
+    rounded = net(x)
+    assert not torch.equal(rounded, plain)
+    for enabled, expected in ((False, plain), (True, rounded)):
+        fake.set(enabled=enabled, observing=True)
+        torch.testing.assert_close(net(x), expected)
+    fake.remove()
+    torch.testing.assert_close(net(x), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [_CompiledInPlace, _CompiledWrapper])
+@pytest.mark.parametrize("scheme", ["int8_static", "int4_weight_only"])
+def test_compiled_parts_are_rounded_from_the_same_steps_on_and_not_after_training(cls, scheme):
+    def run(make):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        callback = QuantizationAwareTraining(scheme, start_step=3, freeze_observers_step=5)
+        _, module = _fit(callback, make(), max_epochs=1)
+        logits = module.eval()(torch.ones(2, 16)).detach()
+        return [*module.parameters()], callback.report.metrics_before, logits
+
+    plain, compiled = run(Classifier), run(cls)
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled, plain)
+
+
 def test_before_its_first_step_training_is_plain():
     entry = ZOO["gpt2"]
     plain = train(entry.build(), entry.loader(batches=4), steps=4)
