@@ -124,15 +124,14 @@ class _CompiledWrapper(Classifier):
 def test_compiled_code_rounds_when_it_is_told_to_and_no_longer():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
-    plain = net(x)
+    plain, packed = net(x), copy.deepcopy(net)
+    quantize(packed, "int4_weight_only")
     net.compile(backend="aot_eager")
-    net(x)
     fake = FakeQuantization(net, "int4_weight_only")
-    rounded = net(x)
-    assert not torch.equal(rounded, plain)
-    for enabled, expected in ((False, plain), (True, rounded)):
+    for enabled, expected in ((False, plain), (True, packed(x))):
         fake.set(enabled=enabled, observing=True)
         torch.testing.assert_close(net(x), expected)
+    assert not torch.allclose(plain, packed(x))
     fake.remove()
     torch.testing.assert_close(net(x), plain)
     torch._dynamo.reset()
