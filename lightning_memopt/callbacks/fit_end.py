@@ -177,23 +177,28 @@ def validate_now(
     return metrics
 
 
-def require_validation(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def require_validation(trainer: pl.Trainer, module: pl.LightningModule, purpose: str = "judge by") -> None:
     """Raise where there is no validation loop to run; for ``setup``.
+
+    Args:
+        trainer: The trainer that is to fit the module.
+        module: The module.
+        purpose: What is lacking then is something to ...
 
     Raises:
         MisconfigurationException: The module has no ``validation_step``, or no data for it.
     """
     if not is_overridden("validation_step", module):
         raise MisconfigurationException(
-            f"{type(module).__name__} has no validation_step, so there is nothing to judge by. Write one that logs a "
-            "metric."
+            f"{type(module).__name__} has no validation_step, so there is nothing to {purpose}. Write one that logs "
+            "a metric."
         )
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     has_data = source.is_defined() if source.instance is not None else trainer.val_dataloaders is not None
     if not has_data or trainer.limit_val_batches == 0:
         raise MisconfigurationException(
-            f"{type(module).__name__} is fitted without validation data, so there is nothing to judge by. Give fit() "
-            "val_dataloaders, and leave limit_val_batches above 0."
+            f"{type(module).__name__} is fitted without validation data, so there is nothing to {purpose}. Give "
+            "fit() val_dataloaders, and leave limit_val_batches above 0."
         )
 
 

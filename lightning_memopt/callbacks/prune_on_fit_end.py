@@ -26,6 +26,7 @@ from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import StructuredPruning, prune_structured
+from lightning_memopt.compression.units import require_torch_pruning
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
@@ -203,6 +204,7 @@ class PruneOnFitEnd(FitEndCallback):
 
 
 def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    require_torch_pruning()
     refuse_sent_back(
         trainer,
         "of the old sizes, which method='structured' changes",

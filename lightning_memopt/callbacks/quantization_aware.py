@@ -116,6 +116,11 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._ranges = dict(state_dict["ranges"])
 
+    @property
+    @override
+    def _calibrates(self) -> bool:
+        return False  # training has seen the ranges
+
     @override
     def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Range]:
         return self._ranges
@@ -123,8 +128,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
     def _follow(self, trainer: pl.Trainer) -> None:
         assert self._fake is not None
         step, freeze = trainer.global_step, self.freeze_observers_step
-        self._fake.enabled = step >= self.start_step
-        self._fake.observing = freeze is None or step < freeze
+        self._fake.set(enabled=step >= self.start_step, observing=freeze is None or step < freeze)
 
     @override
     def _release(self) -> None:

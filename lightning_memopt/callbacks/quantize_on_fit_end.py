@@ -106,8 +106,8 @@ class QuantizeOnFitEnd(FitEndCallback):
             refuse_sent_back(
                 trainer, "of plain weights, which inplace=True packs", "Leave inplace out: `quantized` comes back."
             )
-        if self.scheme == "int8_static":
-            require_validation(trainer, pl_module)
+        if self._calibrates:
+            require_validation(trainer, pl_module, "calibrate with")
         if has_its_layers(pl_module):
             check_quantizable(pl_module, self.scheme, self._which)
 
@@ -170,8 +170,13 @@ class QuantizeOnFitEnd(FitEndCallback):
         left = {trial.weight for trial in found.trials}.difference(recipe.quantize[0]["include"])
         return module, dict.fromkeys(left, "left as it was, to meet max_metric_drop")
 
+    @property
+    def _calibrates(self) -> bool:
+        """Whether batches have to go through ``validation_step`` when training is over."""
+        return self.scheme == "int8_static"
+
     def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Range]:
-        if self.scheme != "int8_static":
+        if not self._calibrates:
             return {}
         with observe_inputs(module) as ranges:
             validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=self.calibration_batches)

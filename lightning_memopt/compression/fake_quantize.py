@@ -11,6 +11,7 @@ from lightning_memopt.compression.packed.integers import Inputs, round_inputs
 from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
 from lightning_memopt.compression.ranges import Range, input_range, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
+from lightning_memopt.models.compiled import compile_anew
 from lightning_memopt.models.fake import is_fake
 
 MOMENTUM = 0.05
@@ -31,9 +32,9 @@ class FakeQuantization:
         which: Which weights; ``None``: all, embeddings too.
 
     Attributes:
-        enabled: Whether anything is rounded now.
-        observing: Whether the ranges of ``"int8_static"`` follow the inputs; moving averages of the smallest and the
-            largest of each training batch.
+        enabled: Whether anything is rounded now; :meth:`set` changes it.
+        observing: Whether the ranges of ``"int8_static"`` follow the inputs, as moving averages of the smallest and
+            the largest of each training batch; likewise.
         ranges: By name of a layer, these two.
 
     Raises:
@@ -47,6 +48,7 @@ class FakeQuantization:
         which: WeightFilter | None = None,
         ranges: Mapping[str, Range] | None = None,
     ) -> None:
+        self._module = module
         self.enabled = self.observing = True
         self.ranges = dict(ranges or {})
         self._scheme = scheme
@@ -65,12 +67,20 @@ class FakeQuantization:
                 names[carrier] = owner
         for carrier, shadows in carriers.items():
             self._hook(names[carrier], carrier, shadows)
+        compile_anew(module)
+
+    def set(self, *, enabled: bool, observing: bool) -> None:
+        """Say whether to round from now on, and whether to follow the inputs."""
+        if (enabled, observing) != (self.enabled, self.observing):
+            self.enabled, self.observing = enabled, observing
+            compile_anew(self._module)
 
     def remove(self) -> None:
         """Take the rounding away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        compile_anew(self._module)
 
     def _hook(self, name: str, carrier: nn.Module, shadows: list[tuple[nn.Module, str, Weight]]) -> None:
         # Of attention the inputs are rounded; what goes into its last projection is within, and is not.

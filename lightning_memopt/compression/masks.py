@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes, unpack_bits
 from lightning_memopt.compression.choose import Choice, choose_pruned, read_whole
 from lightning_memopt.compression.held import Held
-from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
+from lightning_memopt.compression.packed import PackedWeight
+from lightning_memopt.compression.selection import Weight, find_weights, is_compressed, select_weights
 from lightning_memopt.parallel.shards import shards_of_whole
 
 PIECE = 2**18
@@ -61,8 +63,11 @@ def prune_weights(
 def find_sparsity(module: nn.Module) -> dict[str, float]:
     """The share of zeros of each weight that has any, by name: what is pruned, whoever did it."""
     shares = {}
-    for weight in select_weights(module, embeddings=True).weights:
-        values = read_whole(weight.parameter)
+    for weight in find_weights(module):
+        parameter = weight.parameter
+        if is_lazy(parameter) or (is_compressed(parameter) and not isinstance(parameter, PackedWeight)):
+            continue  # no numbers yet, or another library's
+        values = read_whole(parameter)
         if zeros := values.numel() - int(values.count_nonzero()):
             shares[weight.name] = zeros / values.numel()
     return shares

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_memopt.compression.packed.integers import FEWEST
+from lightning_memopt.models.compiled import run_uncompiled
 from lightning_memopt.models.linears import read_linear
 
 Range = tuple[float, float]
@@ -52,7 +53,8 @@ def observe_inputs(module: nn.Module) -> Iterator[dict[str, Range]]:
 
         handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     try:
-        yield ranges
+        with run_uncompiled(module):
+            yield ranges
     finally:
         for handle in handles:
             handle.remove()

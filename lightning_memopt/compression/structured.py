@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_memopt.compression.cutting import Smaller, Trials
 from lightning_memopt.compression.model_config import update_configs
 from lightning_memopt.compression.units import Call, Slot, UnitGroup, find_units
+from lightning_memopt.models.compiled import uncompiled
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
 
@@ -84,7 +85,7 @@ def prune_structured(
     """
     if not 0 < amount < 1:
         raise ValueError(f"amount={amount!r} is no share that can be removed; give a number between 0 and 1")
-    before = _count(module)
+    before, call = _count(module), uncompiled(call)
     plan = plan_structured(module, amount, call, include=include, exclude=exclude, scores=scores)
     trials = Trials(module, call)
     failed: dict[str, str] = {}
@@ -122,7 +123,7 @@ def plan_structured(
             raise ValueError(f"{show(selector)!r} matches no module of {type(module).__name__}")
     plan = StructuredPlan()
     groups = []
-    for group in find_units(module, call):
+    for group in find_units(module, uncompiled(call)):
         layers = {id(slot.module) for slot in group.slots if slot.dimension == _output_dimension(slot)}
         named = [place for key in layers for place in _path(module, names[key])]
         if group.reason is None and group.size < 2:

@@ -67,6 +67,20 @@ class UnitGroup:
     reason: str | None = None
 
 
+def require_torch_pruning() -> None:
+    """Raise where the package that follows a module is missing.
+
+    Raises:
+        ModuleNotFoundError: Says what installs it.
+    """
+    try:
+        import torch_pruning  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'structured pruning needs torch-pruning, which is not installed: pip install "lightning-memopt[prune]"'
+        ) from error
+
+
 def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
     """Find what can be removed from ``module``.
 
@@ -145,12 +159,9 @@ def _find_channels(
     module: nn.Module, call: Call, names: Mapping[int, str], columns: Sequence[nn.Module]
 ) -> Iterator[UnitGroup]:
     """Groups of the dependency graph; it is not asked for those that start within an attention."""
-    try:
-        import torch_pruning
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'structured pruning needs torch-pruning, which is not installed: pip install "lightning-memopt[prune]"'
-        ) from error
+    require_torch_pruning()
+    import torch_pruning
+
     lost: list[nn.Module] = []
 
     class Graph(torch_pruning.DependencyGraph):

@@ -1,5 +1,7 @@
 """PruneOnFitEnd by structure: the module becomes smaller, its optimizer follows, and what cannot be is refused."""
 
+import sys
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -71,6 +73,13 @@ def test_a_module_that_steps_its_optimizers_itself_is_refused_by_structure_in_se
     callbacks = [NotEvenStarted(), PruneOnFitEnd(0.5, "structured")]
     with pytest.raises(MisconfigurationException, match="that of GAN steps its optimizers itself"):
         train(ZOO["gan"].build(), ZOO["gan"].loader(1), callbacks=callbacks)
+
+
+def test_without_torch_pruning_the_extra_to_install_is_named_in_setup(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    callbacks = [NotEvenStarted(), PruneOnFitEnd(0.5, "structured")]
+    with pytest.raises(ModuleNotFoundError, match=r"lightning-memopt\[prune\]"):
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=callbacks)
 
 
 class _Fixed(type(ZOO["mlp"].build())):

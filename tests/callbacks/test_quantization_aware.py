@@ -109,6 +109,51 @@ def test_rounding_starts_and_ranges_freeze_at_their_steps():
     assert len(set(ranges[:6])) == 6 and len(set(ranges[5:])) == 1
 
 
+class _CompiledInPlace(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.compile(backend="aot_eager")
+
+
+class _CompiledWrapper(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="aot_eager")
+
+
+def test_compiled_code_rounds_when_it_is_told_to_and_no_longer():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    plain, packed = net(x), copy.deepcopy(net)
+    quantize(packed, "int4_weight_only")
+    net.compile(backend="aot_eager")
+    fake = FakeQuantization(net, "int4_weight_only")
+    for enabled, expected in ((False, plain), (True, packed(x))):
+        fake.set(enabled=enabled, observing=True)
+        torch.testing.assert_close(net(x), expected)
+    assert not torch.allclose(plain, packed(x))
+    fake.remove()
+    torch.testing.assert_close(net(x), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [_CompiledInPlace, _CompiledWrapper])
+@pytest.mark.parametrize("scheme", ["int8_static", "int4_weight_only"])
+def test_compiled_parts_are_rounded_from_the_same_steps_on_and_not_after_training(cls, scheme):
+    def run(make):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        callback = QuantizationAwareTraining(scheme, start_step=3, freeze_observers_step=5)
+        _, module = _fit(callback, make(), max_epochs=1)
+        logits = module.eval()(torch.ones(2, 16)).detach()
+        return [*module.parameters()], callback.report.metrics_before, logits
+
+    plain, compiled = run(Classifier), run(cls)
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled, plain)
+
+
 def test_before_its_first_step_training_is_plain():
     entry = ZOO["gpt2"]
     plain = train(entry.build(), entry.loader(batches=4), steps=4)
@@ -153,6 +198,13 @@ def test_with_clustering_the_clusters_stay_clusters():
     assert len(torch.unique(module.net[2].weight)) <= 16
     assert len(torch.unique(packed.values)) <= 16 and packed.scale.numel() == 1
     assert callback.report.metrics_after["val_accuracy"] > 0.85
+
+
+def test_ranges_seen_in_training_need_no_validation_and_two_optimizers_train_with_them():
+    callback = QuantizationAwareTraining("int8_static", start_step=1)
+    train(ZOO["gan"].build(), ZOO["gan"].loader(4), callbacks=[callback])
+    inputs = {name: p.inputs for name, p in callback.quantized.named_parameters() if hasattr(p, "inputs")}
+    assert len(inputs) > 1 and all(isinstance(seen, list) for seen in inputs.values())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])

@@ -1,5 +1,7 @@
 """QuantizeOnFitEnd under Lightning: the copy predicts, the original stays, the gate judges."""
 
+import sys
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -242,6 +244,12 @@ def test_the_process_that_launched_others_is_told_why_a_result_was_refused(max_d
 def test_packing_the_module_itself_is_refused_where_weights_travel_back_to_a_plain_one():
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"QuantizeOnFitEnd: .*inplace=True packs"):
         _fit(QuantizeOnFitEnd(inplace=True), None, devices=2, strategy="ddp_fork")
+
+
+def test_without_bitsandbytes_the_extra_to_install_is_named_when_nf4_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"bitsandbytes, which is not installed; .*lightning-memopt\[quantize\]"):
+        QuantizeOnFitEnd("nf4")
 
 
 class NoValidation(Classifier):

@@ -8,7 +8,8 @@ from torch.nn.utils import prune
 from lightning_memopt.compression.choose import Choice
 from lightning_memopt.compression.masks import Masks, find_sparsity, prune_weights
 from lightning_memopt.compression.patterns import Channels
-from lightning_memopt.compression.selection import select_weights
+from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.selection import WeightFilter, select_weights
 from tests.zoo import ZOO, cases
 
 
@@ -214,3 +215,11 @@ def prune_and_return(**how) -> nn.Sequential:
     net = _net()
     prune_weights(net, 0.5, **how)
     return net
+
+
+def test_what_is_pruned_is_seen_after_quantization_and_where_nothing_can_be_pruned_there_is_none():
+    net = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(4), nn.LayerNorm(4))
+    prune_weights(net, 0.5, include="0")
+    quantize(net, "int8", WeightFilter(include="0"))
+    assert find_sparsity(net) == {"0.weight": pytest.approx(0.5, abs=0.01)}
+    assert find_sparsity(nn.LayerNorm(4)) == {}

@@ -127,6 +127,19 @@ def test_where_calibration_did_not_reach_or_a_convolution_rounds_no_inputs_the_f
     assert not quantize(Net(), "int8").fallbacks
 
 
+def test_calibration_sees_what_is_compiled():
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(8, 64)
+    in_place = copy.deepcopy(net)
+    in_place.compile(backend="aot_eager")
+    for compiled in (torch.compile(net, backend="aot_eager"), in_place):
+        with torch.no_grad():
+            compiled(x)
+        with observe_inputs(compiled) as ranges, torch.no_grad():
+            compiled(x)
+        assert list(ranges.values()) == [(float(x.min()), float(x.max()))]
+    torch._dynamo.reset()
+
+
 def test_schemes_that_there_are_not_are_refused_with_those_that_there_are():
     with pytest.raises(ValueError, match="possible are 'int8'"):
         quantize(nn.Linear(64, 64), "int3")

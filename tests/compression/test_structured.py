@@ -240,6 +240,18 @@ def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name
         prune_structured(nn.Linear(4, 2), 0.5, lambda m: m(torch.ones(1, 4)))
 
 
+def test_a_compiled_module_is_followed_as_it_is_written_and_compiled_again_as_it_is_then():
+    torch.manual_seed(0)
+    plain, compiled = _cnn().eval(), torch.nn.Sequential().eval()
+    compiled.net = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    call = lambda m: m(IMAGES)  # noqa: E731
+    compiled(IMAGES)
+    prune_structured(plain, 0.5, call)
+    assert prune_structured(compiled, 0.5, call).parameters_after == sum(p.numel() for p in plain.parameters())
+    torch.testing.assert_close(compiled(IMAGES), plain(IMAGES))
+    torch._dynamo.reset()
+
+
 def test_a_frozen_module_is_pruned_and_stays_frozen():
     module = _cnn().requires_grad_(False).eval()
     prune_structured(module, 0.5, lambda m: m(IMAGES))

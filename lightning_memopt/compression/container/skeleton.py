@@ -180,7 +180,10 @@ def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
             f"{type(skeleton).__name__} has no module `{name}`, which the saved one had; give one built as it was."
         ) from error
     for key, value in attributes.items():
-        if key.startswith("_") or not _is_plain(vars(part).get(key, 0)):
+        old = vars(part).get(
+            key, getattr(type(part), key, None)
+        )  # or of the class: nothing may take a method's place
+        if key.startswith("_") or not (old is None or _is_plain(old)):
             raise CompressedFileError(f"`{name}.{key}` is not a plain attribute, so it is not set.")
         if not _is_plain(value := _from_json(value)):
             raise CompressedFileError(f"`{name}.{key}` is to be {value!r}, which is no plain value.")

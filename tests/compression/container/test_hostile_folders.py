@@ -123,6 +123,7 @@ def _in(name, **values):
         (lambda m: m["ties"].update({"0.bias": "__dict__"}), "does not fit"),
         (lambda m: m["edits"].update({"0": {"attributes": {"_parameters": 1}}}), "not a plain attribute"),
         (lambda m: m["edits"].update({"0": {"attributes": {"in_features": [1]}}}), "no plain value"),
+        (lambda m: m["edits"].update({"0": {"attributes": {"forward": 1}}}), "`0.forward` is not a plain attribute"),
         (lambda m: m["edits"].update({"0": {"run": "code"}}), "does not know"),
         (lambda m: m["edits"].update({"9": {"attributes": {}}}), "has no module `9`"),
     ],

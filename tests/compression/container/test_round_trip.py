@@ -155,3 +155,17 @@ def test_the_manifest_names_versions_and_no_paths(tmp_path):
     assert manifest["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in json.dumps(manifest)
     assert manifest["ties"] == {"head.weight": "embed.weight"}
+
+
+class Remembering(nn.Linear):
+    """What it remembers is nothing before it trains."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.best = None
+
+
+def test_a_number_that_was_none_before_training_comes_back(tmp_path):
+    module = Remembering()
+    module.best = 3
+    assert load_compressed(save_compressed(module, tmp_path / "net")).best == 3
