@@ -227,6 +227,18 @@ def test_a_small_step_that_depends_on_values_is_planned_from_runs_on_real_tensor
     assert any("aten.nonzero" in note and "measured" in note for note in result.notes)
 
 
+def test_so_is_one_that_a_function_makes():
+    batch = _batch()
+    result = _plan("1GiB", KeepsWhatIsPositive, batch)
+    measured = memopt.measure_memory(KeepsWhatIsPositive, batch)
+    assert result.best.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
+
+
+def test_one_whose_parameters_have_no_values_is_refused_with_the_operator_and_the_line():
+    with pytest.raises(ValueError, match=r"KeepsWhatIsPositive cannot .*test_plan.py:\d+ runs aten.nonzero"):
+        _plan("1GiB", KeepsWhatIsPositive().to("meta"))
+
+
 def test_a_large_step_that_depends_on_values_is_refused_with_the_operator_and_the_line():
     with pytest.raises(ValueError, match=r"KeepsWhatIsPositive cannot .*test_plan.py:\d+ runs aten.nonzero"):
         memopt.plan(lambda: KeepsWhatIsPositive(2, 2**14), _batch(4, 2**14), budget="80GB", device=A_CPU)
