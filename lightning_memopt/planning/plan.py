@@ -326,8 +326,8 @@ def describe_failure(result: PlanResult) -> str:
 def _bytes_that_do(count: int) -> str:
     """As :func:`~lightning_memopt.memory.report.format_bytes`, rounded up: what is said is given as a budget next."""
     said = format_bytes(count)
-    if parse_bytes(said) < count:
-        number, unit = said.split()
-        last_digit = 10 ** -len(number.partition(".")[2])
-        said = f"{float(number) + last_digit:.{len(number.partition('.')[2])}f} {unit}"
-    return said
+    if parse_bytes(said) >= count:
+        return said
+    number, unit = said.split()
+    digits = len(number.partition(".")[2])
+    return f"{float(number) + 10**-digits:.{digits}f} {unit}"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import lightning_memopt as memopt
 from lightning_memopt.planning.plan import PlanResult, describe_failure
 from lightning_memopt.planning.read_module import read_space
+from lightning_memopt.planning.units import parse_bytes
 from lightning_memopt.planning.written import result_as_dict
 from tests.planning.a_cpu import A_CPU
 from tests.zoo import ZOO
@@ -90,6 +91,13 @@ def test_where_nothing_fits_the_smallest_budget_that_would_is_said_and_is_right(
     assert result.chosen is None and not any(plan.fits for plan in result.plans)
     assert "the smallest budget" in describe_failure(result)
     assert _plan(result.smallest_bytes).best is not None
+
+
+@pytest.mark.parametrize("count", [4228016, 2**20, 1000, 5 * 2**30 + 1])
+def test_the_smallest_budget_is_said_so_that_what_is_said_fits(count):
+    nothing = PlanResult((), None, 1000, smallest_bytes=count)
+    said = describe_failure(nothing).rpartition(" is ")[2]
+    assert count <= parse_bytes(said) <= 1.01 * count
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def is_split(module: torch.nn.Module) -> bool:
-    """Whether ``module`` has parameters of which each rank holds a part while it runs, as tensor parallel layers do."""
+    """Whether ``module`` runs on parts of its parameters, as tensor parallel layers do."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
