@@ -83,7 +83,7 @@ def _read_plans(directory: Path) -> list[dict[str, Any]]:
         ValueError: A file holds something else.
         OSError: A file cannot be read.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(directory.rglob(PLANNED)) if directory.is_dir() else []:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
