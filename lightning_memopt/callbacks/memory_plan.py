@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
+from lightning_memopt.memory.command import PLANNED
 from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.planning.devices import DeviceModel
@@ -26,8 +27,6 @@ from lightning_memopt.planning.written import result_as_dict
 
 WRONG_BY = 0.05
 """Relative error of a predicted peak from which on it is planned again."""
-
-PLAN_FILE = "memory_plan.json"
 
 
 class MemoryPlan(Callback):
@@ -220,4 +219,4 @@ class MemoryPlan(Callback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             said = result_as_dict(self.result) | {"measured_bytes": self.measured_bytes}
-            (folder / PLAN_FILE).write_text(json.dumps(said, indent=1), encoding="utf-8")
+            (folder / PLANNED).write_text(json.dumps(said, indent=1), encoding="utf-8")

@@ -45,12 +45,17 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command: 0, 2 with one line on what to put right, 3 where nothing fits."""
+    from lightning.pytorch import Trainer
+
     from lightning_memopt.planning import plan as planning
-    from lightning_memopt.planning.load import load_batch, load_object
+    from lightning_memopt.planning.load import check_arguments, load_batch, load_object
 
     try:
         make = load_object(options.module)
         init = dict(options.init)
+        check_arguments(options.module, make, init)
+        check_arguments("pl.Trainer", Trainer, dict(options.trainer))
+        _check_is_left_to_plan(dict(options.trainer))
         result = planning.plan(
             lambda: make(**init),
             load_batch(options.batch_from, dict(options.data_init)),
@@ -74,6 +79,16 @@ def run(options: argparse.Namespace) -> int:
         print(f"lightning-memopt plan: {planning.describe_failure(result)}", file=sys.stderr)
         return NOTHING_FITS
     return 0
+
+
+def _check_is_left_to_plan(trainer_options: dict[str, Any]) -> None:
+    """Refuse options of the trainer that a plan sets."""
+    for name in ("accelerator", "strategy", "devices", "num_nodes", "precision", "callbacks"):
+        if name in trainer_options:
+            raise ValueError(
+                f"--trainer {name}={trainer_options[name]} is what a plan says; leave it out, or say with --devices, "
+                "--nodes, --gpu and --precision what to plan for"
+            )
 
 
 def _show(result: "PlanResult") -> None:

@@ -77,7 +77,7 @@ def cut(module: nn.Module, stack: Stack, count: int) -> None:
     """Leave ``module`` only the first ``count`` blocks of ``stack``."""
     holder = module.get_submodule(stack.holder)
     for key in stack.keys[count:]:
-        del holder._modules[key]
+        holder._modules.pop(key, None)  # it may be cut already
 
 
 def extrapolate_points(

@@ -1,7 +1,9 @@
 """Find a module and a batch by the names that a user types."""
 
+import inspect
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -31,13 +33,34 @@ def load_object(path: str) -> Any:
         raise ValueError(f"{module_name} has no {name!r}; it has {', '.join(public[:12])}") from None
 
 
+def check_arguments(path: str, named: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that what ``path`` names does not take, before it is called.
+
+    Raises:
+        ValueError: It takes others, or cannot be called.
+    """
+    if not callable(named):
+        raise ValueError(f"{path} is a {type(named).__name__}, which makes nothing; name a class or a function")
+    try:
+        signature = inspect.signature(named)
+    except ValueError:  # of a class in C, which says nothing
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "no arguments"
+        raise ValueError(f"{path} cannot be called with these arguments ({error}); it takes {takes}") from error
+
+
 def load_batch(path: str, arguments: dict[str, Any]) -> Any:
     """The first training batch of a data module, of a loader, or what a function returns.
 
     Raises:
-        ValueError: ``path`` names nothing, or there is no batch.
+        ValueError: ``path`` names nothing, does not take ``arguments``, or there is no batch.
     """
-    made = load_object(path)(**arguments)
+    make = load_object(path)
+    check_arguments(path, make, arguments)
+    made = make(**arguments)
     if isinstance(made, pl.LightningDataModule):
         made.prepare_data()
         made.setup("fit")

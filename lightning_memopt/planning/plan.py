@@ -173,7 +173,8 @@ def plan(
         least_itemsize=4 if exact and precision == "32-true" else 2,
     )
     space = read_space(made, batch, precision, trainer_options)
-    tracer = StepTracer(made if can_be_copied(made) else module, made, batch, trainer_options, model)
+    traced = made if can_be_copied(made) else module
+    tracer = StepTracer(traced, made, batch, trainer_options, model, with_values=module)
     blocks = [stack.name for stack in find_block_stacks(made)]
     planner = _Planner(tracer, space, blocks, model, devices, nodes, batch)
     return planner.run(budget_bytes, wanted, layouts, exact)
@@ -318,5 +319,15 @@ def describe_failure(result: PlanResult) -> str:
     assert result.smallest_bytes is not None
     return (
         f"nothing fits {format_bytes(result.budget_bytes)} a device: the smallest budget that would do is "
-        f"{format_bytes(result.smallest_bytes)}{devices}"
+        f"{_bytes_that_do(result.smallest_bytes)}{devices}"
     )
+
+
+def _bytes_that_do(count: int) -> str:
+    """As :func:`~lightning_memopt.memory.report.format_bytes`, rounded up: what is said is given as a budget next."""
+    said = format_bytes(count)
+    if parse_bytes(said) >= count:
+        return said
+    number, unit = said.split()
+    digits = len(number.partition(".")[2])
+    return f"{float(number) + 10**-digits:.{digits}f} {unit}"

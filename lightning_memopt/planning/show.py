@@ -14,7 +14,8 @@ def table(result: PlanResult) -> Table:
         title=f"Plans for {format_bytes(result.budget_bytes)} a device", caption="time: a batch, fastest plan = 1"
     )
     for name in ("", "strategy", "techniques", "peak of a rank", "largest categories", "time", "of that"):
-        shown.add_column(name, justify="right" if name in ("peak of a rank", "time") else "left")
+        # Folded where the terminal is narrow: a name that is cut off cannot be switched on.
+        shown.add_column(name, justify="right" if name in ("peak of a rank", "time") else "left", overflow="fold")
     for index, plan in enumerate(result.plans):
         shown.add_row(
             "chosen" if index == result.chosen else "" if plan.fits else "too large",

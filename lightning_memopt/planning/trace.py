@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.report import MemoryReport, TimelinePoint
 from lightning_memopt.memory.workspace import Need
+from lightning_memopt.models.fake import is_fake
 from lightning_memopt.parallel.pipeline.splitting import Partition
 from lightning_memopt.planning.build import SMALL_BYTES
 from lightning_memopt.planning.depth import (
@@ -90,6 +91,8 @@ class StepTracer:
         batch: One batch of one device.
         trainer_options: Arguments of ``pl.Trainer`` that every plan shares.
         device: What it will run on; ``None`` is a CPU like this.
+        with_values: What is measured where a step reads values, which ``module`` may have none of; by default
+            ``module``.
     """
 
     def __init__(
@@ -99,14 +102,19 @@ class StepTracer:
         batch: Any,
         trainer_options: Mapping[str, Any],
         device: DeviceModel | None = None,
+        with_values: Module | None = None,
     ) -> None:
         self._gpu_granularity = device.granularity if device is not None and device.kind == "cuda" else None
         self._module = module
+        self._with_values = module if with_values is None else with_values
         self._batch = batch
         self._options = dict(trainer_options)
         self._stack = find_deep_stack(look)
         # Parameters, gradients and two moments of Adam's.
-        self._is_small = 4 * sum(parameter.nbytes for parameter in look.parameters()) <= SMALL_BYTES
+        is_small = 4 * sum(parameter.nbytes for parameter in look.parameters()) <= SMALL_BYTES
+        real = self._with_values
+        has_values = not (isinstance(real, pl.LightningModule) and any(map(_is_empty, real.parameters())))
+        self._can_be_measured = is_small and has_values
         self._real_because: ReadsValues | None = None
         self._kernels: dict[str, Need] = {}
         self._prepares: bool | None = None
@@ -240,8 +248,8 @@ class StepTracer:
             left_out_bytes = _size_bytes(self._batch) - _size_bytes(batch)
             batch = apply_to_collection(batch, torch.Tensor, torch.clone)  # a view would be traced with all of it
         log = OperatorLog()
-        with self._cut(blocks) as module:
-            report = self._report(module, batch, choice, log, prepares, of_stage)
+        with _cut(self._module, blocks) as module:
+            report = self._report(module, blocks, batch, choice, log, prepares, of_stage)
         points = report.timeline
         if left_out_bytes:
             points = tuple(_with_more(point, "other", left_out_bytes) for point in points)
@@ -259,6 +267,7 @@ class StepTracer:
     def _report(
         self,
         module: Module,
+        blocks: tuple[Stack, int] | None,
         batch: Any,
         choice: Choice,
         log: OperatorLog,
@@ -288,24 +297,13 @@ class StepTracer:
                     self._partition = cast(Any, strategy).pipeline.partition if of_stage else None
                 return report
             except ReadsValues as refusal:
-                if not (is_alone and self._is_small):
+                if not (is_alone and self._can_be_measured):
                     raise
                 self._real_because = refusal
-        report = measure_step(module, batch, **options)
+        with _cut(self._with_values, blocks) as real:
+            report = measure_step(real, batch, **options)
         reason = str(self._real_because).partition(";")[0]
         return replace(report, notes=(*report.notes, f"{reason}; so one device was measured with real tensors"))
-
-    @contextmanager
-    def _cut(self, blocks: tuple[Stack, int] | None) -> Iterator[Module]:
-        """The module with as many blocks; one that the user made is put right again."""
-        module = self._module
-        if blocks is None:
-            yield module
-        elif isinstance(module, pl.LightningModule):
-            with with_blocks(module, *blocks):
-                yield module
-        else:
-            yield lambda: _cut_for_good(module(), *blocks)
 
 
 def _extrapolated(shallow: StepTrace, deep: StepTrace, traced: Stack, blocks: int) -> StepTrace | None:
@@ -321,9 +319,25 @@ def _extrapolated(shallow: StepTrace, deep: StepTrace, traced: Stack, blocks: in
     )
 
 
+@contextmanager
+def _cut(module: Module, blocks: tuple[Stack, int] | None) -> Iterator[Module]:
+    """``module`` with as many blocks; one that the user made is put right again."""
+    if blocks is None:
+        yield module
+    elif isinstance(module, pl.LightningModule):
+        with with_blocks(module, *blocks):
+            yield module
+    else:
+        yield lambda: _cut_for_good(module(), *blocks)
+
+
 def _cut_for_good(module: Any, stack: Stack, count: int) -> Any:
     cut(module, stack, count)
     return module
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or is_fake(tensor)
 
 
 def _with_more(point: TimelinePoint, category: str, size_bytes: int) -> TimelinePoint:

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_memopt as memopt
-from lightning_memopt.callbacks.memory_plan import PLAN_FILE
+from lightning_memopt.cli import main
+from lightning_memopt.memory.command import PLANNED
 from tests.planning.a_cpu import A_CPU
 from tests.planning.test_plan import TIGHT, Deep, _batch
 
@@ -28,7 +29,7 @@ def _fit(module, *callbacks, tmp_path, steps=4, **options) -> pl.Trainer:
     return trainer
 
 
-def test_a_run_under_a_plan_stays_within_its_budget_and_trains_the_same(tmp_path):
+def test_a_run_under_a_plan_stays_within_its_budget_trains_the_same_and_can_be_reported(tmp_path, capsys):
     torch.manual_seed(0)
     module, plain = Deep(), Deep()
     plain.load_state_dict(module.state_dict())
@@ -39,8 +40,16 @@ def test_a_run_under_a_plan_stays_within_its_budget_and_trains_the_same(tmp_path
     assert plan.result.best.peak_bytes == pytest.approx(plan.measured_bytes, rel=0.02)
     for name, tensor in plain.state_dict().items():
         assert torch.allclose(module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7), name
-    said = json.loads((tmp_path / PLAN_FILE).read_text())
+    said = json.loads((tmp_path / PLANNED).read_text())
     assert said["measured_bytes"] == plan.measured_bytes and said["chosen"] == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    (reported,) = json.loads(capsys.readouterr().out)
+    assert reported["measured"]["peak_bytes"] == plan.measured_bytes
+    assert reported["predicted"]["peak_bytes"] == plan.result.best.peak_bytes
+    assert reported["error"] == plan.result.best.peak_bytes / plan.measured_bytes - 1
+    assert main(["report", str(tmp_path)]) == 0
+    assert "auto, " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -52,6 +52,14 @@ def test_a_run_without_a_prediction_says_how_to_keep_one(run_folder, tmp_path, c
     assert json.loads(capsys.readouterr().out)[0]["predicted"] is None
 
 
+@pytest.mark.parametrize("said", ["{", "[]", '{"plans": [], "chosen": null, "measured_bytes": 3}'])
+def test_a_plan_that_cannot_be_read_is_refused_in_one_line(tmp_path, capsys, said):
+    (tmp_path / "memory_plan.json").write_text(said)
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "memory_plan.json is not what MemoryPlan wrote" in error
+
+
 @pytest.mark.parametrize("name", ["missing", "empty", "damaged"])
 def test_a_folder_that_has_no_run_is_refused_in_one_line(tmp_path, capsys, name):
     folder = tmp_path / name

@@ -48,6 +48,10 @@ def test_a_budget_below_the_parameters_of_one_block_is_refused_in_one_line_that_
     [
         (["--budget", "24G"], "'24GiB' (25,769,803,776 bytes) or '24GB' (24,000,000,000 bytes)"),
         (["--gpu", "h1000"], "did you mean h100"),
+        (["--init", "depth=3"], "got an unexpected keyword argument 'depth'); it takes blocks, width"),
+        (["--data-init", "rows=3"], "got an unexpected keyword argument 'rows'); it takes samples, width"),
+        (["--trainer", "precision=16-true"], "--trainer precision=16-true is what a plan says; leave it out"),
+        (["--trainer", "gradient_clip=1"], "pl.Trainer cannot be called with these arguments"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(capsys, more, message):
@@ -60,3 +64,14 @@ def test_the_table_ends_with_a_trainer_to_paste(capsys):
     code, out, _ = _run(capsys, "--budget", "1GiB", "--data-init", "samples=64")
     assert code == 0
     assert "trainer = pl.Trainer(" in out and "\ntrainer:\n  accelerator: gpu" in out
+
+
+def test_a_narrow_table_cuts_no_name_short(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = _run(capsys, "--budget", "33MiB", "--data-init", "samples=4096")
+    assert "…" not in out
+
+
+def test_what_is_no_class_and_no_function_is_refused_in_one_line(capsys):
+    code = main([*_WORDS[:1], "tests.planning.test_plan:TIGHT", *_WORDS[2:]])
+    assert code == 2 and "TIGHT is a int, which makes nothing" in capsys.readouterr().err

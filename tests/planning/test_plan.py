@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import lightning_memopt as memopt
 from lightning_memopt.planning.plan import PlanResult, describe_failure
 from lightning_memopt.planning.read_module import read_space
+from lightning_memopt.planning.units import parse_bytes
 from lightning_memopt.planning.written import result_as_dict
 from tests.planning.a_cpu import A_CPU
 from tests.zoo import ZOO
@@ -90,6 +91,13 @@ def test_where_nothing_fits_the_smallest_budget_that_would_is_said_and_is_right(
     assert result.chosen is None and not any(plan.fits for plan in result.plans)
     assert "the smallest budget" in describe_failure(result)
     assert _plan(result.smallest_bytes).best is not None
+
+
+@pytest.mark.parametrize("count", [4228016, 2**20, 1000, 5 * 2**30 + 1])
+def test_the_smallest_budget_is_said_so_that_what_is_said_fits(count):
+    nothing = PlanResult((), None, 1000, smallest_bytes=count)
+    said = describe_failure(nothing).rpartition(" is ")[2]
+    assert count <= parse_bytes(said) <= 1.01 * count
 
 
 @pytest.mark.slow
@@ -225,6 +233,18 @@ def test_a_small_step_that_depends_on_values_is_planned_from_runs_on_real_tensor
     measured = memopt.measure_memory(KeepsWhatIsPositive(), batch)
     assert result.best.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
     assert any("aten.nonzero" in note and "measured" in note for note in result.notes)
+
+
+def test_so_is_one_that_a_function_makes():
+    batch = _batch()
+    result = _plan("1GiB", KeepsWhatIsPositive, batch)
+    measured = memopt.measure_memory(KeepsWhatIsPositive, batch)
+    assert result.best.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
+
+
+def test_one_whose_parameters_have_no_values_is_refused_with_the_operator_and_the_line():
+    with pytest.raises(ValueError, match=r"KeepsWhatIsPositive cannot .*test_plan.py:\d+ runs aten.nonzero"):
+        _plan("1GiB", KeepsWhatIsPositive().to("meta"))
 
 
 def test_a_large_step_that_depends_on_values_is_refused_with_the_operator_and_the_line():

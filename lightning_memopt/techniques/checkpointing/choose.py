@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.techniques.checkpointing.budget import BudgetPlan, Keep, plan_budget, products_to_keep
-from lightning_memopt.techniques.checkpointing.profile import RegionProfile, profile_region
+from lightning_memopt.techniques.checkpointing.profile import RegionProfile, is_split, profile_region
 from lightning_memopt.techniques.checkpointing.selection import Region
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,19 @@ class KeepNothing:
         """What to keep of this call; None where the region is not to be checkpointed."""
         return NOTHING
 
+    def has_run(self, call: Call) -> None:
+        """The forward of a checkpointed call has ended."""
+
     def replay_started(self) -> None:
         """A backward has reached a checkpointed region."""
 
 
 class KeepProducts(KeepNothing):
-    """The selective policy: profile each distinct block once, keep its products."""
+    """The selective policy: profile each distinct block once, keep its products.
+
+    A split block finds out in its first call, on values, how its layers work together: it is recomputed in full once
+    and looked at then, since a look on fake tensors before would settle that without values.
+    """
 
     def __init__(self) -> None:
         self._profiles = Profiles()
@@ -52,11 +59,21 @@ class KeepProducts(KeepNothing):
 
     def choose(self, call: Call) -> Keep | None:
         """The products of the region, found at its first call."""
-        key = call.region.name, call.module.training
-        if key not in self._keep:
-            profile = self._profiles.of(call)
-            self._keep[key] = NOTHING if profile is None else products_to_keep(profile)
-        return self._keep[key]
+        if self._key(call) not in self._keep and not is_split(call.module):
+            self._look_at(call)
+        return self._keep.get(self._key(call), NOTHING)
+
+    def has_run(self, call: Call) -> None:
+        """Look at a split region."""
+        if self._key(call) not in self._keep:
+            self._look_at(call)
+
+    def _look_at(self, call: Call) -> None:
+        profile = self._profiles.of(call)
+        self._keep[self._key(call)] = NOTHING if profile is None else products_to_keep(profile)
+
+    def _key(self, call: Call) -> tuple[str, bool]:
+        return call.region.name, call.module.training
 
 
 class KeepWithinBudget(KeepNothing):
@@ -80,12 +97,14 @@ class KeepWithinBudget(KeepNothing):
         if self._step_ended and len(self._keep) < len(self._found):
             self._solve()
         if name not in self._keep:
-            if name not in self._found:
-                self._found[name] = self._profiles.of(call)
-                self._calls[name] = 0
-            self._calls[name] += 1
+            self._calls[name] = self._calls.get(name, 0) + 1
             self._step_ended = False
         return self._keep.get(name, NOTHING)
+
+    def has_run(self, call: Call) -> None:
+        """Look at a region after its first call, in which a split one finds out how its layers work together."""
+        if call.region.name not in self._found:
+            self._found[call.region.name] = self._profiles.of(call)
 
     def replay_started(self) -> None:
         """The forward of the step is over: all of its regions have been profiled."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -141,7 +142,22 @@ def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def is_split(module: torch.nn.Module) -> bool:
+    """Whether ``module`` runs on parts of its parameters, as tensor parallel layers do."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        part = DTensor.from_local(
+            _fake(tensor._local_tensor).requires_grad_(False),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+        return part.requires_grad_(tensor.requires_grad)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(
         tensor, torch._subclasses.fake_tensor.FakeTensor
     ):
@@ -151,11 +167,16 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return _held(tensor).untyped_storage()._cdata
 
 
 def _storage_bytes(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
+    return _held(tensor).untyped_storage().nbytes()
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass
