@@ -30,7 +30,7 @@ class ConstantSparsity:
     """One target from ``begin_step`` on.
 
     Args:
-        sparsity: Fraction of zeros in [0, 1).
+        sparsity: Above 0 and below 1, as a share of the weights.
         begin_step: Optimizer steps before it holds.
 
     Raises:
