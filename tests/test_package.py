@@ -1,5 +1,6 @@
 """What a user meets first: importing the package and the names it promises."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -31,6 +32,47 @@ def test_importing_the_package_loads_no_more_than_its_own_first_page_and_the_nam
 @pytest.mark.parametrize("name", [n for n in lightning_memopt.__all__ if n != "__version__"])
 def test_a_public_name_loads_and_has_a_docstring(name):
     assert getattr(lightning_memopt, name).__doc__
+
+
+TECHNIQUES_FROM_THE_LITERATURE = [
+    "ActivationCheckpointing", "ActivationOffload", "ChunkedLoss", "DataParallelStrategy", "GradientAccumulation",
+    "HalfPrecision", "LowBitOptimizer", "MicroBatching", "MixedPrecision", "OptimizerInBackward",
+    "PipelineParallelStrategy", "PolynomialSparsity", "TensorParallelStrategy", "chunked_cross_entropy",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in lightning_memopt.__all__ if n != "__version__"])
+def test_a_docstring_describes_each_argument(name):
+    public = getattr(lightning_memopt, name)
+    given = inspect.signature(public).parameters.values()
+    described = inspect.getdoc(public)
+    arguments = [p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert not [argument for argument in arguments if not re.search(rf"^ *{argument}\b.*:", described, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", TECHNIQUES_FROM_THE_LITERATURE)
+def test_a_docstring_says_where_the_technique_comes_from(name):
+    assert re.search("https://arxiv.org/abs/|issues? [0-9]+", inspect.getdoc(getattr(lightning_memopt, name)))
+
+
+PAGES = {
+    "activation_checkpointing": "ActivationCheckpointing",
+    "activation_offload": "ActivationOffload",
+    "chunked_loss": "ChunkedLoss",
+    "gradient_accumulation": "GradientAccumulation",
+    "low_bit_optimizer": "LowBitOptimizer",
+    "micro_batching": "MicroBatching",
+    "optimizer_in_backward": "OptimizerInBackward",
+    "precision": "MixedPrecision",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_technique_has_a_page_with_its_savings_cost_source_and_limits(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert PAGES[page] in text
+    missing = [said for said in ("saves", "costs", "When not to use it", "https://") if said not in text]
+    assert not missing
 
 
 def test_using_every_public_name_loads_no_optional_library_that_lightning_does_not_load_itself():

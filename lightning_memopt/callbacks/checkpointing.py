@@ -37,6 +37,10 @@ class ActivationCheckpointing(Callback):
             nothing to recompute, or what is to be recomputed is already (by a second of these callbacks, or by
             ``gradient_checkpointing_enable()`` of a Hugging Face model).
 
+    Source:
+        Chen et al. 2016 (https://arxiv.org/abs/1604.06174) for recomputing blocks; Korthikanti et al. 2022
+        (https://arxiv.org/abs/2205.05198) for keeping what is costly to recompute.
+
     Example:
         >>> trainer = pl.Trainer(callbacks=[ActivationCheckpointing("budget", budget=0.4)], logger=False)
     """

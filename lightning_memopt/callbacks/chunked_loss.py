@@ -26,6 +26,9 @@ class ChunkedLoss(Callback):
         MisconfigurationException: At the start of ``fit``, if no head is found or it cannot be chunked.
         LogitsNotFormedError: In the first step, if it uses the logits for anything but a cross-entropy of them.
 
+    Source:
+        Hsu et al. 2024 (https://arxiv.org/abs/2410.10989).
+
     Example:
         >>> trainer = pl.Trainer(callbacks=[ChunkedLoss()], logger=False)
     """

@@ -30,6 +30,10 @@ class LowBitOptimizer(Callback):
         MisconfigurationException: ``bits`` is unknown or, at the start of ``fit``, the optimizer or the strategy is
             one that it cannot serve.
 
+    Source:
+        Dettmers et al. 2021 (https://arxiv.org/abs/2110.02861) for 8 bits in blocks; Li et al. 2023
+        (https://arxiv.org/abs/2309.01507) for 4.
+
     Example:
         >>> trainer = pl.Trainer(callbacks=[LowBitOptimizer(bits=8)], logger=False)
     """

@@ -67,6 +67,9 @@ class MicroBatching(Callback):
             comes.
         torch.OutOfMemoryError: One sample does not fit.
 
+    Source:
+        Micro-batches are those of Huang et al. 2019 (https://arxiv.org/abs/1811.06965).
+
     Example:
         >>> trainer = pl.Trainer(callbacks=[MicroBatching(4)], logger=False)
     """

@@ -29,6 +29,9 @@ class ActivationOffload(Callback):
         MisconfigurationException: Bad arguments, when made; at fit start, ``to="cpu"`` for training on a CPU.
         OffloadError: The disk is full (while training; the message says what to do).
 
+    Source:
+        Rhu et al. 2016 (https://arxiv.org/abs/1602.08124).
+
     Example:
         >>> trainer = pl.Trainer(callbacks=[ActivationOffload("disk", min_bytes=2**16)], logger=False)
     """

@@ -35,6 +35,9 @@ class OptimizerInBackward(Callback):
     Raises:
         MisconfigurationException: At the start of ``fit``, for what cannot work with it.
 
+    Source:
+        Lv et al. 2023 (https://arxiv.org/abs/2306.09782), here with the user's own optimizer.
+
     Example:
         >>> trainer = pl.Trainer(callbacks=[OptimizerInBackward()], logger=False)
     """

@@ -61,7 +61,20 @@ def prune_weights(
 
 
 def find_sparsity(module: nn.Module) -> dict[str, float]:
-    """The share of zeros of each weight that has any, by name: what is pruned, whoever did it."""
+    """The share of zeros of each weight that has any, by name: what is pruned, whoever did it.
+
+    Args:
+        module: A model of any kind; pruned by hand, by torch or by this package.
+
+    Returns:
+        From the weights' qualified names to fractions in (0, 1]; weights without zeros are left out.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
+        >>> find_sparsity(layer)
+        {'weight': 0.5}
+    """
     shares = {}
     for weight in find_weights(module):
         parameter = weight.parameter

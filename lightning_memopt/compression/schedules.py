@@ -29,6 +29,13 @@ class SparsitySchedule(Protocol):
 class ConstantSparsity:
     """One target from ``begin_step`` on.
 
+    Args:
+        sparsity: Above 0 and below 1, as a share of the weights.
+        begin_step: Optimizer steps before it holds.
+
+    Raises:
+        ValueError: A fraction or a step outside its range.
+
     Example:
         >>> [ConstantSparsity(0.5, begin_step=10).at(step) for step in (9, 10)]
         [0.0, 0.5]

@@ -42,6 +42,9 @@ class HalfPrecision(Precision):
             ``keep_fp32`` that names nothing, a tied weight of which only one side is kept, or an optimizer that
             cannot step one parameter at a time.
 
+    Source:
+        Zamirai et al. 2020 (https://arxiv.org/abs/2010.06192) for both remedies, stochastic and Kahan.
+
     Example:
         >>> trainer = pl.Trainer(plugins=[HalfPrecision("bf16", rounding="kahan")], logger=False)
     """

@@ -36,6 +36,9 @@ class MixedPrecision(LightningMixedPrecision):
         MisconfigurationException: Unknown dtype, a scale or interval that is not positive, or LBFGS with fp16.
         LossScaleCollapsedError: In training, when lowering the scale does not make gradients finite.
 
+    Source:
+        Micikevicius et al. 2018 (https://arxiv.org/abs/1710.03740).
+
     Example:
         >>> trainer = pl.Trainer(plugins=[MixedPrecision("bf16")], logger=False)
     """

@@ -39,6 +39,9 @@ class DataParallelStrategy(MemoptStrategy):
     Raises:
         MisconfigurationException: Bad arguments; or, before the first step, a module that cannot be sharded.
 
+    Source:
+        Rajbhandari et al. 2019, ZeRO (https://arxiv.org/abs/1910.02054).
+
     Example:
         >>> strategy = DataParallelStrategy(shard="parameters")
         >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)  # doctest: +SKIP

@@ -50,6 +50,9 @@ class PipelineParallelStrategy(MemoptStrategy):
         MisconfigurationException: Bad arguments; or, before the first step, a module or trainer that cannot be
             pipelined.
 
+    Source:
+        Narayanan et al. 2021 (https://arxiv.org/abs/2104.04473) for the first three schedules.
+
     Example:
         >>> strategy = PipelineParallelStrategy(schedule="1f1b", microbatches=8)
         >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)  # doctest: +SKIP

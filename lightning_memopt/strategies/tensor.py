@@ -45,6 +45,10 @@ class TensorParallelStrategy(MemoptStrategy):
     Raises:
         MisconfigurationException: Bad arguments; or, before the first step, a module that cannot be split.
 
+    Source:
+        Shoeybi et al. 2019 (https://arxiv.org/abs/1909.08053); Korthikanti et al. 2022
+        (https://arxiv.org/abs/2205.05198) for ``sequence_parallel``.
+
     Example:
         >>> strategy = TensorParallelStrategy(plan={"head": "whole"})
         >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)  # doctest: +SKIP

@@ -55,6 +55,9 @@ def chunked_cross_entropy(
     Raises:
         ValueError: Shapes that do not fit, targets that are not class indices, or an option out of its range.
 
+    Source:
+        Gradients formed in the forward, chunk by chunk: Hsu et al. 2024 (https://arxiv.org/abs/2410.10989).
+
     Example:
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(100, 8, requires_grad=True)
         >>> chunked_cross_entropy(hidden, weight, torch.randint(100, (2, 5))).backward()

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memopt import GradientAccumulation
-from tests.parity import assert_same_training, train
+from tests.parity import assert_same_training, quiet_trainer, train
 from tests.zoo import ZOO, slow_where
 
 AUTOMATIC = [name for name, entry in ZOO.items() if entry.automatic]
@@ -178,6 +178,44 @@ def test_the_short_last_window_is_divided_by_its_true_length():
     large = train(entry.build(), DataLoader(entry.loader(5).dataset, batch_size=24), steps=-1, max_epochs=1)
     ours = train(entry.build(), entry.loader(5), steps=-1, max_epochs=1, callbacks=[GradientAccumulation(3)])
     assert_same_training(large, ours, compare_losses=False)  # 40 samples: 24 and 16
+
+
+class Stream(IterableDataset):
+    """Batches of which nobody knows how many there are."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "used"),
+    [
+        (Stream, {}, 13),
+        (list, {"limit_train_batches": 9}, 9),
+        (Stream, {"limit_train_batches": 9}, 9),
+        (list, {"overfit_batches": 3}, 3),
+        (list, {"val_check_interval": 3}, 13),  # validation in the middle of windows
+    ],
+    ids=str,
+)
+def test_the_last_window_is_right_however_the_trainer_ends_the_epoch(dataset, options, used):
+    class Validates(TokenModel):
+        def validation_step(self, batch, batch_idx):
+            assert not torch.is_grad_enabled()
+            self.log("val_loss", self.loss(batch))
+
+    batches = token_batches()
+    windows = [min(4, used - start) for start in range(0, used, 4)]
+    expected, gradients = by_hand(batches[:used], [windows] * 2, epochs=2)
+    module = Validates()
+    callback = GradientAccumulation(4, normalize="tokens", mask_key="labels")
+    trainer = quiet_trainer(-1, callback, max_epochs=2, num_sanity_val_steps=0, **options)
+    trainer.fit(module, loader(dataset(batches)), loader(batches[:1]))
+    assert_same_steps(module, expected, gradients)
+    assert trainer.global_step == len(gradients)
 
 
 @pytest.mark.parametrize(
