@@ -42,5 +42,5 @@ def _step(before: Choice, after: Choice, evaluated: Mapping[Choice, Evaluation])
     words = " and ".join([*layout, *after.techniques.names(before.techniques).values()])
     saved = evaluated[before].peak_bytes - evaluated[after].peak_bytes
     slower = evaluated[after].total_seconds / evaluated[before].total_seconds - 1
-    sign = "-" if saved > 0 else "+"
+    sign = "-" if saved > 0 else "+" if saved < 0 else ""
     return f"{words}: {sign}{format_bytes(abs(saved))} for {slower:+.0%} time"
