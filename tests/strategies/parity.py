@@ -26,6 +26,7 @@ ACCUMULATE = 2
 GLOBAL_BATCH = 8
 ROUNDING = 1e-9
 """What two orders of summation make of a gradient, at most, in modules of this size."""
+ROUNDING_OF_DOUBLES = ROUNDING * 2.0**-29
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,9 @@ def on_ranks(name: str, strategy: str) -> tuple[Outcome, ...]:
     )
 
 
-def assert_same_outcome(plain: Outcome, other: Outcome, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+def assert_same_outcome(
+    plain: Outcome, other: Outcome, rtol: float = 1e-5, atol: float = 1e-6, rounding: float = ROUNDING
+) -> None:
     """Same losses, gradient norms and weights, within what AdamW makes of rounding errors.
 
     AdamW divides a gradient by its own size, and so its rounding error: where a gradient is small in the first steps,
@@ -189,7 +192,7 @@ def assert_same_outcome(plain: Outcome, other: Outcome, rtol: float = 1e-5, atol
     np.testing.assert_allclose(other.grad_norms, plain.grad_norms, rtol=rtol, atol=atol, err_msg="gradient norms")
     loose = 0
     for name, weight in plain.weights.items():
-        allowed = ROUNDING * plain.amplified.get(name, np.zeros(()))
+        allowed = rounding * plain.amplified.get(name, np.zeros(()))
         allowed = np.where(allowed > 100 * atol, np.inf, allowed)  # nothing but noise is left of these
         loose += int(np.isinf(allowed).sum())
         excess = np.maximum(np.abs(other.weights[name] - weight) - allowed, 0)
