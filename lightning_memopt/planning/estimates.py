@@ -65,8 +65,8 @@ class Estimates:
         made = sum(size for name, size in by_category.items() if name not in _STATE) - gathered
         usual = self._made.setdefault((layout.sizes.tensor, choice.techniques), made)
         error = sum(by_category.values()) - self._held(choice) - usual
-        # Errors differ where gradients of the step before are held at one choice's peak and not at another's. The least
-        # leaves too few untraced rather than too many.
+        # Errors differ: gradients of the step before are held at one choice's peak and not at another's. The least of
+        # them leaves too few untraced rather than too many.
         self._error[layout] = min(error, self._error.get(layout, error))
 
     def exceeds(self, choice: Choice, budget_bytes: int) -> bool | None:
