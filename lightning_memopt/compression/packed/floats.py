@@ -98,7 +98,7 @@ class Float8Weight(PackedWeight):
 
 
 class NF4Weight(PackedWeight):
-    """The 4-bit "normal float" of QLoRA (https://arxiv.org/abs/2305.14314), packed and unpacked by bitsandbytes.
+    """The 4-bit "normal float" of QLoRA (https://arxiv.org/abs/2305.14314), unpacked by bitsandbytes.
 
     Attributes:
         values: uint8, two elements in a byte.
@@ -112,10 +112,30 @@ class NF4Weight(PackedWeight):
 
     @classmethod
     def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
-        """Round each element to the nearest of 16 levels, spaced as a normal distribution is."""
-        operators = _bitsandbytes()
-        values, absmax = operators.quantize_4bit(weight.detach().float().contiguous(), cls.BLOCK, "nf4", torch.uint8)
+        """Round each element to the nearest of 16 levels, spaced as a normal distribution is.
+
+        The last level stands for the largest magnitude of a block, or for a little less: whichever errs least, in
+        squares. Where one element is cut off, all others are rounded more finely.
+        """
+        count = weight.numel()
+        blocks = F.pad(weight.detach().float().flatten(), (0, -count % cls.BLOCK)).view(-1, cls.BLOCK)
+        levels = cls._levels(weight.device)
+        least, codes, absmax = _rounded(blocks, levels, 1.0)
+        for part in (0.95, 0.9):
+            error, others, smaller = _rounded(blocks, levels, part)
+            codes = torch.where((error < least)[:, None], others, codes)
+            absmax = torch.where(error < least, smaller, absmax)
+            least = torch.minimum(error, least)
+        values = (codes[:, 0::2] << 4 | codes[:, 1::2]).flatten()[: -(-count // 2)].reshape(-1, 1)
         return cls({"values": values, "absmax": absmax}, {}, weight.shape, weight.dtype)
+
+    @classmethod
+    def _levels(cls, device: torch.device) -> Tensor:
+        """The 16 levels in their order, as bitsandbytes unpacks them."""
+        codes = torch.arange(16, dtype=torch.uint8, device=device)
+        values, one = (codes[0::2] << 4 | codes[1::2]).reshape(-1, 1), torch.ones(1, device=device)
+        levels: Tensor = _bitsandbytes().dequantize_4bit(values, one, cls.BLOCK, "nf4", [1, 16], torch.float32)
+        return levels.flatten()
 
     def well_formed(self) -> bool:
         """Whether there are bytes for all elements and a magnitude for each block."""
@@ -148,12 +168,21 @@ class NF4Weight(PackedWeight):
         return dense.view(*indices.shape, width).to(self.dtype)
 
 
+def _rounded(blocks: Tensor, levels: Tensor, part: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error, codes and magnitude of each block whose last level is ``part`` of its largest element."""
+    largest = part * blocks.abs().amax(1, keepdim=True)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(blocks / largest.clamp_min(TINY), between, out_int32=True)
+    error = (levels[codes] * largest - blocks).square().sum(1)
+    return error, codes.to(torch.uint8), largest.squeeze(1)
+
+
 def _bitsandbytes() -> Any:
     try:
         import bitsandbytes  # noqa: F401  (registers the operators)
     except ImportError as error:
         raise ImportError(
-            "nf4 weights are packed and unpacked by bitsandbytes, which is not installed; "
+            "nf4 weights are unpacked by bitsandbytes, which is not installed; "
             "`pip install 'lightning-memopt[quantize]'`."
         ) from error
     return torch.ops.bitsandbytes

@@ -231,3 +231,15 @@ def test_torchs_fused_encoder_layer_multiplies_by_packed_weights_under_the_compi
         torch._dynamo.reset()
         assert 30 < _signal_to_noise(expected, compiled(x)) < 60
     torch._dynamo.reset()
+
+
+def test_nf4_errs_less_than_bitsandbytes_and_packs_its_own_levels_exactly():
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    torch.manual_seed(0)
+    weight = torch.randn(96, 40)
+    values, absmax = torch.ops.bitsandbytes.quantize_4bit(weight, 64, "nf4", torch.uint8)
+    theirs = torch.ops.bitsandbytes.dequantize_4bit(values, absmax, 64, "nf4", [1, 96 * 40], torch.float32)
+    ours = NF4Weight.pack(weight).dequantize()
+    assert (ours - weight).square().sum() < 0.95 * (theirs.view(96, 40) - weight).square().sum()
+    assert torch.equal(NF4Weight.pack(ours).dequantize(), ours)
