@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_memopt.callbacks.micro_batching import MicroBatching
 from lightning_memopt.planning.operator_rates import clock, quickest
 from lightning_memopt.planning.operators import OperatorLog
 from lightning_memopt.planning.quiet import quiet_lightning
@@ -109,12 +108,13 @@ def _calls_by_part(step: Any) -> dict[str, float]:
 
 def _of_micro_batch(device: torch.device) -> float:
     """What a step takes longer that has more of them, operators and all: next to nothing but calls of those."""
+    import lightning_memopt as memopt
 
     def seconds(micro_batches: int) -> float:
         watch = _Clock(device)
         trainer = pl.Trainer(
             max_steps=_STEPS, accelerator=device.type, devices=1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[MicroBatching(1), watch],
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[memopt.MicroBatching(1), watch],
         )  # fmt: skip
         trainer.fit(_Scale(), _Repeated(torch.ones(micro_batches, 1)))
         return watch.quickest
