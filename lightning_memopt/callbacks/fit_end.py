@@ -114,21 +114,12 @@ def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:
             )
 
 
-def refuse_sent_back(trainer: pl.Trainer, what: str, instead: str) -> None:
-    """Raise where weights travel back, when training is over, to a module of another process that has plain ones.
+def sends_weights_back(trainer: pl.Trainer) -> bool:
+    """Whether weights travel, when training is over, to a module of another process that has plain ones.
 
-    Args:
-        trainer: The trainer.
-        what: What they would not fit, for the message.
-        instead: What to do.
-
-    Raises:
-        MisconfigurationException: The strategy spawns or forks its processes.
+    Launchers that spawn or fork processes have that one load them, and it must have their sizes.
     """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise MisconfigurationException(
-            f"the processes that this strategy spawns or forks send weights back to a module {what}. {instead}"
-        )
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def validate_now(

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import FitEndCallback, refuse_sent_back
+from lightning_memopt.callbacks.fit_end import FitEndCallback, sends_weights_back
 from lightning_memopt.callbacks.fit_time import has_its_layers
+from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.masks import Masks, find_sparsity
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
@@ -70,6 +71,9 @@ class PruneOnFitEnd(FitEndCallback):
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before
             and after where the module validates; ``None`` before.
         refusal: Why the result was refused; empty where it was not.
+        pruned: The smaller module, where ``"structured"`` pruned in processes that the strategy spawned or forked:
+            their weights no longer fit the module that was given to ``fit``, so that one gets the trained weights,
+            whole. ``None`` elsewhere, where that module itself is pruned.
 
     Raises:
         MisconfigurationException: An argument is unknown or, before the first step is taken, nothing can be pruned
@@ -78,6 +82,8 @@ class PruneOnFitEnd(FitEndCallback):
     Example:
         >>> trainer = pl.Trainer(callbacks=[PruneOnFitEnd(0.5, scope="global")], logger=False)
     """
+
+    pruned = Returned[pl.LightningModule | None](None)
 
     def __init__(
         self,
@@ -137,18 +143,24 @@ class PruneOnFitEnd(FitEndCallback):
             return
         before = measure_sizes(pl_module, packed=False)
         metrics = self._validate_if_possible(trainer, pl_module)
-        module = pl_module if self._gate is None else copy.deepcopy(pl_module)
-        skipped, sparsity = self._prune(module, [] if self._gate else trainer.optimizers)
+        stays_whole = self._is_structured and sends_weights_back(trainer)
+        module, optimizers = pl_module, trainer.optimizers
+        if stays_whole or self._gate is not None:
+            module, optimizers = copy.deepcopy(pl_module), []
+            module.trainer = trainer
+        skipped, sparsity = self._prune(module, optimizers)
         after = self._validate_if_possible(trainer, module)
         if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
             if self.refusal:
                 rank_zero_warn(f"PruneOnFitEnd: {self.refusal}, so the module is left as it is. Prune less.")
-            else:
+            elif not stays_whole:
                 self._prune(pl_module, trainer.optimizers)
+        if stays_whole and not self.refusal:
+            self.pruned = module
         self.report = compression_report(
             before, module, skipped=skipped, eligible_sparsity=sparsity, metrics_before=metrics, metrics_after=after,
-            export_path=self._export(trainer, pl_module),
+            export_path=self._export(trainer, module if stays_whole else pl_module),
         )  # fmt: skip
 
     def _try_structured(self, module: pl.LightningModule) -> None:
@@ -205,11 +217,6 @@ class PruneOnFitEnd(FitEndCallback):
 
 def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     require_torch_pruning()
-    refuse_sent_back(
-        trainer,
-        "of the old sizes, which method='structured' changes",
-        "Use strategy='ddp' (or a memopt one), which starts the script itself again, or torchrun.",
-    )
     if not module.automatic_optimization:
         raise ValueError(
             f"method='structured' follows training_step, and that of {type(module).__name__} steps its optimizers "

@@ -13,8 +13,8 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
-    refuse_sent_back,
     require_validation,
+    sends_weights_back,
     time_example,
     validate_now,
 )
@@ -102,9 +102,10 @@ class QuantizeOnFitEnd(FitEndCallback):
     @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_fit(trainer, pl_module)
-        if self.inplace:
-            refuse_sent_back(
-                trainer, "of plain weights, which inplace=True packs", "Leave inplace out: `quantized` comes back."
+        if self.inplace and sends_weights_back(trainer):
+            raise ValueError(
+                "the processes that this strategy spawns or forks send weights back to a module of plain weights, "
+                "which inplace=True packs. Leave inplace out: `quantized` comes back."
             )
         if self._calibrates:
             require_validation(trainer, pl_module, "calibrate with")

@@ -7,7 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import LowBitOptimizer, OptimizerInBackward, PruneOnFitEnd
+from lightning_memopt import (
+    DataParallelStrategy,
+    LowBitOptimizer,
+    OptimizerInBackward,
+    PruneOnFitEnd,
+    load_compressed,
+)
 from tests.callbacks.learning import Learning, NotEvenStarted, learn
 from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer, train
@@ -157,12 +163,27 @@ def test_where_ranks_will_hold_parts_a_module_that_cannot_become_smaller_is_refu
 
 
 @pytest.mark.distributed
-def test_structured_pruning_is_refused_where_weights_travel_back_to_a_module_of_the_old_sizes():
-    pruning = PruneOnFitEnd(0.5, "structured")
-    with pytest.raises(
-        torch.multiprocessing.ProcessRaisedException, match=r"send weights back to a module of the old"
-    ):
-        train(ZOO["mlp"].build(), ZOO["mlp"].loader(1), callbacks=[pruning], devices=2, strategy="ddp_fork")
+@pytest.mark.parametrize(
+    "strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow), "memopt_ddp_fork"]
+)
+def test_the_process_that_launched_others_gets_the_smaller_module_back(strategy, tmp_path):
+    pytest.importorskip("torch_pruning")
+    if strategy == "memopt_ddp_fork":
+        strategy = DataParallelStrategy(shard="none", start_method="fork")
+    entry = ZOO["mlp"]
+    whole, pruning = entry.build(), PruneOnFitEnd(0.5, "structured", export_path=tmp_path / "small")
+    initial = sum(parameter.double().sum() for parameter in whole.parameters()).item()
+    train(whole, entry.loader(2), steps=2, callbacks=[pruning], devices=2, strategy=strategy)
+    small = pruning.pruned
+    assert _parameters(small) < 0.6 * _parameters(whole) == 0.6 * _parameters(entry.build())
+    assert sum(parameter.double().sum() for parameter in whole.parameters()).item() != initial
+    assert small(entry.batch()[0]).shape == whole(entry.batch()[0]).shape
+    exported = load_compressed(tmp_path / "small", entry.build)
+    assert all(map(torch.equal, exported.state_dict().values(), small.state_dict().values()))
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _shrink_on_two(strategy: str) -> tuple[int, float]:

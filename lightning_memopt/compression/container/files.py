@@ -30,7 +30,7 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
     try:
         save_file(data, temporary / WEIGHTS)
         manifest = {"format": FORMAT, **manifest, "files": {WEIGHTS: _describe(temporary / WEIGHTS)}}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
         if path.is_dir() and not path.is_symlink():
             if any(path.iterdir()) and not (path / MANIFEST).is_file():
                 raise ValueError(f"`{path}` holds something else than a compressed module; save to another folder.")

@@ -49,16 +49,17 @@ def write_tensor(name: str, tensor: Tensor, data: dict[str, Tensor]) -> dict[str
 
 
 def _write_plain(name: str, tensor: Tensor, data: dict[str, Tensor]) -> dict[str, Any]:
+    """A dense tensor goes under its own name, and its record says no more than shape and type."""
     encoded = encode(tensor.detach().cpu())
+    is_dense = encoded.encoding == "dense"
     for piece, value in encoded.tensors.items():
+        key = name if is_dense else f"{name}/{piece}"
+        if key in data:
+            raise ValueError(f"`{key}` is the name of two tensors of a compressed file; rename the module's own.")
         # A copy: safetensors refuses tensors that share memory.
-        data[f"{name}/{piece}"] = value.clone(memory_format=torch.contiguous_format)
-    return {
-        "encoding": encoded.encoding,
-        "shape": list(encoded.shape),
-        "dtype": _dtype_name(name, tensor),
-        "tensors": sorted(encoded.tensors),
-    }
+        data[key] = value.clone(memory_format=torch.contiguous_format)
+    record = {"shape": list(encoded.shape), "dtype": _dtype_name(name, tensor)}
+    return record if is_dense else record | {"encoding": encoded.encoding, "tensors": sorted(encoded.tensors)}
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:
@@ -111,13 +112,16 @@ def read_shape(name: str, record: Any) -> tuple[int, ...]:
 
 
 def _read_plain(name: str, record: Mapping[str, Any], data: Mapping[str, Tensor], limit: int | None = None) -> Tensor:
-    tensors = {piece: data[f"{name}/{piece}"] for piece in record["tensors"]}
+    if "encoding" in record:
+        encoding, tensors = record["encoding"], {piece: data[f"{name}/{piece}"] for piece in record["tensors"]}
+    else:
+        encoding, tensors = "dense", {"values": data[name]}
     shape, dtype = _shape(record), DTYPES[record["dtype"]]
     if limit is not None and prod(shape) > limit:
         raise CompressedFileError(
             f"`{name}` says it has shape {list(shape)}, more than the weight that it is a part of."
         )
-    tensor = decode(Encoded(record["encoding"], tensors, shape, dtype))
+    tensor = decode(Encoded(encoding, tensors, shape, dtype))
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CompressedFileError(
             f"`{name}` says it is {record['dtype']} of shape {list(shape)} and holds {tensor.dtype} of shape "

@@ -169,3 +169,21 @@ def test_a_number_that_was_none_before_training_comes_back(tmp_path):
     module = Remembering()
     module.best = 3
     assert load_compressed(save_compressed(module, tmp_path / "net")).best == 3
+
+
+def test_dense_tensors_are_read_by_anything_that_reads_safetensors_under_the_names_that_they_have(tmp_path):
+    from safetensors.torch import load_file
+
+    module = Net(width=64)
+    module.hidden[0].weight = nn.Parameter(Int8Weight.pack(module.hidden[0].weight), requires_grad=False)
+    stored = load_file(save_compressed(module, tmp_path / "net") / "weights.safetensors")
+    assert torch.equal(stored["embed.weight"], module.embed.weight)
+    assert stored["hidden.0.weight/values"].dtype == torch.int8
+
+
+def test_two_tensors_that_would_have_one_name_in_the_file_are_refused(tmp_path):
+    module = nn.Module()
+    module.register_buffer("ones", torch.ones(4096))
+    module.register_buffer("ones/values", torch.randn(16))
+    with pytest.raises(ValueError, match="`ones/values` is the name of two tensors"):
+        save_compressed(module, tmp_path / "net")
