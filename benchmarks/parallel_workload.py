@@ -1,19 +1,21 @@
 """The workload of the parallel benchmark: a Llama-shaped model, the same for Lightning and for loops by hand."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from workload import CausalLanguageModel
 
+Schedule = Literal["1f1b", "gpipe"]
+
 
 @dataclass(frozen=True)
 class Size:
     """Shape of the model, and of the batch that one rank (or one group that shares a batch) has.
 
-    ``micro_batches`` is what a pipeline cuts the batch into.
+    ``micro_batches`` is what a pipeline cuts the batch into, and ``schedule`` the order in which it takes them.
     """
 
     layers: int
@@ -23,6 +25,7 @@ class Size:
     batch_size: int
     vocabulary: int
     micro_batches: int
+    schedule: Schedule = "1f1b"
 
     def build_model(self) -> Any:
         """The model with the same weights each time."""

@@ -20,11 +20,12 @@ from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
 from lightning_memopt.planning.read_module import can_be_copied, check_budget, most_stages, read_space, without_memory
 from lightning_memopt.planning.refine import keep_what_fits
-from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, search
+from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, may_fit, search
 from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
 from lightning_memopt.planning.time_model import seconds_per_batch
 from lightning_memopt.planning.trace import StepTracer
 from lightning_memopt.planning.units import parse_bytes
+from lightning_memopt.planning.values import line_of_step
 from lightning_memopt.techniques.batches import batch_size
 
 
@@ -44,6 +45,7 @@ class Plan:
         time_parts: The same by part; they sum to ``relative_time``.
         fits: Whether the peak is within the budget.
         bought: A sentence for each step from the plain loop to this plan, with what it saves and costs.
+        trainer_options: The other arguments of the user's trainer, with which it was predicted.
     """
 
     choice: Choice
@@ -56,6 +58,7 @@ class Plan:
     time_parts: Mapping[str, float]
     fits: bool
     bought: tuple[str, ...] = ()
+    trainer_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def strategy(self) -> str:
@@ -72,18 +75,18 @@ class Plan:
         return self.choice.techniques.callbacks(self.device_kind)
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments of ``pl.Trainer`` that carry the plan out: ``pl.Trainer(**plan.trainer_arguments())``."""
+        """Arguments of ``pl.Trainer`` that carry the plan out, beside those of yours that :func:`plan` was given."""
         arguments = {**written.trainer_arguments(self), "callbacks": self.callbacks()}
         if self.strategy == "memopt_hybrid":
             arguments["strategy"] = self.choice.layout.make_strategy()
         return arguments
 
     def python(self) -> str:
-        """The trainer of this plan as Python to paste."""
+        """The trainer of this plan as Python to paste, with options of yours that are plain values."""
         return written.as_python(self)
 
     def yaml(self) -> str:
-        """The trainer of this plan as YAML for ``LightningCLI``."""
+        """The trainer of this plan as YAML for ``LightningCLI``, with options of yours that are plain values."""
         return written.as_yaml(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +103,8 @@ class PlanResult:
         chosen: Index of the plan to take; ``None`` where nothing fits.
         budget_bytes: What each device may use.
         smallest_bytes: Where nothing fits, the smallest budget that would do on these devices.
-        fewest_devices: Where nothing fits, how many devices of this budget would do, if any number does.
+        fewest_devices: Where nothing fits, how many devices of this budget would do, on all nodes together, if any
+            number does.
         notes: What the predictions leave out.
     """
 
@@ -153,7 +157,7 @@ def plan(
 
     Raises:
         ValueError: No batch, an unknown device, a budget without a unit or below one block's parameters, or a step
-            that cannot be predicted.
+            that fails or cannot be predicted.
 
     Example:
         >>> result = plan(module, batch, budget="2GiB")
@@ -176,7 +180,7 @@ def plan(
     traced = made if can_be_copied(made) else module
     tracer = StepTracer(traced, made, batch, trainer_options, model, with_values=module)
     blocks = [stack.name for stack in find_block_stacks(made)]
-    planner = _Planner(tracer, space, blocks, model, devices, nodes, batch)
+    planner = _Planner(tracer, space, blocks, model, devices, nodes, batch, trainer_options)
     return planner.run(budget_bytes, wanted, layouts, exact)
 
 
@@ -192,6 +196,7 @@ class _Planner:
         devices: int,
         nodes: int,
         batch: Any,
+        trainer_options: Mapping[str, Any],
     ) -> None:
         self._tracer = tracer
         self._space = space
@@ -199,11 +204,12 @@ class _Planner:
         self._device = device
         self._devices = devices
         self._nodes = nodes
+        self._trainer_options = trainer_options
         self._samples = batch_size(batch) if space.micro_batches else 1
 
     def run(self, budget_bytes: int, wanted: int, layouts: Sequence[Layout], exact: bool) -> PlanResult:
         plain = Choice(layouts[0], self._space.plain)
-        first = self._evaluate(plain)
+        first = self._evaluate_first(plain)
         # The scale of what is expected, and what is on in every choice that is looked at.
         base, usual = self._with_what_pays(plain, first)
         estimates = Estimates(self._tracer.trace(base), base.techniques, self._samples, self._blocks)
@@ -233,7 +239,7 @@ class _Planner:
         else:
             found |= find_smallest(self._space.tiers(layouts, exact), estimates.least, evaluate)
         (found.too_large if first.peak_bytes > budget_bytes else found.fitting)[plain] = first
-        fewest = None if found.fitting else self._fewest_devices(budget_bytes, estimates)
+        fewest = None if found.fitting else self._fewest_devices(budget_bytes, estimates, exact)
         return self._result(found, budget_bytes, wanted, fewest)
 
     def _with_what_pays(self, plain: Choice, first: Evaluation) -> tuple[Choice, Evaluation]:
@@ -248,6 +254,18 @@ class _Planner:
                 self._space = replace(self._space, plain=chunked.techniques)
                 return chunked, evaluation
         return plain, first
+
+    def _evaluate_first(self, plain: Choice) -> Evaluation:
+        """As ``_evaluate``; a step that fails as it is, before anything is switched on, fails by the user's line."""
+        try:
+            return self._evaluate(plain)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"one step of the module with this batch fails at {line_of_step(error)}, "
+                f"with {type(error).__name__}: {error}; give a batch as the training loader gives it"
+            ) from error
 
     def _evaluate(self, choice: Choice) -> Evaluation:
         trace = self._tracer.trace(choice)
@@ -274,6 +292,7 @@ class _Planner:
                 {part: seconds / fastest for part, seconds in evaluation.seconds.items()},
                 choice in found.fitting,
                 explain(choice, evaluations),
+                self._trainer_options,
             )
             for choice, evaluation in ranked
         )
@@ -290,26 +309,29 @@ class _Planner:
             held = format_bytes(host_bytes(trace))
             yield f"under {choice.layout.strategy} a rank holds {held} in the host's memory"
 
-    def _fewest_devices(self, budget_bytes: int, estimates: Estimates) -> int | None:
-        """How many devices of one node would do with all sharded, a power of two times those there are."""
-        if self._nodes > 1:
-            return None
-        candidates = [self._devices * 2**doublings for doublings in range(1, 7)]
+    def _fewest_devices(self, budget_bytes: int, estimates: Estimates, exact: bool) -> int | None:
+        """How many devices in all would do with everything sharded, a power of two times those there are."""
+        candidates = [self._nodes * self._devices * 2**doublings for doublings in range(1, 7)]
         first_that_fits = bisect_left(
-            candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes, estimates)
+            candidates, True, key=lambda devices: self._fits_sharded(devices, budget_bytes, estimates, exact)
         )
         return candidates[first_that_fits] if first_that_fits < len(candidates) else None
 
-    def _fits_sharded(self, devices: int, budget_bytes: int, estimates: Estimates) -> bool:
-        layout = Layout("memopt_zero3", MeshSizes(shard=devices))
-        for techniques in self._space.most_frugal():
-            choice = Choice(layout, techniques)
-            if estimates.least(choice) > budget_bytes:
-                return False
-            try:
-                return self._evaluate(choice).peak_bytes <= budget_bytes
-            except Refused:
-                continue
+    def _fits_sharded(self, devices: int, budget_bytes: int, estimates: Estimates, exact: bool) -> bool:
+        """Whether everything that saves memory makes it fit where all ranks share all there is."""
+        tensor = self._devices
+        layouts = [Layout("memopt_zero3", MeshSizes(shard=devices))]
+        if tensor > 1:
+            layouts.append(Layout("memopt_hybrid", MeshSizes(shard=devices // tensor, tensor=tensor)))
+        if self._device.kind == "cuda":
+            layouts.append(Layout("memopt_zero3_offload", MeshSizes(shard=devices)))
+        for layout in layouts:
+            *_, last = self._space.tiers([layout], exact)
+            # Gradients that add up over micro-batches may take more than the activations that these save.
+            for choices in ([each for each in last if each.techniques.micro_batch is None], last):
+                is_possible = min(map(estimates.least, choices)) <= budget_bytes
+                if is_possible and may_fit(choices, self._evaluate, budget_bytes, Found({}, {}, {})):
+                    return True
         return False
 
 

@@ -1,5 +1,6 @@
 """Read from a module and its batch what a plan may switch on, before anything is traced."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -74,7 +75,7 @@ def most_stages(module: pl.LightningModule, batch: Any) -> int:
 
 
 def check_budget(module: pl.LightningModule, budget_bytes: int, *, ways: int, least_itemsize: int) -> None:
-    """Refuse a budget that not even one block's parameters fit in.
+    """Refuse a budget that not even the parameters of one block, or layer of a module without blocks, fit in.
 
     Args:
         module: It is only read.
@@ -83,13 +84,17 @@ def check_budget(module: pl.LightningModule, budget_bytes: int, *, ways: int, le
         least_itemsize: Bytes of an element in the lowest precision that may be chosen.
 
     Raises:
-        ValueError: Names the block and its bytes.
+        ValueError: Names the block, or the layer of a module without blocks, and its bytes.
     """
+
+    def least_bytes(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(each.numel() * min(each.itemsize, least_itemsize) for each in parameters) // ways
+
     sizes = {
-        name: sum(p.numel() * min(p.itemsize, least_itemsize) for p in block.parameters()) // ways
+        name: least_bytes(block.parameters())
         for stack in find_block_stacks(module)
         for name, block in zip(stack.names, stack.blocks, strict=True)
-    }
+    } or {name: least_bytes(layer.parameters(recurse=False)) for name, layer in module.named_modules()}
     name = max(sizes, key=lambda each: sizes[each], default="")
     if name and sizes[name] > budget_bytes:
         share = f" on each of {ways} devices that share it" if ways > 1 else ""

@@ -126,12 +126,12 @@ def search(
             continue
         failures[choice.layout] += choice in found.too_large
         if failures[choice.layout] >= _FAILURES and choice.layout not in layouts:
-            layouts[choice.layout] = _may_fit(
+            layouts[choice.layout] = may_fit(
                 _on(choice.layout, remaining), evaluate, budget_bytes, found, estimates=estimates
             )
     found.fitting = dict(sorted(kept.items(), key=lambda item: item[1].total_seconds))
     for layout in dict.fromkeys(choice.layout for choice in deferred if not kept):
-        if _may_fit(_on(layout, remaining), evaluate, budget_bytes, found):
+        if may_fit(_on(layout, remaining), evaluate, budget_bytes, found):
             again = search(_on(layout, remaining), expected, _Unknown(), evaluate, budget_bytes, wanted=wanted)
             found = Found(found.fitting | again.fitting, found.too_large | again.too_large, found.refused)
             break
@@ -171,11 +171,11 @@ def find_smallest(
         smallest = min((evaluation.peak_bytes for evaluation in found.too_large.values()), default=None)
         if smallest is not None and min(map(least, group)) >= smallest:
             break
-        _may_fit(group, evaluate, 0, found)
+        may_fit(group, evaluate, 0, found)
     return found
 
 
-def _may_fit(
+def may_fit(
     possible: list[Choice],
     evaluate: Callable[[Choice], Evaluation],
     budget_bytes: int,

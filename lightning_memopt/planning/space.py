@@ -261,14 +261,6 @@ class Space:
             and (layout.strategy != "memopt_zero1" or self.accumulates or each.micro_batch is not None)
         ]
 
-    def most_frugal(self) -> list[Techniques]:
-        """What saves the most on several devices, in the user's precision."""
-        smallest = self.micro_batches[-1] if self.micro_batches else None
-        return [
-            replace(self.plain, checkpointing=level, micro_batch=smallest, chunked_loss=self.chunked_loss)
-            for level in ("full", "none")
-        ]
-
     def _exact(self) -> list[Techniques]:
         switches = product(
             _LEVELS,

@@ -39,14 +39,18 @@ def explain_reads_of_values(cannot: str, instead: str) -> Iterator[None]:
         raise _explained(cannot, instead, error, "Tensor.numpy()") from error
 
 
-def _explained(cannot: str, instead: str, error: Exception, operator: str) -> ReadsValues:
+def line_of_step(error: BaseException) -> str:
+    """The user's line, or a library's, in which a step failed, as ``"file:line"``."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_step(Path(frame.filename))]
-    where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "its step"
+
+
+def _explained(cannot: str, instead: str, error: Exception, operator: str) -> ReadsValues:
     if operator.startswith("aten._local_scalar_dense"):
         operator += " (.item(), float(), bool(), if)"
     return ReadsValues(
-        f"{cannot}: {where} runs {operator}, whose result depends on the values of tensors, and fake tensors have "
-        f"none; {instead}"
+        f"{cannot}: {line_of_step(error)} runs {operator}, whose result depends on the values of tensors, and fake "
+        f"tensors have none; {instead}"
     )
 
 

@@ -1,5 +1,6 @@
 """A plan as something to paste or to read by machine: Python, YAML for ``LightningCLI``, plain values."""
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from lightning_memopt.parallel.mesh import DIMENSIONS
@@ -21,7 +22,7 @@ def trainer_arguments(plan: "Plan") -> dict[str, Any]:
 
 def as_python(plan: "Plan") -> str:
     """The trainer as Python."""
-    arguments = trainer_arguments(plan) | {"strategy": _strategy(plan)}
+    arguments = trainer_arguments(plan) | {"strategy": _strategy(plan)} | _plain_options(plan)
     lines = [f"    {name}={value if name == 'strategy' else _quoted(value)}," for name, value in arguments.items()]
     callbacks = [
         f"        memopt.{name}({', '.join(f'{key}={_quoted(value)}' for key, value in arguments.items())}),"
@@ -42,6 +43,7 @@ def as_yaml(plan: "Plan") -> str:
             lines += [f"      {dimension}: {size}" for dimension, size in _mesh(plan).items()]
         else:
             lines.append(f"  {name}: {value}")
+    lines += [f"  {name}: {json.dumps(value)}" for name, value in _plain_options(plan).items()]
     callbacks = plan.choice.techniques.written(plan.device_kind)
     if callbacks:
         lines.append("  callbacks:")
@@ -87,6 +89,19 @@ def result_as_dict(result: "PlanResult") -> dict[str, Any]:
     }
 
 
+def _plain_options(plan: "Plan") -> dict[str, Any]:
+    """The user's options of the trainer that can be written down; objects cannot."""
+    return {name: value for name, value in plan.trainer_options.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def _mesh(plan: "Plan") -> dict[str, int]:
     return {name: plan.sizes.of(name) for name in DIMENSIONS}
 
@@ -99,4 +114,4 @@ def _strategy(plan: "Plan") -> str:
 
 
 def _quoted(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)

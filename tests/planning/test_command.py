@@ -2,9 +2,13 @@
 
 import json
 
+import lightning.pytorch as pl
 import pytest
+from torch import nn
 
 from lightning_memopt.cli import main
+from lightning_memopt.planning.read_module import check_budget
+from tests.planning import test_plan
 from tests.planning.test_plan import Deep, _batch  # noqa: F401 (found by name)
 
 _WORDS = ["plan", "tests.planning.test_plan:Deep", "--batch-from", "tests.planning.test_plan:_batch", "--gpu", "h100"]
@@ -52,6 +56,7 @@ def test_a_budget_below_the_parameters_of_one_block_is_refused_in_one_line_that_
         (["--data-init", "rows=3"], "got an unexpected keyword argument 'rows'); it takes samples, width"),
         (["--trainer", "precision=16-true"], "--trainer precision=16-true is what a plan says; leave it out"),
         (["--trainer", "gradient_clip=1"], "pl.Trainer cannot be called with these arguments"),
+        (["--data-init", "width=16"], f"fails at {test_plan.__file__}:"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(capsys, more, message):
@@ -75,3 +80,21 @@ def test_a_narrow_table_cuts_no_name_short(capsys, monkeypatch):
 def test_what_is_no_class_and_no_function_is_refused_in_one_line(capsys):
     code = main([*_WORDS[:1], "tests.planning.test_plan:TIGHT", *_WORDS[2:]])
     assert code == 2 and "TIGHT is a int, which makes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_on_several_nodes_the_fewest_devices_are_those_of_all_nodes_together(capsys):
+    words = ["--init", "width=1024", "--data-init", "width=1024", "--data-init", "samples=8"]
+    # A workspace of 32 MiB, and 64 MiB of parameters, gradients and Adam's state that are shared.
+    code, _, err = _run(capsys, *words, "--budget", "48MiB", "--devices", "2", "--nodes", "2")
+    assert code == 3 and "such devices would do" in err
+    assert int(err.rpartition("; ")[2].split()[0]) == 8
+    assert _run(capsys, *words, "--budget", "48MiB", "--devices", "2", "--nodes", "4")[0] == 0
+
+
+def test_a_budget_below_the_largest_layer_of_a_module_without_blocks_is_refused_by_the_layers_name():
+    module = pl.LightningModule()
+    module.net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64))
+    check_budget(module, 64 * 65 * 4, ways=1, least_itemsize=4)
+    with pytest.raises(ValueError, match=r"`net\.2` has 16\.2 KiB"):
+        check_budget(module, 64 * 65 * 4 - 1, ways=1, least_itemsize=4)

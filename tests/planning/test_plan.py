@@ -1,16 +1,22 @@
 """Plans fit as they say, are the same each time, and say what would fit where nothing does."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch.nn import functional as F
 
 import lightning_memopt as memopt
-from lightning_memopt.planning.plan import PlanResult, describe_failure
+from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.planning.plan import Plan, PlanResult, describe_failure
 from lightning_memopt.planning.read_module import read_space
+from lightning_memopt.planning.space import Layout
 from lightning_memopt.planning.units import parse_bytes
 from lightning_memopt.planning.written import result_as_dict
 from tests.planning.a_cpu import A_CPU
@@ -141,13 +147,36 @@ def test_the_plan_as_python_makes_the_trainer_that_was_planned(tight):
     assert made == [type(callback) for callback in tight.best.callbacks()]
 
 
-def test_the_plan_as_yaml_configures_lightnings_command_line(tight):
-    yaml = pytest.importorskip("yaml")
-    trainer = yaml.safe_load(tight.best.yaml())["trainer"]
-    assert trainer["devices"] == 1
-    assert [each["class_path"].rpartition(".")[2] for each in trainer["callbacks"]] == [
-        type(callback).__name__ for callback in tight.best.callbacks()
-    ]
+@pytest.mark.parametrize("form", ["python", "yaml"])
+def test_what_is_pasted_has_the_options_of_the_trainer_that_it_was_planned_with(form, tmp_path):
+    options = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value", "profiler": SimpleProfiler()}
+    best = _plan("1GiB", **options).best
+    trainer = _paste(best, form, tmp_path)
+    assert (trainer.gradient_clip_val, trainer.gradient_clip_algorithm) == (0.5, "value")
+
+
+def test_the_plan_as_yaml_configures_lightnings_command_line(tight, tmp_path):
+    callbacks = tight.best.callbacks()
+    trainer = _paste(tight.best, "yaml", tmp_path)
+    assert trainer.num_devices == 1 and callbacks
+    assert {type(callback) for callback in callbacks} <= {type(callback) for callback in trainer.callbacks}
+
+
+def test_a_mesh_as_yaml_configures_lightnings_command_line(tight, tmp_path):
+    layout = Layout("memopt_hybrid", MeshSizes(shard=2, tensor=2))
+    plan = replace(tight.best, devices=4, choice=replace(tight.best.choice, layout=layout))
+    strategy = _paste(plan, "yaml", tmp_path).strategy
+    assert isinstance(strategy, memopt.HybridStrategy) and (strategy.sizes.shard, strategy.sizes.tensor) == (2, 2)
+
+
+def _paste(plan: Plan, form: str, folder: Path) -> pl.Trainer:
+    """The trainer that a user has who pastes ``plan``."""
+    if form == "python":
+        namespace: dict = {}
+        exec(plan.python(), namespace)
+        return namespace["trainer"]
+    (folder / "trainer.yaml").write_text(plan.yaml())
+    return LightningCLI(Deep, run=False, args=["--config", str(folder / "trainer.yaml")]).trainer
 
 
 def test_the_json_has_what_programs_read(tight):
