@@ -13,7 +13,7 @@ from parallel_workload import Size, loss_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,11 +78,11 @@ class Stage(nn.Module):
 
 
 def pipeline(size: Size) -> Step:
-    """A stage cut by hand on each rank, under torch's schedule."""
+    """A stage cut by hand on each rank, under torch's 1F1B schedule."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     module = Stage(size.build_model(), rank, ranks)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    schedule = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[size.schedule](
+    schedule = Schedule1F1B(
         PipelineStage(module, rank, ranks, torch.device("cpu")), size.micro_batches, loss_fn=loss_of
     )
     tokens = size.batch(0)["input_ids"]

@@ -149,7 +149,7 @@ def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
 
         chosen = DDPStrategy(gradient_as_bucket_view=True)
     elif strategy == "memopt_pp":
-        chosen = memopt.PipelineParallelStrategy(schedule=size.schedule, microbatches=size.micro_batches)
+        chosen = memopt.PipelineParallelStrategy(microbatches=size.micro_batches)
     shares_batch = strategy in ("memopt_tp", "memopt_pp")
     batch = size.batch(0 if shares_batch else int(os.environ["RANK"]))
     trainer = workload.trainer(

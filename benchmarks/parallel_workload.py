@@ -1,21 +1,19 @@
 """The workload of the parallel benchmark: a Llama-shaped model, the same for Lightning and for loops by hand."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from workload import CausalLanguageModel
 
-Schedule = Literal["1f1b", "gpipe"]
-
 
 @dataclass(frozen=True)
 class Size:
     """Shape of the model, and of the batch that one rank (or one group that shares a batch) has.
 
-    ``micro_batches`` is what a pipeline cuts the batch into, and ``schedule`` the order in which it takes them.
+    ``micro_batches`` is what a pipeline cuts the batch into.
     """
 
     layers: int
@@ -25,7 +23,6 @@ class Size:
     batch_size: int
     vocabulary: int
     micro_batches: int
-    schedule: Schedule = "1f1b"
 
     def build_model(self) -> Any:
         """The model with the same weights each time."""
