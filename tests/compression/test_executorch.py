@@ -1,29 +1,20 @@
 """ExecuTorch programs compute what the module does, or are not left."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_memopt.compression.executorch import export_executorch
 from lightning_memopt.compression.quantize import quantize
-
-
-def _has_executorch():
-    try:
-        import executorch.runtime  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-needs_executorch = pytest.mark.skipif(not _has_executorch(), reason="executorch is not installed")
+from tests.zoo import ZOO, slow_where
 
 
 def _net():
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
 
 
-@needs_executorch
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_a_program_is_written_that_computes_the_same(scheme, tmp_path):
     net = _net()
@@ -33,7 +24,13 @@ def test_a_program_is_written_that_computes_the_same(scheme, tmp_path):
     assert path.stat().st_size > 4 * 8 * 36 * 10
 
 
-@needs_executorch
+@pytest.mark.parametrize("name", slow_where(["vit", "llama", "bert_qa", "mamba"], ["llama", "bert_qa", "mamba"]))
+def test_transformers_are_written_and_compute_the_same(name, tmp_path):
+    model, batch = next(ZOO[name].build().children()).eval(), ZOO[name].batch()
+    inputs = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
+    assert export_executorch(model, inputs, tmp_path / "net.pte").exists()
+
+
 def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path):
     class Reads(nn.Module):
         def forward(self, x):
@@ -44,7 +41,8 @@ def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path):
     assert not (tmp_path / "net.pte").exists()
 
 
-@pytest.mark.skipif(_has_executorch(), reason="executorch is installed")
-def test_without_executorch_the_extra_to_install_is_named(tmp_path):
+def test_without_executorch_the_extra_to_install_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    monkeypatch.setitem(sys.modules, "executorch.runtime", None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-memopt\[executorch\]"):
         export_executorch(_net(), torch.randn(4, 1, 8, 8), tmp_path / "net.pte")
