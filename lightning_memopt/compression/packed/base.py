@@ -1,5 +1,6 @@
 """A weight that is held in fewer bytes and otherwise acts as the dense one."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from lightning_memopt.__about__ import __version__
 from lightning_memopt.compression.packed.attention import apart
 
 aten = torch.ops.aten
@@ -124,6 +126,22 @@ class PackedWeight(Tensor):
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Self:
         attributes, dtype = context
         return cls(parts, attributes, size, dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What the compiler's cache on disk knows graphs with this weight by; torch asks for it.
+
+        The version is a part of it, since such a graph holds the operators that this version's methods ran.
+        """
+        parts = [(each.shape, each.stride(), each.dtype, each.device) for each in self.parts.values()]
+        described = (
+            type(self).__qualname__,
+            __version__,
+            self.shape,
+            self.dtype,
+            self.requires_grad,
+            self.attributes,
+        )
+        return hashlib.blake2b(repr((*described, parts)).encode(), digest_size=16).hexdigest()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, bytes={stored_bytes(self)})"

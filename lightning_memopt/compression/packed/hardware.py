@@ -47,7 +47,7 @@ def convolve_integers(
     inputs: Tensor, weight: Tensor, zero: int, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """As :func:`multiply_integers`, for a batch of images and the filters of ``F.conv2d``."""
-    if in_bytes(inputs.device):
+    if in_bytes(inputs.device) and weight.numel() >= SMALLEST:
         return _convolve_bytes((inputs + zero).to(torch.uint8), weight, zero, stride, padding, dilation)
     return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 

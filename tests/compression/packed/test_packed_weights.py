@@ -14,6 +14,7 @@ from lightning_memopt.compression.packed import (
     Int4Weight,
     Int8Weight,
     NF4Weight,
+    base,
     stored_bytes,
 )
 
@@ -243,3 +244,20 @@ def test_nf4_errs_less_than_bitsandbytes_and_packs_its_own_levels_exactly():
     ours = NF4Weight.pack(weight).dequantize()
     assert (ours - weight).square().sum() < 0.95 * (theirs.view(96, 40) - weight).square().sum()
     assert torch.equal(NF4Weight.pack(ours).dequantize(), ours)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_graphs_that_the_compiler_kept_on_disk_are_told_apart_by_what_they_depend_on(packing, monkeypatch):
+    cls, options, _, _ = PACKINGS[packing]
+
+    def known_by(rows: int = 64, **changed) -> str:
+        weight = cls.pack(torch.randn(rows, 64), **(options | changed))
+        return nn.Parameter(weight, requires_grad=False)._stable_hash_for_caching()
+
+    once = known_by()
+    assert known_by() == once != known_by(rows=128)
+    if options:
+        (name,) = options
+        assert known_by(**{name: {"dynamic": None, "bf16": "fp16", "fp16": "bf16"}.get(str(options[name]))}) != once
+    monkeypatch.setattr(base, "__version__", "0.0.0")
+    assert known_by() != once, "another version may run other operators"
