@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 import lightning_memopt
 from lightning_memopt.parallel.gather import full_on_cpu
 from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.pipeline.torch_stage import CAN_SPLIT_BACKWARD
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO, Entry
@@ -27,6 +29,9 @@ GLOBAL_BATCH = 8
 ROUNDING = 1e-9
 """What two orders of summation make of a gradient, at most, in modules of this size."""
 ROUNDING_OF_DOUBLES = ROUNDING * 2.0**-29
+can_split_backward = pytest.mark.skipif(
+    not CAN_SPLIT_BACKWARD, reason="the torch that is installed cannot split backwards, which zbv needs (2.13 can)"
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memopt.demo.model import Attention as DemoAttention
+from lightning_memopt.parallel.shards import whole_of_shards
 from lightning_memopt.parallel.tensor.apply import tensor_parallelize
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from tests.distributed import run_on_ranks
@@ -117,7 +118,7 @@ def _run(module: nn.Module, x: Tensor, recompute: bool = False) -> tuple[list[Te
     generator = torch.Generator().manual_seed(1)
     sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs).backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()} | {"": x.grad}
-    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    whole = {name: whole_of_shards(grad) if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
     return [out.detach() for out in outputs], whole
 
 
