@@ -32,7 +32,8 @@ def _assert_predicted(name: str, strategy: str) -> None:
     measured = run_on_ranks(_measured, 2, name, strategy)[0]
     with one_of_many(Layout(strategy, LAYOUTS[strategy])) as rank_strategy:
         predicted = predict_step(entry.build(), entry.batch(), rank_strategy=rank_strategy).peak_bytes
-    assert predicted == pytest.approx(measured, rel=0.02)
+    # Each of the two threads of gloo may still hold a tensor that it sent, of 16 KiB here.
+    assert predicted == pytest.approx(measured, rel=0.02, abs=33 * 2**10)
 
 
 PIPELINED = ("gpt2", "encoder", "llama", "t5", "bert_qa", "vit")

@@ -1,6 +1,7 @@
 """Find out on real inputs whether what lies between split layers can be computed part by part."""
 
 import io
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -138,7 +139,7 @@ def _run(
         args, kwargs = _copied((args, kwargs))
         trial.arguments = _tensors((args, kwargs))
         trial.inputs = [leaf for leaf in trial.arguments if leaf.requires_grad]
-        with _NoDropout(), torch.random.fork_rng(devices=_devices(region.owner)):
+        with _NoDropout(), _unlogged(), torch.random.fork_rng(devices=_devices(region.owner)):
             trial.output = region.call_adjusted(adjustment, call, args, kwargs)
     except Exception as error:  # code of the user's, on values it was not written for
         return None, f"trying failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -271,6 +272,17 @@ def _devices(owner: nn.Module) -> list[torch.device]:
 
 
 @contextmanager
+def _unlogged() -> Iterator[None]:
+    """Where shapes do not fit, which is what a trial is to find out, fake tensors log each with its traceback."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def trying(owner: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     """For runs of ``owner`` that leave no trace, with copies of its arguments and without dropout."""
     with _undisturbed(owner), _NoDropout(), torch.random.fork_rng(devices=_devices(owner)):
@@ -287,7 +299,8 @@ def same_on_all_ranks(ours: Any, theirs: Any, mesh: DeviceMesh) -> bool:
 def _undisturbed(owner: nn.Module) -> Iterator[None]:
     """Let nothing around the call (checkpointing, offloading, counting) see the trials, nor buffers change."""
     buffers = [(buffer, buffer.clone()) for buffer in owner.buffers()]
-    shield = saved_tensors_hooks(lambda x: x, lambda x: x) if torch.is_grad_enabled() else nullcontext()
+    # Detached, since an operator that kept its own output would be kept by it, with all that both hold.
+    shield = saved_tensors_hooks(Tensor.detach, lambda x: x) if torch.is_grad_enabled() else nullcontext()
     try:
         with _disable_current_modes(), shield:
             yield

@@ -1,5 +1,6 @@
 """What lies between split layers is computed in parts only where that was verified; numbers are right in any case."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -175,6 +176,28 @@ def test_trying_leaves_no_trace_in_a_checkpoint_that_surrounds_it():
         "layer_norm": [False],
         "element_wise": [True],
     }
+
+
+def test_what_was_tried_is_not_kept():
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    def tensors_more(name: str) -> int:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
+        module, x = CASES[name][0](), torch.randn(3, LENGTH, WIDTH)
+        tensor_parallelize(module, mesh, find_tensor_plan(module, mesh.size()))
+        before = tensors()
+        _run(module, x)
+        module.zero_grad()
+        return tensors() - before
+
+    def count_each() -> dict[str, int]:
+        dist.init_process_group("gloo")
+        return {name: tensors_more(name) for name in CASES}
+
+    more = run_on_ranks(count_each, 2)[0]
+    assert all(count < 4 for count in more.values()), more  # threads of gloo may hold what they sent
 
 
 @pytest.mark.slow
