@@ -190,7 +190,7 @@ def test_all_end_and_name_a_rank_that_the_others_wait_for(name: str, tmp_path: A
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_rank_that_is_slow_is_waited_for(name: str, tmp_path: Any) -> None:
-    for ending in fit_with(name, Fault("forward", lambda: time.sleep(12)), tmp_path, silent_seconds=4):
+    for ending in fit_with(name, Fault("forward", lambda: time.sleep(8)), tmp_path, silent_seconds=4):
         assert ending.code == 0, ending
 
 
