@@ -56,11 +56,9 @@ class FitEndCallback(ReportingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage != "fit" or holds_fakes(pl_module):  # what is predicted has no validation, and no end
             return
-        self.refusal = ""
-        if holds_fakes(pl_module):  # what is predicted has no validation, and no end
-            return
+        self._forget_results()
         with named_errors(self):
             self._check_fit(trainer, pl_module)
 

@@ -107,6 +107,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._state = {}  # of a fit before this one; what is resumed is loaded after this
+            self._forget_results()
             if has_its_layers(pl_module):
                 self._select(pl_module)
 

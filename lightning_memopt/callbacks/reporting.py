@@ -47,6 +47,10 @@ class Returned(Generic[Value]):
         vars(callback)[self._name] = value
         callback._mailbox.send(self._name, value)
 
+    def reset(self, callback: "ReportingCallback") -> None:
+        """Set it to what it was before it was set."""
+        self.__set__(callback, self._default)
+
 
 class ReportingCallback(Callback):
     """A callback that tells what it did to the module.
@@ -61,6 +65,13 @@ class ReportingCallback(Callback):
         self._mailbox = _Mailbox()
         # In the process that made it, and in no other: what it started may yet send.
         weakref.finalize(self, _remove, self._mailbox.folder, os.getpid())
+
+    def _forget_results(self) -> None:
+        """As a fit starts: what an earlier one left is not to be taken for the result of one that ends early."""
+        for name in dir(type(self)):
+            attribute = getattr(type(self), name)
+            if isinstance(attribute, Returned):
+                attribute.reset(self)
 
 
 class _Mailbox:

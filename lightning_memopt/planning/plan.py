@@ -21,7 +21,7 @@ from lightning_memopt.planning.predict import Module, _check_batch
 from lightning_memopt.planning.read_module import can_be_copied, check_budget, most_stages, read_space, without_memory
 from lightning_memopt.planning.refine import keep_what_fits
 from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, may_fit, search
-from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts
+from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts, widest_tensor
 from lightning_memopt.planning.time_model import seconds_per_batch
 from lightning_memopt.planning.trace import StepTracer
 from lightning_memopt.planning.units import parse_bytes
@@ -319,7 +319,7 @@ class _Planner:
 
     def _fits_sharded(self, devices: int, budget_bytes: int, estimates: Estimates, exact: bool) -> bool:
         """Whether everything that saves memory makes it fit where all ranks share all there is."""
-        tensor = self._devices
+        tensor = widest_tensor(self._devices)
         layouts = [Layout("memopt_zero3", MeshSizes(shard=devices))]
         if tensor > 1:
             layouts.append(Layout("memopt_hybrid", MeshSizes(shard=devices // tensor, tensor=tensor)))

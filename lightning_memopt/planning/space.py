@@ -294,8 +294,9 @@ def find_layouts(devices: int, nodes: int, *, has_host: bool, most_stages: int =
     layouts += [Layout(f"memopt_zero{stage}", MeshSizes(shard=world)) for stage in (1, 2, 3)]
     if nodes > 1 and devices > 1:
         layouts.append(Layout("memopt_hybrid", MeshSizes(data=nodes, shard=devices)))
+    widest = widest_tensor(devices)
     tensor = 2
-    while tensor <= devices and devices % tensor == 0:
+    while tensor <= widest:
         if tensor == world:
             layouts.append(Layout("memopt_tp", MeshSizes(tensor=tensor)))
         else:
@@ -307,13 +308,21 @@ def find_layouts(devices: int, nodes: int, *, has_host: bool, most_stages: int =
             layouts.append(Layout("memopt_pp", MeshSizes(pipeline=stages)))
         else:
             layouts.append(Layout("memopt_hybrid", MeshSizes(pipeline=stages, shard=world // stages)))
-        if 1 < devices < world and stages <= nodes and world % (stages * devices) == 0:
-            rest = world // stages // devices
-            layouts.append(Layout("memopt_hybrid", MeshSizes(pipeline=stages, shard=rest, tensor=devices)))
+        if 1 < widest < world and stages <= nodes and world % (stages * widest) == 0:
+            rest = world // stages // widest
+            layouts.append(Layout("memopt_hybrid", MeshSizes(pipeline=stages, shard=rest, tensor=widest)))
         stages *= 2
     if has_host:
         layouts.append(Layout("memopt_zero3_offload", MeshSizes(shard=world)))
     return layouts
+
+
+def widest_tensor(devices: int) -> int:
+    """Over how many devices of a node the planner splits matrix products at most: ``widest_tensor(12) == 4``.
+
+    Powers of two, since attention has such numbers of heads.
+    """
+    return devices & -devices
 
 
 def halvings(batch_size: int) -> tuple[int, ...]:

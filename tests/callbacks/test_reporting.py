@@ -4,12 +4,14 @@ import os
 import pickle
 from multiprocessing import get_context
 
+import lightning.pytorch as pl
 import pytest
 from torch import nn
 
-from lightning_memopt import ClusterWeights, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd
+from lightning_memopt import ClusterWeights, ConstantSparsity, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd
 from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.report import compression_report
+from tests.zoo import ZOO
 
 
 def _fit(callback, width):
@@ -38,6 +40,25 @@ def test_the_report_of_this_process_is_kept_here():
     callback = ReportingCallback()
     _fit(callback, 4)
     assert callback.report.ratio == 0.5 and not callback._mailbox.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("callback", "what"),
+    [
+        (QuantizeOnFitEnd("int8"), {"quantized", "refusal", "report"}),
+        (PruneOnFitEnd(0.5), {"pruned", "refusal", "report"}),
+        (GradualPruning(ConstantSparsity(0.5)), {"report", "sparsity"}),
+        (ClusterWeights(4), {"report"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_an_earlier_fit_told_is_forgotten_when_the_next_is_set_up_and_not_taken_for_its_result(callback, what):
+    before = {name: getattr(callback, name) for name in what}
+    for name in what:
+        setattr(callback, name, "of an earlier fit")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback])
+    callback.setup(trainer, ZOO["mlp"].build(), "fit")
+    assert {name: getattr(callback, name) for name in what} == before
 
 
 @pytest.mark.distributed

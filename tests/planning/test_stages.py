@@ -10,13 +10,14 @@ import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.pipeline.splitting import Partition
 from lightning_memopt.parallel.pipeline.timing import pipeline_idle
+from lightning_memopt.planning import plan as planner
 from lightning_memopt.planning import trace as tracing
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.operators import Collective, OperatorCall
 from lightning_memopt.planning.plan import PlanResult
 from lightning_memopt.planning.read_module import most_stages
 from lightning_memopt.planning.search import Evaluation
-from lightning_memopt.planning.space import Choice, Layout, Techniques, find_layouts
+from lightning_memopt.planning.space import Choice, Layout, Techniques, find_layouts, widest_tensor
 from lightning_memopt.planning.stages import Stages, stages_to_trace
 from lightning_memopt.planning.time_model import seconds_per_batch
 from lightning_memopt.planning.trace import StepTrace, StepTracer
@@ -138,6 +139,27 @@ def test_pipelines_are_in_the_space_as_far_as_module_and_batch_can_be_cut():
     assert _pipelines(8, 2, most_stages=3) == {MeshSizes(pipeline=2, shard=8), MeshSizes(pipeline=2, tensor=8)}
     assert _pipelines(8, 1, most_stages=8) == {MeshSizes(2, shard=4), MeshSizes(4, shard=2), MeshSizes(8)}
     assert _pipelines(8, 2) == set()
+
+
+def test_matrix_products_are_split_among_a_power_of_two_of_the_devices_of_a_node():
+    assert [widest_tensor(devices) for devices in (1, 2, 3, 6, 8, 12)] == [1, 2, 1, 2, 8, 4]
+    for devices, nodes in ((6, 1), (6, 2), (3, 2), (8, 4)):
+        for layout in find_layouts(devices, nodes, has_host=True, most_stages=8):
+            assert widest_tensor(devices) % layout.sizes.tensor == 0, layout
+    assert _pipelines(6, 2, most_stages=2) == {MeshSizes(2, shard=6), MeshSizes(2, shard=3, tensor=2)}
+
+
+def test_the_fewest_devices_are_looked_for_with_matrix_products_split_as_a_plan_would(monkeypatch):
+    tried = set()
+
+    def fits_nowhere(choices, *_):
+        tried.update(each.layout.sizes.tensor for each in choices)
+        return False
+
+    monkeypatch.setattr(planner, "may_fit", fits_nowhere)
+    entry = ZOO["mlp"]
+    result = memopt.plan(entry.build(), entry.batch(), budget="8KiB", device=A_CPU, devices=6)
+    assert result.fewest_devices is None and tried == {1, 2}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Which products this hardware is fast at."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,6 +54,14 @@ def convolve_integers(
     return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 
 
+def convolved_size(
+    size: Sequence[int], kernel: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    """Height and width of what a convolution makes of images of ``size``."""
+    options = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
+
+
 def is_fast_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether ``device`` multiplies matrices of a 16-bit ``dtype`` at least as fast as of fp32."""
     return device.type != "cpu" or (dtype is torch.bfloat16 and _BF16_ON_CPU)
@@ -98,9 +108,6 @@ def _convolve_bytes(
 def _(
     inputs: Tensor, weight: Tensor, zero: int, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    size = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(inputs.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    )
+    size = convolved_size(inputs.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (inputs.shape[0], weight.shape[0], *size)
     return inputs.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import PackedWeight
-from lightning_memopt.compression.packed.hardware import SMALLEST, in_bytes
+from lightning_memopt.compression.packed.hardware import SMALLEST, convolved_size, in_bytes
 from lightning_memopt.compression.packed.integers import FEWEST, Inputs, Int8Weight, as_rows, pair, round_inputs
 from lightning_memopt.models.fake import is_fake
 
@@ -220,10 +220,7 @@ def _(inputs: Tensor, key: int) -> Tensor:
 @torch.library.register_fake("lightning_memopt::convolve_ordered", lib=_library)
 def _(inputs: Tensor, key: int, zero: int, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     outputs, _inputs, *kernel = _ordered[key].tensor.shape
-    size = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(inputs.shape[2:], kernel, stride, padding, dilation, strict=True)
-    )
+    size = convolved_size(inputs.shape[2:], kernel, stride, padding, dilation)
     shape = (inputs.shape[0], outputs, *size)
     return inputs.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
 

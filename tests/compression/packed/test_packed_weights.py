@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_utils import CrossRefFakeMode
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lightning_memopt.compression.packed import (
@@ -211,6 +212,21 @@ def test_images_are_convolved_with_strides_padding_dilation_and_without_a_batch(
         with torch.no_grad():
             assert _signal_to_noise(layer(images), packed(images)) > 30
             torch.testing.assert_close(packed(images[0]), packed(images)[0])
+
+
+@pytest.mark.parametrize("arguments", [{"padding": 1}, {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_images_of_one_channel_are_convolved_as_floats_and_the_next_layer_gets_its_channels_last(arguments, bias):
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(1, 16, 3, bias=bias, **arguments), torch.randn(2, 1, 9, 11)
+    packed = _packed(layer, ["weight"], Int8Weight, {"inputs": "dynamic"})
+    with torch.no_grad():
+        convolved = packed(images)
+        expected = F.conv2d(images, packed.weight.dequantize(), layer.bias, **arguments)
+        torch.testing.assert_close(convolved, expected)
+        assert convolved.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(packed(images[0]), convolved[0])
+        torch.testing.assert_close(torch.compile(packed)(images), expected)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
