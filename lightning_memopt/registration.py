@@ -21,7 +21,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "memopt_pp": ("pipeline:PipelineParallelStrategy", {}),
     **{f"memopt_{name}_offload": (_DATA, {"shard": shard, "offload": True}) for name, shard in _ZERO.items()},
     "memopt_tp": ("tensor:TensorParallelStrategy", {}),
-    "memopt_hybrid": ("hybrid:HybridStrategy", {}),
+    "memopt_hybrid": ("hybrid:HybridStrategy", {"shard": -1}),  # until other sizes are given
     "memopt_auto": ("auto:AutoStrategy", {}),
 }
 

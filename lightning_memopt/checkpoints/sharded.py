@@ -66,12 +66,14 @@ class ShardedCheckpoint:
 
     Args:
         path: Its directory.
+        weights_only: ``False`` unpickles whatever objects it has beside tensors, which runs what code they name: for
+            files that you trust.
 
     Raises:
-        ValueError: No sharded checkpoint, or one that was not written to its end.
+        ValueError: No sharded checkpoint, one that was not written to its end, or one that has such objects.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], weights_only: bool = True) -> None:
         self.path = Path(path)
         if not is_sharded(path):
             raise ValueError(
@@ -83,7 +85,14 @@ class ShardedCheckpoint:
                 f"`{path}` was not written to its end: files are missing or shorter than its {MANIFEST} "
                 "says. `lightning_memopt.latest_checkpoint` finds the newest whole one."
             )
-        self.rest: dict[str, Any] = torch.load(self.path / REST, map_location="cpu", weights_only=True)
+        try:
+            rest = torch.load(self.path / REST, map_location="cpu", weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"`{path}` has more beside its tensors than numbers and names, hyperparameters perhaps: "
+                f"{str(error).splitlines()[0]} If you trust it, `trainer.fit(..., weights_only=False)` reads it."
+            ) from error
+        self.rest: dict[str, Any] = rest
         self.about: dict[str, Any] = self.rest.pop(ABOUT)
         self._reader = _Reader(self.path)
         self.tensors: dict[str, Any] = self._reader.read_metadata().state_dict_metadata

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -29,6 +30,7 @@ from lightning_memopt.parallel.agreement import (
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
+from lightning_memopt.strategies.even_batches import EvenBatches
 from lightning_memopt.strategies.termination import stopping_together
 from lightning_memopt.strategies.watched import WatchedStrategy
 
@@ -272,9 +274,16 @@ class MemoptStrategy(WatchedStrategy):
             rank_zero_warn(
                 f"{type(dataset).__name__} is an IterableDataset, which Lightning does not split among ranks: unless "
                 f"it does so itself, each of the {self.data_size} replicas trains on all of it. Split it by "
-                "`torch.distributed.get_rank()` in `__iter__`, with equally many batches on each rank."
+                "`torch.distributed.get_rank()` in `__iter__`. An epoch ends with the rank that has fewest batches."
             )
-        return super().process_dataloader(dataloader)
+        loader = super().process_dataloader(dataloader)
+        if self.data_size > 1 and sized_len(loader) is None:
+            return EvenBatches(loader, self.reduce_boolean_decision, self._waits_for_batches)
+        return loader
+
+    def _waits_for_batches(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.training or self.evaluates_together
 
     @override
     def on_train_start(self) -> None:

@@ -141,6 +141,8 @@ class PipelineParallelStrategy(MemoptStrategy):
                 self.pipeline = self._cut(name, batch)
             self._steps = PipelineSteps(self, self.pipeline)
             self._undo_patches.enter_context(self._steps.metrics())
+            # Lightning's summary would run it through a module of which each rank holds a part.
+            self._undo_patches.enter_context(replaced(module, _example_input_array=None))
             if module.trainer.state.fn == TrainerFn.FITTING:
                 self._undo_patches.enter_context(self._steps.in_loop())
         super().parallelize()

@@ -46,7 +46,8 @@ class PipelineSteps:
         self._captures = False
         self._metrics = {name: part for name, part in self._module.named_modules() if isinstance(part, Metric)}
         self._stale: set[Metric] = set()
-        self._compared: set[str] = set()
+        self._compared: set[tuple[str, int]] = set()
+        self._random_state: Tensor | None = None
 
     # What Lightning calls
 
@@ -96,7 +97,22 @@ class PipelineSteps:
     # Training
 
     def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> Closure:
-        return Closure(step_fn=partial(self._train, kwargs, optimizer, batch_idx))
+        return Closure(step_fn=partial(self._train_apart, kwargs, optimizer, batch_idx))
+
+    def _train_apart(self, *args: Any) -> ClosureResult:
+        """Train with random numbers of its own.
+
+        Stages draw unequally many of them, and what loaders draw next, for the order of an epoch or to augment a
+        sample, has to be the same on all ranks.
+        """
+        outside = torch.get_rng_state()
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+        try:
+            return self._train(*args)
+        finally:
+            self._random_state = torch.get_rng_state()
+            torch.set_rng_state(outside)
 
     def _train(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> ClosureResult:
         optimization = self._trainer.fit_loop.epoch_loop.automatic_optimization
@@ -207,10 +223,11 @@ class PipelineSteps:
     # Batches
 
     def _check_same_batch(self, name: str, batch: Any) -> None:
-        """In the first batch of each kind: stages compute with their own copies of what must be one batch."""
-        if name in self._compared:
+        """In an epoch's first batch of each kind: stages compute with their own copies of what must be one batch."""
+        kind = (name, self._trainer.current_epoch)
+        if kind in self._compared:
             return
-        self._compared.add(name)
+        self._compared.add(kind)
         sums = [float(leaf.double().sum()) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         all_sums: list[Any] = [None] * dist.get_world_size(self._pipeline.group)
         dist.all_gather_object(all_sums, str(sums), group=self._pipeline.group)

@@ -158,7 +158,7 @@ class SavingStrategy(DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if not is_remote(checkpoint_path) and is_sharded(checkpoint_path):
-            return ShardedCheckpoint(checkpoint_path).checkpoint(lazily=True)
+            return ShardedCheckpoint(checkpoint_path, weights_only is not False).checkpoint(lazily=True)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     @override

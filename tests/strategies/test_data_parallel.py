@@ -339,6 +339,27 @@ def test_an_iterable_dataset_is_warned_of_because_each_rank_reads_all_of_it():
     assert len([text for text in first if "Stream is an IterableDataset" in text]) == 1
 
 
+class UnevenStream(IterableDataset):
+    """Two batches of 4 on the first rank, and one more on each rank after it."""
+
+    def __iter__(self) -> Any:
+        return iter([MLP.loader(batches=2).dataset[i % 8] for i in range(4 * (2 + int(os.environ["RANK"])))])
+
+
+@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
+def test_ranks_whose_streams_are_of_unknown_and_different_lengths_end_each_epoch_with_the_shortest(strategy):
+    def fit() -> tuple[int, list[str]]:
+        loader = DataLoader(UnevenStream(), batch_size=4)
+        options = {"steps": -1, "max_epochs": 2, "devices": 2, "strategy": strategy}
+        runs: list[Any] = []
+        said = _messages(lambda: runs.append(train(MLP.build(), loader, **options)))
+        return runs[0].trainer.global_step, said
+
+    (first, _), (second, said) = run_on_ranks(fit, 2)
+    assert first == second == 4
+    assert [text for text in said if "Another rank has no batch after 2" in text]
+
+
 # What is said and refused
 
 

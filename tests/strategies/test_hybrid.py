@@ -207,6 +207,14 @@ def test_checkpointing_within_each_stage_trains_as_one_device(sizes):
         np.testing.assert_allclose(outcome.grad_norms, plain.grad_norms[:8], rtol=1e-5)
 
 
+def test_by_its_name_alone_it_shards_over_all_ranks():
+    def fit() -> int:
+        run = train(ZOO["mlp"].build(), ZOO["mlp"].loader(2), steps=2, devices=2, strategy="memopt_hybrid")
+        return run.trainer.strategy.sizes.shard
+
+    assert run_on_ranks(fit, 2) == [2, 2]
+
+
 def test_zero_bubbles_are_refused_beside_shards():
     with pytest.raises(MisconfigurationException, match="schedule='zbv', data=1, shard=2"):
         memopt.HybridStrategy(pipeline=2, shard=2, schedule="zbv")

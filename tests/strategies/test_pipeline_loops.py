@@ -134,3 +134,42 @@ def test_logs_metrics_callbacks_and_outputs_are_those_of_one_device_on_every_ran
         np.testing.assert_allclose(seen["computed"], one_device["computed"], rtol=1e-3, atol=1e-4)
         assert seen["tested"][0]["test_loss"] == pytest.approx(one_device["tested"][0]["test_loss"], rel=1e-4)
         np.testing.assert_allclose(seen["predicted"], one_device["predicted"], rtol=1e-3, atol=1e-4)
+
+
+class SeesBatches(Callback):
+    def __init__(self) -> None:
+        self.sums: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.sums.append(float(batch[0].sum()))
+
+
+class Uneven(Classifier):
+    """Draws more random numbers in its first stage than in its last, and has an example input for the summary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        drops = nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32)
+        self.net = nn.Sequential(*drops, nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+        self.example_input_array = torch.zeros(2, 16)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def test_stages_that_draw_unequally_many_random_numbers_get_the_same_shuffled_batches_in_every_epoch():
+    def fit() -> tuple[list[float], bool]:
+        seen, data = SeesBatches(), ZOO["mlp"].loader(4).dataset
+        loader = DataLoader(data, batch_size=4, shuffle=True)
+        pl.seed_everything(0)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy="memopt_pp", max_epochs=3, use_distributed_sampler=False,
+            callbacks=[seen], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(module := Uneven(), loader)
+        return seen.sums, module.example_input_array is not None
+
+    (first, is_kept), (second, _) = run_on_ranks(fit, 2)
+    assert first == second and is_kept
+    epochs = [first[i : i + len(first) // 3] for i in range(0, len(first), len(first) // 3)]
+    assert epochs[0] != epochs[1] != epochs[2]

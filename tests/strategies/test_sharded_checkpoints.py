@@ -1,6 +1,7 @@
 """Sharded and asynchronous checkpoints of every strategy, read by every other and by plain Lightning."""
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
 from lightning_memopt.strategies.tensor import TensorParallelStrategy
 from tests.checkpoints.disk import small_disk
 from tests.distributed import run_on_ranks
+from tests.parity import quiet_trainer, train
 from tests.strategies.parity import fit_zoo
 from tests.zoo import ZOO
 
@@ -222,3 +224,25 @@ def test_the_users_own_checkpoint_plugin_is_kept():
 def test_a_way_of_saving_that_there_is_not_is_refused():
     with pytest.raises(MisconfigurationException, match="save='shards' is none of 'full', 'sharded', 'async'"):
         DataParallelStrategy(save="shards")
+
+
+class WithNamespace(type(ZOO["mlp"].build())):
+    def __init__(self, args: Any = None) -> None:
+        super().__init__(0.0)
+        self.save_hyperparameters()
+
+
+def test_objects_beside_the_tensors_are_read_only_where_the_user_trusts_the_checkpoint(tmp_path):
+    path = str(tmp_path / "saved")
+
+    def fit() -> int:
+        options = {"devices": 2, "strategy": DataParallelStrategy("parameters", save="sharded")}
+        module, loader = WithNamespace(Namespace(width=1)), ZOO["mlp"].loader(4)
+        train(module, loader, steps=2, **options).trainer.save_checkpoint(path)
+        with pytest.raises(ValueError, match="If you trust it"):
+            full_state_dict(path)
+        trainer = quiet_trainer(4, devices=2, strategy=DataParallelStrategy("parameters", save="sharded"))
+        trainer.fit(WithNamespace(), loader, ckpt_path=path, weights_only=False)
+        return trainer.global_step
+
+    assert run_on_ranks(fit, 2) == [4, 4]
