@@ -184,6 +184,12 @@ class PipelineParallelStrategy(MemoptStrategy):
         with replaced(module, cpu=partial(_to_cpu, module)):
             super().teardown()
 
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self.pipeline is not None:
+            self.pipeline.share_buffers()
+        return super().lightning_module_state_dict()
+
     # Steps
 
     def call_on(self, name: str, rest: tuple[Any, ...], module: nn.Module, batch: Any) -> Any:

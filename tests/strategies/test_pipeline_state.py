@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -178,3 +179,50 @@ def test_after_fit_the_module_is_the_users_on_every_rank_and_after_an_exception_
             assert not any("forward" in vars(submodule) for submodule in module.modules())
 
     run_on_ranks(fit, 2)
+
+
+class BuffersBehindTheBlocks(type(ZOO["mlp"].build())):
+    """Normalizes what its blocks give without parameters, and keeps a mean of its loss."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.norm = nn.BatchNorm1d(4, affine=False)
+        self.register_buffer("mean_loss", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            self.mean_loss.mul_(0.5).add_(loss.detach(), alpha=0.5)
+        return loss
+
+
+def test_buffers_that_only_the_last_stage_writes_are_saved_and_are_on_every_rank_after_the_fit(tmp_path):
+    def buffers(**options: Any) -> list[dict[str, Any]]:
+        module, path = BuffersBehindTheBlocks(), tmp_path / "saved.ckpt"
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        train(module, ZOO["mlp"].loader(4), steps=4, callbacks=[SavesAtTheEnd(path)], **options)
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        names = [name for name, _ in module.named_buffers()]
+        return [{name: state[name].numpy() for name in names} for state in (saved, module.state_dict())]
+
+    expected = buffers()
+    for found in run_on_ranks(
+        lambda: buffers(devices=2, strategy=memopt.PipelineParallelStrategy(microbatches=1)), 2
+    ):
+        for one, other in zip(expected, found, strict=True):
+            assert one["norm.num_batches_tracked"] == 4 and one.keys() == other.keys()
+            for name, value in one.items():
+                np.testing.assert_allclose(other[name], value, rtol=1e-4, err_msg=name)
+
+
+class SavesAtTheEnd(Callback):
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        trainer.save_checkpoint(self.path)

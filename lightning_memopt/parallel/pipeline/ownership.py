@@ -81,3 +81,42 @@ class SharedParameters:
                     parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 dist.all_reduce(local, group=group)
+
+
+class SharedBuffers:
+    """Buffers of modules without parameters: every stage holds them, and the stages that run the module write them.
+
+    Args:
+        module: The model.
+        group: The ranks of the pipeline.
+    """
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+        self._module = module
+        self._group = group
+        self._names = [
+            f"{path}.{name}" if path else name
+            for path, owner in module.named_modules()
+            if next(owner.parameters(recurse=False), None) is None
+            for name, _ in owner.named_buffers(recurse=False)
+        ]
+        self._versions = self._read_versions()
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Give all stages what the last of those that wrote a buffer since the last call has; all ranks together."""
+        written = [before != now for before, now in zip(self._versions, self._read_versions(), strict=True)]
+        everyone: list[list[bool]] = [[]] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, written, group=self._group)
+        for name, by_rank in zip(self._names, zip(*everyone, strict=True), strict=True):
+            if any(by_rank):
+                buffer = self._module.get_buffer(name)
+                value = buffer.detach().contiguous()
+                source = max(rank for rank, is_written in enumerate(by_rank) if is_written)
+                dist.broadcast(value, dist.get_global_rank(self._group, source), group=self._group)
+                buffer.copy_(value)
+        self._versions = self._read_versions()
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        buffers = map(self._module.get_buffer, self._names)
+        return [(id(buffer), buffer._version) for buffer in buffers]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_memopt.parallel.gather import complete_in_place
 from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, StageRun, read_shapes, shapes_of_stages
 from lightning_memopt.parallel.pipeline.chain import Chain
-from lightning_memopt.parallel.pipeline.ownership import SharedParameters, free_in_place
+from lightning_memopt.parallel.pipeline.ownership import SharedBuffers, SharedParameters, free_in_place
 from lightning_memopt.parallel.pipeline.probe import find_links, run_silently, survey
 from lightning_memopt.parallel.pipeline.schedules import (
     STAGES_EACH,
@@ -94,6 +94,7 @@ class Pipeline:
         self._stages = [stage for stage in range(count) if rank_of_stage(schedule, stage, self._ranks) == self._rank]
         self._share(held)
         self._free(held)
+        self._buffers = SharedBuffers(module, group)
         self._chain = Chain(module.get_submodule(name) for name in links)
         self._followed: tuple[tuple[bool, ...], tuple[bool, ...]] = ((), ())
         shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts)
@@ -119,6 +120,10 @@ class Pipeline:
     def sum_shared_gradients(self) -> None:
         """Add up the gradients of tied weights over the stages; once, before the optimizer steps."""
         self._shared.sum_gradients()
+
+    def share_buffers(self) -> None:
+        """Give all ranks the buffers that only some stages write; all ranks must call it together."""
+        self._buffers.share()
 
     def train(self, call: Call, key: Hashable, micro_batches: Sequence[Any], step: StepOfBatch) -> None:
         """Forward and backward of a batch.
@@ -146,6 +151,7 @@ class Pipeline:
         """Put the module back; with ``gather`` with all values, for which all ranks must call it together."""
         self._chain.remove()
         if gather:
+            self.share_buffers()
             complete_in_place(self.module)
 
     def _make_shadow(self, prepare: Callable[[nn.Module], None]) -> None:
