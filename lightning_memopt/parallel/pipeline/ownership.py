@@ -1,11 +1,12 @@
 """What a rank holds of a module: freeing the rest, and keeping alike what several stages hold."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_memopt.parallel.pipeline.stubs import find_places
 
@@ -100,12 +101,12 @@ class SharedBuffers:
             if next(owner.parameters(recurse=False), None) is None
             for name, _ in owner.named_buffers(recurse=False)
         ]
-        self._versions = self._read_versions()
+        self._states = self._read_states()
 
     @torch.no_grad()
     def share(self) -> None:
         """Give all stages what the last of those that wrote a buffer since the last call has; all ranks together."""
-        written = [before != now for before, now in zip(self._versions, self._read_versions(), strict=True)]
+        written = [before != now for before, now in zip(self._states, self._read_states(), strict=True)]
         everyone: list[list[bool]] = [[]] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, written, group=self._group)
         for name, by_rank in zip(self._names, zip(*everyone, strict=True), strict=True):
@@ -115,8 +116,15 @@ class SharedBuffers:
                 source = max(rank for rank, is_written in enumerate(by_rank) if is_written)
                 dist.broadcast(value, dist.get_global_rank(self._group, source), group=self._group)
                 buffer.copy_(value)
-        self._versions = self._read_versions()
+        self._states = self._read_states()
 
-    def _read_versions(self) -> list[tuple[int, int]]:
-        buffers = map(self._module.get_buffer, self._names)
-        return [(id(buffer), buffer._version) for buffer in buffers]
+    def _read_states(self) -> list[Hashable]:
+        """What is another after a buffer was written."""
+        return [self._read_state(*name.rpartition(".")) for name in self._names]
+
+    def _read_state(self, path: str, _: str, name: str) -> Hashable:
+        owner = self._module.get_submodule(path)
+        buffer = owner.get_buffer(name)
+        if isinstance(owner, _NormBase):  # whose kernels write running statistics without counting that
+            return tuple(buffer.flatten().tolist())
+        return id(buffer), buffer._version
