@@ -195,7 +195,8 @@ def _loss_and_gradients(
     wide = torch.promote_types(dtype, torch.float32)
     valid = target != options.ignore_index
     count = (valid.sum() if options.reduction == "mean" else torch.ones((), device=target.device)).to(wide)
-    unit, final = _gradient_units(dtype, count, min(options.chunk_size, len(target)))
+    # Where every token is ignored the mean is NaN, but its gradients are zero, as in torch.
+    unit, final = _gradient_units(dtype, count.clamp(min=1), min(options.chunk_size, len(target)))
     row_unit = (valid * unit).to(wide).unsqueeze(1)
     target = torch.where(valid, target, 0).unsqueeze(1)
 

@@ -124,11 +124,17 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(loss, [hidden], create_graph=True)
 
 
-def test_where_every_token_is_ignored_the_gradient_is_zero_as_in_torch():
-    hidden, weight, _, target = _inputs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}])
+def test_where_every_token_is_ignored_the_gradient_is_zero_as_in_torch(options, dtype):
+    hidden, weight, bias, target = _inputs()
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight, bias)]
     target = torch.full_like(target, -100)
-    assert chunked_cross_entropy(hidden, weight, target).isnan() and _plain(hidden, weight, target).isnan()
-    assert chunked_cross_entropy(hidden, weight, target, reduction="sum") == 0
+    ours = chunked_cross_entropy(*inputs[:2], target, bias=inputs[2], **options)
+    plain = _plain(*inputs[:2], target, bias=inputs[2], **options)
+    torch.testing.assert_close(ours, plain.to(ours.dtype), equal_nan=True)
+    for actual, wanted in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        assert torch.equal(actual, wanted) and not actual.any()
 
 
 def test_it_runs_on_fake_tensors_and_makes_none_as_large_as_the_logits():
