@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -233,9 +234,12 @@ def _cut(item: Any, window: slice, total: int, dicts_are_samples: bool) -> Any:
 
 def _rebuild(item: Any, values: list[Any]) -> Any:
     """A container like ``item`` that holds ``values``, given in the order of its parts."""
+    twin: Any
     if isinstance(item, Mapping):
+        if not isinstance(item, dict | UserDict):
+            return _rebuild_unknown_mapping(item, dict(zip(item, values, strict=True)))
         # A copy keeps what else the mapping knows (a default factory, a tokenizer's encodings).
-        twin: Any = copy.copy(item)
+        twin = copy.copy(item)
         for key, value in zip(item, values, strict=True):
             twin[key] = value
         return twin
@@ -247,6 +251,22 @@ def _rebuild(item: Any, values: list[Any]) -> Any:
     for field, value in zip(dataclasses.fields(item), values, strict=True):
         object.__setattr__(twin, field.name, value)  # frozen dataclasses too
     return twin
+
+
+def _rebuild_unknown_mapping(item: Mapping[Any, Any], content: dict[Any, Any]) -> Any:
+    """Make the mapping anew: a copy may share what holds the items with ``item``, and would write into it."""
+    kind: Any = type(item)
+    try:
+        twin = kind(content)
+        if twin.keys() == content.keys():
+            return twin
+        problem = "it has other keys then"
+    except Exception as error:  # whatever a constructor does with an argument that it does not expect
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"the batch has a {kind.__qualname__}, a mapping that cannot be made from a dict ({problem}), so it cannot "
+        "be cut; give `split=`, a function (batch, size) -> list of micro-batches."
+    )
 
 
 def _is_list_of_samples(item: Any, dicts_are_samples: bool) -> bool:

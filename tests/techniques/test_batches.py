@@ -1,7 +1,9 @@
 """Splitting: each shape of batch that a collate function returns comes out whole, in parts of its own type."""
 
 from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -106,6 +108,57 @@ def test_the_batch_is_left_as_it_is():
     batch = {"x": rows()}
     micro_batches(batch, 2)[0]["x"] = None
     assert batch["x"].shape == (5, 2)
+
+
+class Wrapper(MutableMapping):
+    """Keeps its items in a dict, which ``copy.copy`` shares."""
+
+    def __init__(self, items):
+        self.items_by_key = items
+
+    def __getitem__(self, key):
+        return self.items_by_key[key]
+
+    def __setitem__(self, key, value):
+        self.items_by_key[key] = value
+
+    def __delitem__(self, key):
+        del self.items_by_key[key]
+
+    def __iter__(self):
+        return iter(self.items_by_key)
+
+    def __len__(self):
+        return len(self.items_by_key)
+
+
+class NamedWrapper(Wrapper):
+    def __init__(self, items, name):
+        super().__init__(items)
+
+
+class EmptyWrapper(Wrapper):
+    def __init__(self, items=()):
+        super().__init__({})
+
+
+@pytest.mark.parametrize("kind", [Wrapper, MappingProxyType])
+def test_a_mapping_of_unknown_type_is_cut_and_left_as_it_is(kind):
+    batch = kind({"x": rows(), "inner": kind({"y": rows()})})
+    parts = micro_batches(batch, 2)
+    assert all(type(part) is kind and type(part["inner"]) is kind for part in parts)
+    assert flat([part["x"] for part in parts]) == [rows()[:2].tolist(), rows()[2:4].tolist(), rows()[4:].tolist()]
+    assert flat(torch.cat([part["inner"]["y"] for part in parts])) == rows().tolist()
+    assert batch["x"].shape == batch["inner"]["y"].shape == (5, 2)
+
+
+def test_a_mapping_that_cannot_be_made_from_a_dict_is_refused_and_left_as_it_is():
+    empty = EmptyWrapper()
+    empty["x"] = rows()
+    for batch, problem in ((NamedWrapper({"x": rows()}, "train"), "TypeError.*name"), (empty, "other keys")):
+        with pytest.raises(ValueError, match=f"a {type(batch).__name__}, a mapping that.*{problem}.*give `split=`"):
+            micro_batches(batch, 2)
+        assert batch["x"].shape == (5, 2)
 
 
 @pytest.mark.parametrize("size", [5, 6, 1000])
