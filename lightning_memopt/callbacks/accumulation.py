@@ -143,6 +143,9 @@ class GradientAccumulation(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if _skips_backward(trainer):
+            self._start = self._window = None
+            return
         try:
             self._added = self._count(batch)
         except ValueError as error:
@@ -232,6 +235,8 @@ class GradientAccumulation(Callback):
     def _is_complete(self, trainer: pl.Trainer) -> bool:
         """In place of ``_accumulated_batches_reached``: does the window end with the current batch?"""
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if _skips_backward(trainer):
+            return ready % trainer.accumulate_grad_batches == 0
         return self._start is None or ready - self._start >= self._factor
 
     def _make_zero_grad(self, optimization: Any, batch_idx: int, optimizer: Optimizer) -> Callable[[], None] | None:
@@ -266,6 +271,11 @@ class _Undivided(ClosureResult):
     @override
     def from_training_step_output(cls, training_step_output: Any, normalize: int = 1) -> ClosureResult:
         return super().from_training_step_output(training_step_output)
+
+
+def _skips_backward(trainer: pl.Trainer) -> bool:
+    """Whether this epoch only updates BatchNorm for StochasticWeightAveraging, which sets what it accumulates."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
 
 
 def _reduce(trainer: pl.Trainer, number: float | Tensor, how: str) -> Tensor:
