@@ -1,5 +1,6 @@
 """Hold an optimizer's state in few bits between steps, with the optimizer otherwise as the user made it."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from types import MethodType
@@ -53,7 +54,7 @@ def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) 
 
     Raises:
         ValueError: ``bits`` is unknown, the optimizer is not one of those, gradients are sparse, or parameters are
-            sharded.
+            sharded or complex.
 
     Example:
         >>> net = nn.Linear(128, 64)
@@ -259,6 +260,13 @@ def _refuse_unsupported(module: nn.Module, optimizer: Optimizer) -> None:
             f"The optimizer is {name}, whose state cannot be held in few bits: what each of its tensors means is "
             f"not known here. {possible}"
         )
+    base = next(kind for kind in SUPPORTED if isinstance(optimizer, kind))
+    # Unwrapped, as torch wraps the step of each class of which an optimizer is made.
+    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step):
+        raise ValueError(
+            f"The optimizer is {name}, based on {base.__name__} with a step of its own, which would be called for "
+            f"parameters piece by piece. Use {base.__name__} itself."
+        )
     for index, group in enumerate(optimizer.param_groups):
         if group.get("amsgrad"):
             raise ValueError(
@@ -281,4 +289,9 @@ def _refuse_unsupported(module: nn.Module, optimizer: Optimizer) -> None:
             raise ValueError(
                 f"{path!r} is a DTensor: state of sharded parameters cannot be packed yet. Train on one device or "
                 "with DDP."
+            )
+        if parameter.is_complex() and parameter.numel() >= SMALLEST:
+            raise ValueError(
+                f"{path!r} is complex ({parameter.dtype}): the levels that state is rounded to are real. Keep its "
+                "real and imaginary parts in a real parameter (torch.view_as_complex in the forward)."
             )

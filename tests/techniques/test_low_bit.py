@@ -280,8 +280,18 @@ def test_tensors_without_values_take_the_same_bytes_of_state():
     assert fake == run()
 
 
+class _OwnStep(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class _OwnDefaults(torch.optim.AdamW):
+    pass
+
+
 REFUSALS = {
     "RMSprop": (lambda p: torch.optim.RMSprop(p), r"is RMSprop, .* Possible are AdamW, Adam, SGD"),
+    "own step": (_OwnStep, "is _OwnStep, based on AdamW with a step of its own"),
     "amsgrad": (lambda p: torch.optim.AdamW(p, amsgrad=True), "Group 0 of AdamW has amsgrad=True"),
     "no momentum": (lambda p: torch.optim.SGD(p, lr=0.1), "Group 0 of SGD has momentum=0"),
 }
@@ -293,6 +303,22 @@ def test_optimizers_whose_state_cannot_be_packed_are_refused_by_name(case):
     net = _net()
     with pytest.raises(ValueError, match=message):
         hold_low_bit_state(net, make(net.parameters()))
+
+
+def test_a_subclass_that_steps_as_its_base_is_served():
+    net = _net()
+    optimizer = _OwnDefaults(net.parameters())
+    hold_low_bit_state(net, optimizer)
+    _train(net, optimizer, 1)
+    assert as_packed(optimizer.state[net[0].weight]["exp_avg"]) is not None
+
+
+def test_complex_parameters_that_would_be_packed_are_refused_by_name():
+    net = nn.ParameterDict(
+        {"small": torch.zeros(8, dtype=torch.cfloat), "large": torch.zeros(SMALLEST, dtype=torch.cfloat)}
+    )
+    with pytest.raises(ValueError, match=r"'large' is complex \(torch.complex64\)"):
+        hold_low_bit_state(net, torch.optim.AdamW(net.parameters()))
 
 
 @pytest.mark.parametrize("bits", [16, 1, True, "int8", 8.5])
