@@ -6,43 +6,67 @@ statistics and counters, the power iteration of spectral normalization, anything
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+ALWAYS_COPIED = 2**16
+"""Bytes up to which a buffer is copied before each call, as warm-ups and observers first write on a later one."""
+
 _Buffers = list[tuple[nn.Module, str, torch.Tensor]]
 
 
+class _Seen(NamedTuple):
+    """A buffer before a call."""
+
+    owner: nn.Module
+    name: str
+    buffer: torch.Tensor
+    version: int
+    copy: torch.Tensor | None
+
+
 class WrittenBuffers:
-    """The buffers of a region that its forward changes: BatchNorm's, and those seen to change in the first call."""
+    """The buffers of a region that its forward changes: BatchNorm's, and those seen to change in a call."""
 
     def __init__(self, module: nn.Module) -> None:
         self._all = _named_buffers(module)
-        self._written: list[tuple[nn.Module, str]] | None = None
+        # BatchNorm's kernels write the running statistics without counting a version.
+        self._written = {(owner, name) for owner, name in self._all if isinstance(owner, _NormBase)}
+        self._has_run = False
 
-    def before(self) -> _Buffers:
-        """Copies of the buffers that the coming call may change; of all of them before the first call."""
-        buffers = self._all if self._written is None else self._written
-        return [(owner, name, owner._buffers[name].detach().clone()) for owner, name in buffers]  # type: ignore[union-attr]
+    def before(self) -> list[_Seen]:
+        """The buffers, with copies of those that the coming call may change; of all of them before the first call."""
+        seen = []
+        for owner, name in self._all:
+            if (buffer := owner._buffers.get(name)) is not None:
+                copies = not self._has_run or (owner, name) in self._written or buffer.nbytes <= ALWAYS_COPIED
+                seen.append(_Seen(owner, name, buffer, _version(buffer), buffer.detach().clone() if copies else None))
+        return seen
 
-    def versions(self) -> list[int]:
-        """In-place versions, to be handed to :meth:`learn` after the first call."""
-        return [] if self._written is not None else [_version(owner, name) for owner, name in self._all]
-
-    def learn(self, versions: list[int], before: _Buffers) -> _Buffers:
+    def learn(self, before: list[_Seen]) -> _Buffers:
         """After a call, keep only the copies of the buffers that calls do change."""
-        if self._written is None:
-            # BatchNorm's kernels write the running statistics without counting a version.
-            self._written = [
-                (owner, name)
-                for (owner, name), version in zip(self._all, versions, strict=True)
-                if isinstance(owner, _NormBase) or _version(owner, name) != version
-            ]
-        written = {(id(owner), name) for owner, name in self._written}
-        return [entry for entry in before if (id(entry[0]), entry[1]) in written]
+        self._has_run = True
+        kept = []
+        for owner, name, buffer, version, copy in before:
+            is_unwritten = _version(buffer) == version
+            if (owner, name) not in self._written:
+                if is_unwritten and owner._buffers.get(name) is buffer:
+                    continue
+                self._written.add((owner, name))
+            if copy is None and is_unwritten:  # another was put in its place
+                copy = buffer.detach()
+            if copy is None:
+                raise RuntimeError(
+                    f"{type(owner).__name__} writes its buffer {name!r} in place, and did not in the first call, so "
+                    "that what it held was not kept for the recomputation. Leave its block out with `modules=`, or "
+                    "assign a new tensor to the buffer instead."
+                )
+            kept.append((owner, name, copy))
+        return kept
 
 
 class Replayable:
@@ -68,9 +92,9 @@ class Replayable:
         """Run the region on the leaves of its arguments and return what it returns."""
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self._before is None:
-            before, versions = self._buffers.before(), self._buffers.versions()
+            before = self._buffers.before()
             out = self._run(*args, **kwargs)
-            self._before = self._buffers.learn(versions, before)
+            self._before = self._buffers.learn(before)
             return out
         self._on_replay()
         with _swapped(self._before):
@@ -94,6 +118,5 @@ def _named_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(m, name) for m in module.modules() for name, buffer in m._buffers.items() if buffer is not None]
 
 
-def _version(owner: nn.Module, name: str) -> int:
-    buffer = owner._buffers[name]
-    return -1 if buffer is None or buffer.is_inference() else buffer._version
+def _version(buffer: torch.Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version

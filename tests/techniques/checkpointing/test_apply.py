@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.techniques.checkpointing import checkpoint_activations
+from lightning_memopt.techniques.checkpointing.replay import ALWAYS_COPIED
 from tests.zoo import ZOO
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -169,6 +170,51 @@ def test_a_buffer_that_a_block_writes_itself_is_written_once_and_read_as_it_was(
         for gradients in expected:
             assert all(torch.equal(g, gradients[name]) for name, g in _step(module, x).items())
     assert torch.equal(module[0].calls, torch.tensor(4.0))
+
+
+class Averaging(Block):
+    """Subtracts an average of its outputs, which it begins to take in call number ``first``."""
+
+    def __init__(self, assigns: bool, first: int, size: int) -> None:
+        super().__init__()
+        self.assigns, self.first = assigns, first
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(size, 1, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        self.calls += 1
+        if self.calls >= self.first:
+            if self.assigns:
+                self.average = 0.9 * self.average + 0.1 * out.detach().mean(0)
+            else:
+                self.average.mul_(0.9).add_(out.detach().mean(0), alpha=0.1)
+        return (out - self.average.mean(0)).sin()
+
+
+LARGE = 2 * ALWAYS_COPIED // (4 * 32)
+
+
+@pytest.mark.parametrize(
+    ("assigns", "first", "size"), [(True, 1, 1), (True, 3, 1), (False, 3, 1), (True, 3, LARGE), (False, 1, LARGE)]
+)
+def test_a_buffer_that_is_assigned_or_first_written_in_a_later_call_is_written_once(assigns, first, size) -> None:
+    plain = nn.Sequential(Averaging(assigns, first, size), Averaging(assigns, first, size))
+    module, x = copy.deepcopy(plain), torch.randn(4, 32)
+    expected = [_step(plain, x) for _ in range(5)]
+    with checkpoint_activations(module, "full"):
+        for gradients in expected:
+            assert all(torch.equal(g, gradients[name]) for name, g in _step(module, x).items())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(module.get_buffer(name), buffer), name
+
+
+def test_a_large_buffer_first_written_in_place_in_a_later_call_is_refused_by_name() -> None:
+    module = nn.Sequential(Averaging(False, 2, LARGE), Averaging(False, 2, LARGE))
+    with checkpoint_activations(module, "full"):
+        _step(module, torch.randn(4, 32))
+        with pytest.raises(RuntimeError, match="Averaging writes its buffer 'average' in place"):
+            _step(module, torch.randn(4, 32))
 
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
