@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lightning_memopt.compression.container.files import MANIFEST
+from lightning_memopt.compression.container.files import check_replaceable
 
 
 def check_destination(path: str | Path) -> None:
@@ -12,12 +12,12 @@ def check_destination(path: str | Path) -> None:
     Raises:
         ValueError: It is a file, holds something else than a compressed module, or its folder cannot be written.
     """
-    folder = Path(path)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ValueError(f"`{path}` holds something else than a compressed module. Name another folder.")
+    folder = Path(path).resolve()
+    if folder.is_dir():
+        check_replaceable(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`{path}` is a file, and a compressed module is a folder. Name another.")
-    above = next(part for part in folder.absolute().parents if part.exists())
+    above = next(part for part in folder.parents if part.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         reason = "may not be written" if above.is_dir() else "is a file"
         raise ValueError(f"`{path}` cannot be made, since `{above}` {reason}. Name another folder.")

@@ -24,6 +24,7 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path = path.resolve()  # a link to a folder stays, and leads to the new one
     temporary = path.with_name(f".{path.name}.saving")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -31,9 +32,8 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
         save_file(data, temporary / WEIGHTS)
         manifest = {"format": FORMAT, **manifest, "files": {WEIGHTS: _describe(temporary / WEIGHTS)}}
         (temporary / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
-        if path.is_dir() and not path.is_symlink():
-            if any(path.iterdir()) and not (path / MANIFEST).is_file():
-                raise ValueError(f"`{path}` holds something else than a compressed module; save to another folder.")
+        if path.is_dir():
+            check_replaceable(path)
             shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException as error:
@@ -41,6 +41,36 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
         if isinstance(error, SafetensorError):  # of a disk that is full
             raise OSError(f"`{path}` cannot be written: {error}") from error
         raise
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise where removing ``folder`` would lose something else than a compressed module.
+
+    Raises:
+        ValueError: It holds another file, or a manifest that is not ours, or is where the process works.
+    """
+    held = sorted(file.name for file in folder.iterdir())
+    other = [name for name in held if name not in (MANIFEST, WEIGHTS)]
+    if not other and held and not _has_our_manifest(folder):
+        other = held
+    if other:
+        raise ValueError(
+            f"`{folder}` holds something else than a compressed module, which would be lost: {', '.join(other[:5])}. "
+            "Name another folder."
+        )
+    if folder == Path.cwd():
+        raise ValueError(f"`{folder}` is the working directory, which cannot be replaced. Name another folder.")
+
+
+def _has_our_manifest(folder: Path) -> bool:
+    try:
+        manifest = _read_json(folder / MANIFEST)
+    except (CompressedFileError, OSError):
+        return False
+    files, versions = manifest.get("files"), manifest.get("versions")  # of any format, so that a newer one is too
+    if not isinstance(files, dict) or not isinstance(versions, dict):
+        return False
+    return WEIGHTS in files and "lightning_memopt" in versions
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,6 +105,18 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     _refuse_outside(file, path)
+    manifest = _read_json(file)
+    if manifest["format"] != FORMAT:
+        raise CompressedFileError(
+            f"`{file}` has format {manifest['format']!r} and this version reads format {FORMAT}; load it with the "
+            f"version of lightning_memopt that wrote it ({manifest.get('versions', 'not recorded')})."
+        )
+    for key in ("tensors", "ties", "edits"):
+        _mapping(manifest, key, path)
+    return manifest
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > LARGEST_HEADER:
         raise CompressedFileError(f"`{file}` has {file.stat().st_size:,} bytes; no manifest is that large.")
     try:
@@ -83,13 +125,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CompressedFileError(f"`{file}` is no JSON: {error}") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise CompressedFileError(f"`{file}` is not the manifest of a compressed module: it has no format.")
-    if manifest["format"] != FORMAT:
-        raise CompressedFileError(
-            f"`{file}` has format {manifest['format']!r} and this version reads format {FORMAT}; load it with the "
-            f"version of lightning_memopt that wrote it ({manifest.get('versions', 'not recorded')})."
-        )
-    for key in ("tensors", "ties", "edits"):
-        _mapping(manifest, key, path)
     return manifest
 
 

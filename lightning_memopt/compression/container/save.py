@@ -22,7 +22,8 @@ def save_compressed(module: nn.Module, path: str | Path) -> Path:
     Args:
         module: Any module, quantized or pruned or neither. A ``LightningModule`` that calls
             ``save_hyperparameters`` with values that JSON can hold is loaded without its code being given.
-        path: A new folder, or that of a compressed module, which is replaced once the new one is whole.
+        path: A new folder, or that of a compressed module and of nothing beside it, which is replaced once the new
+            one is whole.
 
     Returns:
         The folder.

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_memopt import load_compressed
 from lightning_memopt.compression.container import CompressedFileError, save_compressed
+from lightning_memopt.compression.container.destination import check_destination
 from lightning_memopt.compression.packed import HalfWeight, Int4Weight, Int8Weight, NF4Weight
 from tests.zoo import ZOO, cases
 
@@ -187,3 +188,30 @@ def test_two_tensors_that_would_have_one_name_in_the_file_are_refused(tmp_path):
     module.register_buffer("ones/values", torch.randn(16))
     with pytest.raises(ValueError, match="`ones/values` is the name of two tensors"):
         save_compressed(module, tmp_path / "net")
+
+
+@pytest.mark.parametrize("save", [lambda path: save_compressed(nn.Linear(4, 2), path), check_destination])
+def test_a_folder_with_anything_that_would_be_lost_is_refused_by_the_name_of_it(tmp_path, save):
+    foreign, own = tmp_path / "app", save_compressed(nn.Linear(4, 2), tmp_path / "net")
+    foreign.mkdir()
+    (foreign / "manifest.json").write_text('{"name": "my web app", "format": 1}')
+    (own / "README.md").write_text("of the user")
+    for folder, name in ((foreign, "manifest.json"), (own, "README.md")):
+        with pytest.raises(ValueError, match=f"holds something else .* {name}"):
+            save(folder)
+        assert (folder / name).exists()
+
+
+def test_a_link_to_a_folder_stays_and_leads_to_what_is_saved(tmp_path):
+    link = tmp_path / "latest"
+    link.symlink_to(save_compressed(nn.Linear(4, 2), tmp_path / "net"))
+    check_destination(link)
+    module = nn.Linear(3, 2)
+    loaded = load_compressed(save_compressed(module, link), nn.Linear(3, 2))
+    assert link.is_symlink() and torch.equal(loaded.weight, module.weight)
+
+
+def test_the_working_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="working directory"):
+        save_compressed(nn.Linear(4, 2), ".")
