@@ -1,6 +1,8 @@
 """Which products this hardware is fast at."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,8 @@ def multiply_integers(inputs: Tensor, weight: Tensor, zero: int) -> Tensor:
         return _multiply_bytes((inputs + zero).to(torch.uint8), weight, zero)
     if inputs.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0:  # what cuBLAS asks for
         return torch._int_mm(inputs.to(torch.int8), weight).float()
-    return inputs.float() @ weight.float()
+    with without_autocast(inputs.device):  # sums of integers are more than fp16 holds
+        return inputs.float() @ weight.float()
 
 
 def convolve_integers(
@@ -51,7 +54,8 @@ def convolve_integers(
     """As :func:`multiply_integers`, for a batch of images and the filters of ``F.conv2d``."""
     if in_bytes(inputs.device) and weight.numel() >= SMALLEST:
         return _convolve_bytes((inputs + zero).to(torch.uint8), weight, zero, stride, padding, dilation)
-    return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
+    with without_autocast(inputs.device):  # as above
+        return F.conv2d(inputs.float(), weight.float(), None, stride, padding, dilation)
 
 
 def convolved_size(
@@ -65,6 +69,18 @@ def convolved_size(
 def is_fast_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether ``device`` multiplies matrices of a 16-bit ``dtype`` at least as fast as of fp32."""
     return device.type != "cpu" or (dtype is torch.bfloat16 and _BF16_ON_CPU)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes products on ``device`` in; ``None`` outside of it."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it products on ``device`` are computed in the type of what is multiplied."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def in_bytes(device: torch.device) -> bool:

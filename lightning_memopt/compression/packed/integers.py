@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_memopt.compression.packed.base import TINY, PackedWeight
 from lightning_memopt.compression.packed.hardware import (
+    autocast_dtype,
     convolve_integers,
     convolved_size,
     in_bytes,
@@ -68,11 +69,15 @@ class Int8Weight(PackedWeight):
         """Multiply by the integers and scale the result, which has fewer elements than the weight."""
         if self.scale.shape[1] != 1:
             return super().linear(x, bias)
+        if self._sums_overflow(x):
+            return super().linear(x, bias)
         return self._product(x, self.values.t(), self.scale.t(), bias)
 
     def transposed_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As :meth:`linear`, for a weight that is stored (in, out)."""
         if self.scale.shape[0] != 1:
+            return super().transposed_linear(x, bias)
+        if self._sums_overflow(x):
             return super().transposed_linear(x, bias)
         return self._product(x, self.values, self.scale, bias)
 
@@ -116,13 +121,17 @@ class Int8Weight(PackedWeight):
         low, high = self.inputs
         return -float("inf") < low <= 0 <= high < float("inf") and low < high
 
+    def _sums_overflow(self, x: Tensor) -> bool:
+        """Whether products with the integers, which are scaled later, may be more than fp16 holds."""
+        return self.inputs is None and torch.float16 in (x.dtype, autocast_dtype(x.device))
+
     def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         if self.inputs is not None:
             integers, step, zero = round_inputs(as_rows(x), self.inputs, (1,))
             product = (multiply_integers(integers, values, zero) * step).reshape(*x.shape[:-1], -1)
         else:
             product = x @ values.to(x.dtype)
-        product = (product * scale).to(x.dtype)
+        product = (product * scale.flatten()).to(x.dtype)
         return product if bias is None else product + bias
 
 

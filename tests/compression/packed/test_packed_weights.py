@@ -277,3 +277,31 @@ def test_graphs_that_the_compiler_kept_on_disk_are_told_apart_by_what_they_depen
         assert known_by(**{name: {"dynamic": None, "bf16": "fp16", "fp16": "bf16"}.get(str(options[name]))}) != once
     monkeypatch.setattr(base, "__version__", "0.0.0")
     assert known_by() != once, "another version may run other operators"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_of_integers_do_not_overflow_in_fp16(autocast):
+    torch.manual_seed(0)
+    x, weight = torch.rand(4, 1024) * 4, torch.rand(16, 1024) * 0.02
+    packed = Int8Weight.pack(weight if autocast else weight.half())
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        results = [F.linear(x if autocast else x.half(), packed), packed.t().t().linear(x.half(), None)]
+        results.append(packed.transposed().transposed_linear(x.half(), None))
+    for result in results:
+        torch.testing.assert_close(result.float(), F.linear(x, weight), rtol=0.01, atol=0)
+
+
+def test_integers_of_inputs_do_not_overflow_under_autocast_to_fp16():
+    x, images = torch.ones(2, 1024), torch.ones(1, 64, 4, 4)
+    packed = Int8Weight.pack(torch.ones(8, 1024), inputs="dynamic")
+    filters = Int8Weight.pack(torch.ones(8, 64, 3, 3), inputs="dynamic")
+    with torch.autocast("cpu", torch.float16):
+        assert torch.allclose(F.linear(x, packed).float(), torch.tensor(1024.0))
+        assert torch.allclose(F.conv2d(images, filters).float(), torch.tensor(576.0))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_vector_gives_a_vector(packing):
+    cls, options, *_ = PACKINGS[packing]
+    weight = cls.pack(torch.randn(48, 64), **options)
+    assert F.linear(torch.randn(64), weight).shape == (48,)
