@@ -151,7 +151,7 @@ class PackedWeight(Tensor):
         kwargs = kwargs or {}
         if function is F.linear:
             return _linear(*args, **kwargs)
-        if function is F.embedding and kwargs.get("max_norm") is None:
+        if function is F.embedding:
             return _embedding(*args, **kwargs)
         if function in (torch.addmm, Tensor.addmm) and not kwargs and isinstance(args[2], PackedWeight):
             return args[2].transposed_linear(args[1], args[0])
@@ -205,10 +205,10 @@ def stored_bytes(tensor: Tensor) -> int:
     return tensor.held_bytes if isinstance(tensor, PackedWeight) else tensor.nbytes
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, PackedWeight):
-        return weight.linear(dense(x), dense(bias))
-    return F.linear(dense(x), weight, dense(bias))
+        return weight.linear(dense(input), dense(bias))
+    return F.linear(dense(input), weight, dense(bias))
 
 
 def _conv2d(
@@ -225,6 +225,16 @@ def _is_self(query: Any, key: Any, value: Any, *_: Any) -> bool:
     return query is key and key is value
 
 
-def _embedding(input: Tensor, weight: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, *unused: Any, **also_unused: Any,
+) -> Tensor:  # fmt: skip
     # Padding, scaling and sparsity are about gradients, and there are none.
-    return weight.rows(input) if isinstance(weight, PackedWeight) else F.embedding(input, weight)
+    if not isinstance(weight, PackedWeight):
+        return F.embedding(dense(input), weight, padding_idx, max_norm, norm_type)
+    rows = weight.rows(input)
+    if max_norm is None:
+        return rows
+    # Torch shortens the rows within the table, which cannot be written to; the small number is torch's.
+    norms = rows.norm(norm_type, dim=-1, keepdim=True)
+    return rows * (max_norm / (norms + 1e-7)).clamp(max=1)

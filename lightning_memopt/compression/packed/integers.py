@@ -128,7 +128,7 @@ class Int8Weight(PackedWeight):
     def _product(self, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         if self.inputs is not None:
             integers, step, zero = round_inputs(as_rows(x), self.inputs, (1,))
-            product = (multiply_integers(integers, values, zero) * step).reshape(*x.shape[:-1], -1)
+            product = (multiply_integers(integers, values, zero) * step).reshape(*x.shape[:-1], values.shape[1])
         else:
             product = x @ values.to(x.dtype)
         product = (product * scale.flatten()).to(x.dtype)

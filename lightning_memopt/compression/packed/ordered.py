@@ -115,7 +115,7 @@ class OrderedInt8Weight(Int8Weight):
         integers, step, zero = round_inputs(as_rows(x), self.inputs, (1,))
         product = torch.ops.lightning_memopt.multiply_ordered((integers + zero).to(torch.uint8), self.key)
         product = (product - zero * self.sums) * step * self.scale.view(1, -1)
-        product = product.reshape(*x.shape[:-1], -1).to(x.dtype)
+        product = product.reshape(*x.shape[:-1], product.shape[-1]).to(x.dtype)
         return product if bias is None else product + bias
 
     def transposed_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

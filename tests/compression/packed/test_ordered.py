@@ -127,3 +127,9 @@ def test_attention_that_cuts_its_weight_sees_the_numbers_that_it_stands_for():
     quantize(attention, "int8_dynamic")
     assert type(attention.in_proj_weight) is OrderedInt8Weight
     torch.testing.assert_close(attention(x, other, other)[0], expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_static"])
+def test_a_batch_of_no_rows_gives_none(scheme):
+    net, x = _quantized(_linear, scheme)
+    assert net(x[:0]).shape == (0, *x.shape[1:])

@@ -305,3 +305,21 @@ def test_a_vector_gives_a_vector(packing):
     cls, options, *_ = PACKINGS[packing]
     weight = cls.pack(torch.randn(48, 64), **options)
     assert F.linear(torch.randn(64), weight).shape == (48,)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
+def test_rows_that_are_looked_up_are_no_longer_than_max_norm(norm_type):
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 64, max_norm=8.0, norm_type=norm_type)
+    packed = _packed(table, ["weight"], Int8Weight, {})
+    indices = torch.arange(10)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(indices), table(indices), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_linear_map_takes_the_names_of_its_arguments_and_no_rows(packing):
+    cls, options, *_ = PACKINGS[packing]
+    weight = cls.pack(torch.randn(48, 64), **options)
+    assert F.linear(input=torch.randn(2, 64), weight=weight, bias=torch.zeros(48)).shape == (2, 48)
+    assert F.linear(torch.randn(3, 0, 64), weight).shape == (3, 0, 48)
