@@ -1,6 +1,5 @@
 """Prune once, when training is over: by zeros, or for good."""
 
-import copy
 import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import StructuredPruning, prune_structured
 from lightning_memopt.compression.units import require_torch_pruning
+from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
@@ -146,7 +146,7 @@ class PruneOnFitEnd(FitEndCallback):
         stays_whole = self._is_structured and sends_weights_back(trainer)
         module, optimizers = pl_module, trainer.optimizers
         if stays_whole or self._gate is not None:
-            module, optimizers = copy.deepcopy(pl_module), []
+            module, optimizers = copy_module(pl_module), []
             module.trainer = trainer
         skipped, sparsity = self._prune(module, optimizers)
         after = self._validate_if_possible(trainer, module)
@@ -165,7 +165,7 @@ class PruneOnFitEnd(FitEndCallback):
 
     def _try_structured(self, module: pl.LightningModule) -> None:
         """Prune a copy in host memory, so that a module that cannot be followed is refused now and not at the end."""
-        trial = copy.deepcopy(module).cpu()
+        trial = copy_module(module).cpu()
         trial.trainer = module.trainer
         random_state = StepSnapshot(trial)
         try:

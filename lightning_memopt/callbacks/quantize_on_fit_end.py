@@ -1,6 +1,5 @@
 """Quantize once, when training is over."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,7 @@ from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sensitivity import scan_sensitivity
 from lightning_memopt.compression.sizes import measure_sizes
+from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
 
@@ -123,7 +123,7 @@ class QuantizeOnFitEnd(FitEndCallback):
             return
         metrics = self._validate_if_possible(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
-        module = pl_module if self.inplace else copy.deepcopy(pl_module)
+        module = pl_module if self.inplace else copy_module(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
         done = quantize(module, self.scheme, self._which, ranges)
         skipped, fallbacks = done.skipped, done.fallbacks
@@ -153,7 +153,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranges: Mapping[str, Range]
     ) -> tuple[pl.LightningModule, dict[str, str]] | None:
         """A copy with as many weights packed as the gate bears, and why others are not; ``None``: it bears none."""
-        gate, module = self._gate, copy.deepcopy(pl_module)
+        gate, module = self._gate, copy_module(pl_module)
         assert gate is not None and gate.monitor is not None
 
         def judge(candidate: nn.Module) -> float:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
-from lightning_memopt import DataParallelStrategy, QuantizeOnFitEnd, load_compressed
+from lightning_memopt import DataParallelStrategy, PruneOnFitEnd, QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.packed import PackedWeight
 from tests.distributed import run_on_ranks
@@ -290,3 +290,20 @@ def test_what_cannot_be_done_is_said_before_the_first_step(make, module, options
 def test_arguments_that_mean_nothing_are_refused_when_they_are_given(options, match):
     with pytest.raises(MisconfigurationException, match=match):
         QuantizeOnFitEnd(**options)
+
+
+class _Keeping(Classifier):
+    """Keeps what it computed, with its graph."""
+
+    def training_step(self, batch, batch_idx):
+        self.last_logits = self(batch[0])
+        self.losses = [F.cross_entropy(self.last_logits, batch[1])]
+        return self.losses[0]
+
+
+@pytest.mark.parametrize(
+    "callback", [QuantizeOnFitEnd("int8"), PruneOnFitEnd(0.5, max_metric_drop=1.0, monitor="val_accuracy")]
+)
+def test_a_module_that_keeps_its_last_logits_is_copied(callback):
+    _, module = _fit(callback, _Keeping(), max_epochs=1)
+    assert callback.report.metrics_after and module.last_logits.grad_fn is not None

@@ -1,0 +1,35 @@
+"""Copy a module that keeps results of training as attributes."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copy_module(module: Module) -> Module:
+    """A deep copy in which tensors that were computed, and kept with their graph, are detached.
+
+    Modules keep their last logits or a list of losses; torch refuses to copy such tensors.
+
+    Example:
+        >>> module = nn.Linear(2, 2)
+        >>> module.outputs = [module.weight.sum()]
+        >>> copy_module(module).outputs[0].requires_grad
+        False
+    """
+    seen: set[int] = set()
+    computed = {id(tensor): tensor for part in module.modules() for tensor in _computed(vars(part), seen)}
+    return copy.deepcopy(module, {key: tensor.detach().clone() for key, tensor in computed.items()})
+
+
+def _computed(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:  # they may hold themselves
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _computed(item, seen)
