@@ -140,6 +140,8 @@ def validate_now(
         MisconfigurationException: There is nothing to validate with.
     """
     require_validation(trainer, module)
+    if dataloaders is None and trainer.val_dataloaders is None:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # where no validation has run, nothing has loaded them
     data = trainer.val_dataloaders if dataloaders is None else dataloaders
     device = trainer.strategy.root_device
     source: dict[str, Any] = {"dataloaders": data}

@@ -307,3 +307,9 @@ class _Keeping(Classifier):
 def test_a_module_that_keeps_its_last_logits_is_copied(callback):
     _, module = _fit(callback, _Keeping(), max_epochs=1)
     assert callback.report.metrics_after and module.last_logits.grad_fn is not None
+
+
+def test_validation_that_never_ran_is_run_when_training_is_over():
+    callback = QuantizeOnFitEnd("int8", max_metric_drop=1.0, monitor="val_accuracy")
+    _fit(callback, max_epochs=1, check_val_every_n_epoch=5, num_sanity_val_steps=0)
+    assert callback.report.metrics_before["val_accuracy"] > 0.5 and callback.quantized is not None
