@@ -35,7 +35,9 @@ class WrittenBuffers:
     def __init__(self, module: nn.Module) -> None:
         self._all = _named_buffers(module)
         # BatchNorm's kernels write the running statistics without counting a version.
-        self._written = {(owner, name) for owner, name in self._all if isinstance(owner, _NormBase)}
+        self._written: set[tuple[nn.Module, str]] = {
+            (owner, name) for owner, name in self._all if isinstance(owner, _NormBase)
+        }
         self._has_run = False
 
     def before(self) -> list[_Seen]:
