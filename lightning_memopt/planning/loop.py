@@ -1,17 +1,19 @@
 """Run Lightning's own loop on one batch until one optimizer step, not the first, is measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.memory.workspace import Need
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.planning.operators import OperatorLog
 from lightning_memopt.planning.quiet import quiet_lightning
 
@@ -134,13 +136,21 @@ def run_second_step(
     with quiet_lightning(), tracking as tracker:
         watcher = _MeasureStep(tracker, log, prepares)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
-        trainer.fit(module, _SameBatch(batch))
+        with replaced(module, configure_callbacks=partial(_measurable_callbacks, module.configure_callbacks)):
+            trainer.fit(module, _SameBatch(batch))
     if not watcher.is_done:
         raise ValueError(
             f"{type(module).__name__} stepped its optimizer fewer than twice in {_MAX_BATCHES} batches, so there is "
             "no step to measure; training_step must return a loss, or step an optimizer by hand"
         )
     return tracker.report()
+
+
+def _measurable_callbacks(configure_callbacks: Callable[[], Any]) -> list[Callback]:
+    """The module's own callbacks without those that would write files, or look for what no validation logs."""
+    own = configure_callbacks() or []
+    callbacks = own if isinstance(own, Sequence) else [own]
+    return [callback for callback in callbacks if not isinstance(callback, Checkpoint | EarlyStopping)]
 
 
 def _trackable(batch: Any) -> Any:

@@ -5,6 +5,7 @@ from itertools import groupby
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -198,6 +199,24 @@ def test_the_random_numbers_stay_as_they_were_also_after_an_error(function):
     with pytest.raises(ValueError, match="LightningModule"):
         function(lambda: torch.randn(3), images)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("function", [memopt.measure_memory, memopt.predict_memory])
+def test_the_modules_own_checkpoints_and_early_stopping_are_left_out(function, tmp_path):
+    class Own(_ConvNet):
+        def configure_callbacks(self):
+            return [EarlyStopping("val_loss"), ModelCheckpoint(tmp_path, every_n_train_steps=1), Counts()]
+
+    class Counts(Callback):
+        started = 0
+
+        def on_train_start(self, trainer, module):
+            Counts.started += 1
+
+    images = _images()
+    assert function(Own(), images).peak_bytes == function(_ConvNet(), images).peak_bytes
+    assert Counts.started
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("function", [memopt.measure_memory, memopt.predict_memory])
