@@ -46,8 +46,8 @@ REFUSED_WHEN_MADE = [
     ("ActivationCheckpointing", {"policy": "budget"}, "no budget; give budget="),
     ("ActivationCheckpointing", {"policy": "full", "budget": 0.5}, "budget=0.5.*'full'.*policy='budget'"),
     *(
-        ("ActivationCheckpointing", {"policy": "every_k", "k": k}, f"k={shown}.*at least 1")
-        for k, shown in ((0, "0"), (-2, "-2"), (True, "True"), ("2", "'2'"), (1.5, "1.5"), (NAN, "nan"))
+        ("ActivationCheckpointing", {"policy": "every_k", "k": k}, f"k={shown}.*at least 2")
+        for k, shown in ((1, "1"), (0, "0"), (-2, "-2"), (True, "True"), ("2", "'2'"), (1.5, "1.5"), (NAN, "nan"))
     ),
     *(
         ("ActivationCheckpointing", {"policy": "budget", "budget": budget}, rf"budget={shown}.*\(0, 1\]")

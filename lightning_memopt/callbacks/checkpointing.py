@@ -26,7 +26,7 @@ class ActivationCheckpointing(Callback):
             recomputes the rest; ``"budget"`` keeps what saves the most time per byte within ``budget``; ``"auto"`` is
             ``"selective"`` where the model has blocks and ``"full"`` for segments of a plain ``nn.Sequential`` and
             for recurrent layers.
-        k: For ``"every_k"``: a positive number of blocks.
+        k: For ``"every_k"``: a number of blocks, at least 2.
         budget: For ``"budget"``: a fraction in (0, 1] of the activation memory of the regions. The first step
             recomputes everything while the regions are profiled; the budget is used from the second on.
         modules: What to recompute: a class, a pattern of qualified names (``"model.layers.*"``), a list of these, or

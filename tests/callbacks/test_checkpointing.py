@@ -100,6 +100,7 @@ def test_training_recomputes_and_validation_does_not() -> None:
         ({"policy": "most"}, "'most' is unknown; choose one of full, every_k"),
         ({"policy": "every_k"}, "has no k"),
         ({"policy": "every_k", "k": 0}, "k=0 cannot count blocks"),
+        ({"policy": "every_k", "k": 1}, "k=1 leaves every block as it is"),
         ({"policy": "every_k", "k": 1.5}, "k=1.5 cannot count blocks"),
         ({"policy": "budget"}, "has no budget"),
         ({"policy": "budget", "budget": 0.0}, r"budget=0.0 is not a fraction .* \(0, 1\]"),

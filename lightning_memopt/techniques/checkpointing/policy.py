@@ -17,7 +17,7 @@ class Recompute:
             recomputes the rest; ``"budget"`` keeps as much as a fraction of the activation memory allows;
             ``"auto"`` is ``"selective"`` for blocks and ``"full"`` for segments of a plain ``nn.Sequential`` and for
             recurrent layers.
-        k: For ``"every_k"``: a positive number of blocks.
+        k: For ``"every_k"``: a number of blocks, at least 2.
         budget: For ``"budget"``: a fraction in (0, 1] of what the regions save in plain training.
 
     Raises:
@@ -34,7 +34,11 @@ class Recompute:
         self._check_argument("every_k", "k", self.k)
         self._check_argument("budget", "budget", self.budget)
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
-            raise ValueError(f"k={self.k!r} cannot count blocks; give a whole number of at least 1")
+            raise ValueError(f"k={self.k!r} cannot count blocks; give a whole number of at least 2")
+        if self.k == 1:
+            raise ValueError(
+                "k=1 leaves every block as it is and recomputes nothing; give a whole number of at least 2"
+            )
         is_number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
         if self.budget is not None and not (is_number and 0 < self.budget <= 1):
             raise ValueError(
