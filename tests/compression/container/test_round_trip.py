@@ -215,3 +215,27 @@ def test_the_working_directory_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="working directory"):
         save_compressed(nn.Linear(4, 2), ".")
+
+
+class Activated(pl.LightningModule):
+    """Has an activation that no hyper-parameters tell of."""
+
+    def __init__(self, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), activation())
+
+
+def test_a_module_built_with_arguments_that_were_not_saved_is_not_rebuilt_as_another(tmp_path):
+    folder = save_compressed(Activated(nn.Tanh), tmp_path / "net")
+    with pytest.raises(CompressedFileError, match=r"builds ReLU as `net.1`, where the saved one had Tanh.*module="):
+        load_compressed(folder)
+    assert isinstance(load_compressed(folder, Activated(nn.Tanh)).net[1], nn.Tanh)
+    assert isinstance(load_compressed(save_compressed(Activated(), tmp_path / "other")).net[1], nn.ReLU)
+
+
+def test_a_folder_of_before_submodules_were_recorded_is_read(tmp_path):
+    folder = save_compressed(Activated(), tmp_path / "net")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["submodules"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert isinstance(load_compressed(folder), Activated)
