@@ -109,7 +109,8 @@ def _check_submodules(skeleton: nn.Module, recorded: Any) -> None:
         if made != had and not is_synced:
             raise CompressedFileError(
                 f"{type(skeleton).__name__} builds {made} as `{name}`, where the saved one had {had}: its "
-                "hyper-parameters were not all saved. Give `module`, one built as that which was saved: `load_compressed(path, module=...)`."
+                "hyper-parameters were not all saved. Give `module`, one built as that which was saved: "
+                "`load_compressed(path, module=...)`."
             )
 
 
