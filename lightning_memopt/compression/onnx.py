@@ -56,10 +56,17 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
             f"{type(module).__name__} cannot be exported to ONNX: {type(error).__name__}: "
             f"{' '.join(str(error).split())}"
         ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    leaves = [leaf for leaf in tree_leaves((positional, named)) if isinstance(leaf, Tensor)]
-    feeds = {one.name: leaf.numpy(force=True) for one, leaf in zip(session.get_inputs(), leaves, strict=True)}
-    results = [torch.as_tensor(result) for result in session.run(None, feeds)]
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        leaves = [leaf for leaf in tree_leaves((positional, named)) if isinstance(leaf, Tensor)]
+        feeds = {one.name: leaf.numpy(force=True) for one, leaf in zip(session.get_inputs(), leaves, strict=True)}
+        results = [torch.as_tensor(result) for result in session.run(None, feeds)]
+    except Exception as error:  # onnxruntime has errors of its own for each reason
+        path.unlink()
+        raise ValueError(
+            f"{type(module).__name__} is exported, but onnxruntime cannot run the file, which is removed: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     check_same(module, path, results, expected, "onnxruntime", rtol=rtol, atol=atol)
     return path
 

@@ -54,3 +54,13 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="Branching cannot be exported to ONNX"):
         export_onnx(Branching(), torch.ones(2, 3), tmp_path / "net.onnx")
     assert not (tmp_path / "net.onnx").exists()
+
+
+def test_a_file_that_onnxruntime_cannot_load_is_refused_and_removed(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel for this operator")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", fail)
+    with pytest.raises(ValueError, match=r"Linear is exported, but onnxruntime cannot run .* no kernel"):
+        export_onnx(nn.Linear(4, 2), torch.randn(3, 4), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
