@@ -61,6 +61,8 @@ class Recipe:
         steps = [steps] if isinstance(steps, str | Mapping) else steps
         if not isinstance(steps, list):
             raise ValueError(f"quantize is a scheme, a mapping, or a list of these, not {steps!r}")
+        if not steps and set(content) == {"quantize"}:
+            raise ValueError("quantize is an empty list and the only step, so that the recipe asks for nothing")
         return cls(
             prune=_checked("prune", content["prune"]) if "prune" in content else None,
             cluster=_checked("cluster", content["cluster"]) if "cluster" in content else None,

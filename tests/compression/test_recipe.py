@@ -79,6 +79,7 @@ def test_steps_are_done_in_order_and_zeros_survive_quantization():
     ("content", "said"),
     [
         ({}, "names some of prune"),
+        ({"quantize": []}, "asks for nothing"),
         ({"distil": 1}, "distil is no step"),
         ({"prune": 0.5}, "prune takes arguments"),
         ({"prune": {}}, "prune lacks amount"),
