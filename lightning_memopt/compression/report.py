@@ -49,7 +49,7 @@ class CompressionReport(JsonReport):
         sparsity: Share of zeros over all weights.
         eligible_sparsity: Share of zeros over the weights that were to be pruned; ``None`` where none were named.
         latency: Seconds before and after, by size of the batch, as far as it was measured.
-        metrics_before: The validation metrics, as the module logs them; empty where no gate was asked for.
+        metrics_before: The validation metrics, as the module logs them; empty without validation.
         metrics_after: The same of the compressed module.
         skipped: Why a weight was left alone, by its name.
         skipped_bytes: What it takes in memory.
