@@ -17,7 +17,7 @@ Attributes = dict[str, Any]
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The class of ``module``, its hyper-parameters, its submodules, and attributes that a module so built has not.
+    """The class of ``module``, its hyper-parameters, and what a module so built has not.
 
     A shrunk module differs from what its class builds in sizes that modules keep as plain attributes
     (``in_features``, ``num_heads``). Where nothing can be built to compare with, those of all modules with parameters
@@ -41,8 +41,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
             edits[name] = {"attributes": {key: _to_json(value) for key, value in recorded.items()}}
         if sizes := _changed_config(part, others.get(name), seen):
             edits.setdefault(name, {"attributes": {}})["config"] = sizes
-    path = f"{cls.__module__}:{cls.__qualname__}"
-    return {"class": path, "arguments": arguments, "submodules": _submodules(module), "edits": edits}
+    described = {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments, "edits": edits}
+    other = _first_other(module, others)
+    return described if other is None else {**described, "other": other}
 
 
 def build(manifest: Mapping[str, Any], module: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
@@ -58,21 +59,25 @@ def build(manifest: Mapping[str, Any], module: nn.Module | Callable[[], nn.Modul
         if not isinstance(skeleton, nn.Module):
             raise ValueError(f"`module` made a {type(skeleton).__name__}, which is no nn.Module.")
     _configure(skeleton)
-    if module is None:
-        _check_submodules(skeleton, manifest.get("submodules"))
     for name, edit in manifest["edits"].items():
         _edit(skeleton, name, edit)
     return skeleton
 
 
 def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
-    path, arguments = manifest.get("class"), manifest.get("arguments")
+    path, arguments, other = (manifest.get(key) for key in ("class", "arguments", "other"))
     advice = "Give `module`, one built as that which was saved: `load_compressed(path, module=...)`."
     if not isinstance(path, str) or path.count(":") != 1 or "<" in path:
         raise CompressedFileError(f"The class {path!r} cannot be imported. {advice}")
     if not isinstance(arguments, dict):
         raise CompressedFileError(
             f"The hyper-parameters of {path} were not saved: they are not plain values. {advice}"
+        )
+    if other is not None:
+        name, had, made = other if isinstance(other, list) and len(other) == 3 else ["?"] * 3
+        raise CompressedFileError(
+            f"{path} builds {made} as `{name}`, where the saved one had {had}: its hyper-parameters were not all "
+            f"saved. {advice}"
         )
     home, _, qualified = path.partition(":")
     try:
@@ -91,27 +96,14 @@ def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def _submodules(module: nn.Module) -> dict[str, str]:
-    """The names of the classes of all modules within ``module``, by name."""
-    return {name: type(part).__name__ for name, part in module.named_modules(remove_duplicate=False) if name}
-
-
-def _check_submodules(skeleton: nn.Module, recorded: Any) -> None:
-    """Raise where the constructor made other modules: by arguments that ``save_hyperparameters`` did not keep."""
-    if recorded is None:  # an earlier version recorded none
-        return
-    if not isinstance(recorded, dict):
-        raise CompressedFileError(f"The manifest is damaged: its 'submodules' is {type(recorded).__name__}.")
-    built = _submodules(skeleton)
-    for name in [*recorded, *built]:
-        made, had = built.get(name, "nothing"), recorded.get(name, "nothing")
+def _first_other(module: nn.Module, fresh: Mapping[str, nn.Module]) -> list[str] | None:
+    """The first submodule for which the constructor makes another class: its name, its class, and what is made."""
+    for name, part in module.named_modules():
+        had, made = type(part).__name__, type(fresh.get(name, part)).__name__
         is_synced = had == "SyncBatchNorm" and made.startswith("BatchNorm")  # by the trainer, and the same alone
-        if made != had and not is_synced:
-            raise CompressedFileError(
-                f"{type(skeleton).__name__} builds {made} as `{name}`, where the saved one had {had}: its "
-                "hyper-parameters were not all saved. Give `module`, one built as that which was saved: "
-                "`load_compressed(path, module=...)`."
-            )
+        if name and had != made and not is_synced:
+            return [name, had, made]
+    return None
 
 
 def _changed_config(part: nn.Module, fresh: nn.Module | None, seen: set[int]) -> Attributes:

@@ -231,11 +231,3 @@ def test_a_module_built_with_arguments_that_were_not_saved_is_not_rebuilt_as_ano
         load_compressed(folder)
     assert isinstance(load_compressed(folder, Activated(nn.Tanh)).net[1], nn.Tanh)
     assert isinstance(load_compressed(save_compressed(Activated(), tmp_path / "other")).net[1], nn.ReLU)
-
-
-def test_a_folder_of_before_submodules_were_recorded_is_read(tmp_path):
-    folder = save_compressed(Activated(), tmp_path / "net")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["submodules"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert isinstance(load_compressed(folder), Activated)
