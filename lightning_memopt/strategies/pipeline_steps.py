@@ -47,7 +47,7 @@ class PipelineSteps:
         self._metrics = {name: part for name, part in self._module.named_modules() if isinstance(part, Metric)}
         self._stale: set[Metric] = set()
         self._compared: set[tuple[str, int]] = set()
-        self._random_state: Tensor | None = None
+        self._random_state: bytes | None = None
 
     # What Lightning calls
 
@@ -105,14 +105,14 @@ class PipelineSteps:
         Stages draw unequally many of them, and what loaders draw next, for the order of an epoch or to augment a
         sample, has to be the same on all ranks.
         """
-        outside = torch.get_rng_state()
+        outside = _random_state()
         if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+            _set_random_state(self._random_state)
         try:
             return self._train(*args)
         finally:
-            self._random_state = torch.get_rng_state()
-            torch.set_rng_state(outside)
+            self._random_state = _random_state()
+            _set_random_state(outside)
 
     def _train(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> ClosureResult:
         optimization = self._trainer.fit_loop.epoch_loop.automatic_optimization
@@ -275,6 +275,15 @@ def _to_host(leaf: Any) -> Any:
             )
         return LogRecord(leaf.fx, leaf.name, tree_map(_to_host, leaf.value), leaf.is_metric, leaf.options)
     return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def _random_state() -> bytes:
+    """Of torch's generator for the CPU; no tensor, which would be counted in what the step takes."""
+    return torch.get_rng_state().numpy().tobytes()
+
+
+def _set_random_state(state: bytes) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _do_nothing(*_: Any) -> None:
