@@ -186,6 +186,7 @@ class PipelineParallelStrategy(MemoptStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._refuse_to_save_after_failure()  # others may be anywhere then, and sharing would wait for them
         if self.pipeline is not None:
             self.pipeline.share_buffers()
         return super().lightning_module_state_dict()
