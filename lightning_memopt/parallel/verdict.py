@@ -45,6 +45,7 @@ class Beat:
         progress: How many phases it has entered.
         waits: Whether its training thread is inside ``torch.distributed``: for others, as far as one can see.
         where: The line of code that the training thread is at.
+        idle: Seconds for which its process has computed, read and written nothing.
         done: It has finished, or knows of the failure and is ending.
     """
 
@@ -56,6 +57,7 @@ class Beat:
     progress: int = 0
     waits: bool = False
     where: str = ""
+    idle: float = 0.0
     done: bool = False
 
     def encode(self) -> str:
@@ -97,23 +99,39 @@ def find_silent(beats: Mapping[int, Beat], silence: Mapping[int, float], limit: 
 
 
 def find_stuck(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: float) -> RankFailure | None:
-    """The rank that all wait for, if no rank has entered a new phase for ``limit`` seconds.
+    """The rank that all wait for, if no rank has entered a new phase for ``limit`` seconds."""
+    waited_for = _waited_for(beats, stillness, limit)
+    if waited_for is None:
+        return None
+    return waited_for.failure(
+        f"the others have waited for it for {stillness[waited_for.rank]:.0f} s; it is stuck at {waited_for.where}"
+    )
 
-    It is the one that is behind the others, or the only one that waits for nobody. Where that does not single one
-    out, which rank the others wait for cannot be told and nothing is said.
+
+def find_idle(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: float) -> RankFailure | None:
+    """The rank that all have waited for for ``limit`` seconds, if it has done nothing for as long."""
+    waited_for = _waited_for(beats, stillness, limit)
+    if waited_for is None or waited_for.idle <= limit:
+        return None
+    return waited_for.failure(
+        f"the others have waited for it for {stillness[waited_for.rank]:.0f} s, and it has computed, read and "
+        f"written nothing for {waited_for.idle:.0f} s; it hangs at {waited_for.where}"
+    )
+
+
+def _waited_for(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: float) -> Beat | None:
+    """The rank that is behind the others, or the only one that waits for nobody.
+
+    Where that does not single one out, which rank the others wait for cannot be told and nothing is said.
     """
     running = [beat for beat in beats.values() if not beat.done]
-    if not running or min(stillness[beat.rank] for beat in running) <= limit:
+    if len(running) < 2 or min(stillness[beat.rank] for beat in running) <= limit:
         return None
     last = min(beat.progress for beat in running)
     behind = [beat for beat in running if beat.progress == last]
     if len(behind) > 1:
         behind = [beat for beat in behind if not beat.waits]
-    if len(behind) != 1:
-        return None
-    return behind[0].failure(
-        f"the others have waited for it for {stillness[behind[0].rank]:.0f} s; it is stuck at {behind[0].where}"
-    )
+    return behind[0] if len(behind) == 1 else None
 
 
 def is_echo(error: BaseException) -> bool:

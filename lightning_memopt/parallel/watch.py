@@ -14,10 +14,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from lightning_memopt.parallel.idleness import Idleness, is_debugged
 from lightning_memopt.parallel.verdict import (
     Beat,
     RankFailure,
     find_dead,
+    find_idle,
     find_silent,
     find_stuck,
     is_echo,
@@ -30,6 +32,7 @@ _STORE_ANSWERS_SECONDS = 5
 _BETWEEN_SIGNS_SECONDS = 0.05  # at least: a thread that gives signs takes time from the one that trains
 _BETWEEN_READINGS_SECONDS = 0.2
 _LONG_SILENCE_SECONDS = 5
+_LONG_PHASE_SECONDS = 5
 
 
 class RankWatch:
@@ -48,6 +51,9 @@ class RankWatch:
             own, so computing, compiling or validating for long is not silence.
         stuck_seconds: Ranks that all stay in one phase for so long have failed, by the fault of the one that the
             others wait for; ``None``: never, since a long validation on one rank looks the same.
+        idle_seconds: Likewise where the one that the others wait for does nothing at all meanwhile (see
+            :class:`~lightning_memopt.parallel.idleness.Idleness`), which no validation looks like. Before the first
+            phase, where data are prepared, and in a debugger ranks may wait for long.
         grace_seconds: How long the training thread is given to raise by itself.
 
     Example:
@@ -58,10 +64,15 @@ class RankWatch:
     """
 
     def __init__(
-        self, silent_seconds: float = 30, stuck_seconds: float | None = None, grace_seconds: float = 10
+        self,
+        silent_seconds: float = 30,
+        stuck_seconds: float | None = None,
+        idle_seconds: float = 45,
+        grace_seconds: float = 10,
     ) -> None:
         self.silent_seconds = silent_seconds
         self.stuck_seconds = stuck_seconds
+        self.idle_seconds = idle_seconds
         self.grace_seconds = grace_seconds
         self.interval = min(1.0, silent_seconds / 10)
         self.phase = "setup"
@@ -95,6 +106,7 @@ class RankWatch:
         self._beats: dict[int, Beat] = {}
         self._changed = dict.fromkeys(range(self.world_size), time.monotonic())
         self._moved = dict(self._changed)
+        self._idleness = Idleness(self.idle_seconds)
         self._beat()
         self._thread = threading.Thread(target=self._run, name="lightning_memopt-watch", daemon=True)
         self._thread.start()
@@ -161,7 +173,7 @@ class RankWatch:
     def _look(self) -> RankFailure | None:
         """Give a sign of life, read the others', and judge them."""
         waits, where = position_of(self._watched_thread)  # takes longer than a sign, and matters where nothing moves
-        self._own = replace(self._own, waits=waits, where=where)
+        self._own = replace(self._own, waits=waits, where=where, idle=self._idle_for())
         try:
             self._beat()
             self._read(range(self.world_size))
@@ -172,9 +184,18 @@ class RankWatch:
             return RankFailure(*json.loads(told))
         others = {rank: beat for rank, beat in self._beats.items() if rank != self.rank}
         failure = find_dead(others) or find_silent(others, self._since(self._changed), self.silent_seconds)
-        if failure is None and self.stuck_seconds is not None and len(self._beats) == self.world_size:
-            failure = find_stuck(self._beats, self._since(self._moved), self.stuck_seconds)
+        if failure is None and len(self._beats) == self.world_size:
+            failure = find_idle(self._beats, self._since(self._moved), self.idle_seconds)
+            if failure is None and self.stuck_seconds is not None:
+                failure = find_stuck(self._beats, self._since(self._moved), self.stuck_seconds)
         return failure
+
+    def _idle_for(self) -> float:
+        """Seconds for which this rank has done nothing in the phase that it is in; asked only where that is long."""
+        still = self._since(self._moved)[self.rank] > _LONG_PHASE_SECONDS
+        if self.progress == 0 or not still or is_debugged(self._watched_thread):
+            self._idleness.begin()
+        return self._idleness.seconds()
 
     def _store_is_gone(self, error: RuntimeError) -> RankFailure | None:
         host = self._beats.get(0)

@@ -21,8 +21,9 @@ class WatchedStrategy(SavingStrategy):
 
     Args:
         silent_seconds: A rank whose process gives no sign of life for so long has failed, and all ranks end with an
-            error that names it.
-        stuck_seconds: Likewise for a rank that lives and that all others have waited for for so long; ``None``: only
+            error that names it. So has one that lives, but computes, reads and writes nothing for one and a half
+            times as long while all others wait for it.
+        stuck_seconds: Likewise for a rank that works and that all others have waited for for so long; ``None``: only
             when ``timeout`` ends a collective, since a long validation on one rank looks the same.
         **options: What :class:`~lightning_memopt.strategies.saving.SavingStrategy` takes.
     """
@@ -31,7 +32,7 @@ class WatchedStrategy(SavingStrategy):
         super().__init__(**options)
         self._failed = False
         self._batch: int | None = None
-        self._watch = RankWatch(silent_seconds, stuck_seconds)
+        self._watch = RankWatch(silent_seconds, stuck_seconds, idle_seconds=1.5 * silent_seconds)
 
     @override
     def setup_environment(self) -> None:

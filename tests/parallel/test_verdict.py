@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -9,6 +10,7 @@ from lightning_memopt.parallel.verdict import (
     Beat,
     RankFailure,
     find_dead,
+    find_idle,
     find_silent,
     find_stuck,
     is_echo,
@@ -37,6 +39,19 @@ def test_of_ranks_in_the_same_phase_the_one_that_waits_for_nobody_is_stuck() -> 
     failure = find_stuck(beats(5, 5, 5, waits=(0, 2)), still, limit=10)
     assert failure is not None and failure.rank == 1
     assert find_stuck(beats(5, 5, 5), still, limit=10) is None, "a guess"
+
+
+def test_a_rank_that_the_others_wait_for_hangs_only_if_it_does_nothing() -> None:
+    still, idle = dict.fromkeys(range(3), 11.0), beats(5, 5, 5, waits=(0, 2))
+    assert find_idle(idle, still, limit=10) is None, "it computes"
+    idle[1] = replace(idle[1], idle=11.0)
+    failure = find_idle(idle, still, limit=10)
+    assert failure is not None and failure.rank == 1 and "nothing for 11 s" in str(failure)
+
+
+def test_nobody_waits_for_the_last_rank_that_runs() -> None:
+    alone = beats(4, 5, 5, done=(1, 2))
+    assert find_stuck(alone, dict.fromkeys(range(3), 11.0), limit=10) is None
 
 
 def test_the_rank_that_was_silent_longest_is_named_unless_it_is_done() -> None:

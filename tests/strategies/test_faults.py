@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +40,12 @@ class Fault:
     place: str
     act: Callable[[], object]
     rank: int | tuple[int, ...] = 1
+    struck: bool = False
 
     def strike(self, place: str, batch: int, rank: int) -> None:
         ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
-        if place == self.place and batch == BATCH and rank in ranks:
+        if place == self.place and batch == BATCH and rank in ranks and not self.struck:
+            self.struck = True  # once, however many micro-batches there are
             time.sleep(0.5)  # for the others to hear that it got here
             self.act()
 
@@ -187,10 +191,33 @@ def test_all_end_and_name_a_rank_that_the_others_wait_for(name: str, tmp_path: A
         assert ending.failed_with("Rank 1 ", "forward of batch 2", "waited for it", "test_faults.py"), ending
 
 
+@pytest.mark.parametrize("name", ONE_FAST)
+def test_all_end_and_name_a_rank_that_lives_and_does_nothing(name: str, tmp_path: Any) -> None:
+    fault = Fault("forward", lambda: time.sleep(1000))
+    for ending in fit_with(name, fault, tmp_path, silent_seconds=4):
+        assert ending.failed_with(
+            "Rank 1 ", "forward of batch 2", "computed, read and written nothing", "test_faults.py"
+        ), ending
+
+
+def compute_for(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(1000))
+
+
+def wait_for_a_process(seconds: float) -> None:
+    subprocess.run(
+        [sys.executable, "-c", f"import time; end = time.time() + {seconds}\nwhile time.time() < end: pass"],
+        check=True,
+    )
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("work", [compute_for, wait_for_a_process])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_rank_that_is_slow_is_waited_for(name: str, tmp_path: Any) -> None:
-    for ending in fit_with(name, Fault("forward", lambda: time.sleep(8)), tmp_path, silent_seconds=4):
+def test_a_rank_that_is_slow_is_waited_for(name: str, work: Callable[[float], None], tmp_path: Any) -> None:
+    for ending in fit_with(name, Fault("forward", lambda: work(10)), tmp_path, silent_seconds=4):
         assert ending.code == 0, ending
 
 
