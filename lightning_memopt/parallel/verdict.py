@@ -120,18 +120,21 @@ def find_idle(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: 
 
 
 def _waited_for(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: float) -> Beat | None:
-    """The rank that is behind the others, or the only one that waits for nobody.
+    """The only rank that waits for nobody; else, where waits are not seen (on GPUs), the one behind the others.
 
-    Where that does not single one out, which rank the others wait for cannot be told and nothing is said.
+    A later stage of a pipeline is behind an earlier one that hangs. Where neither singles out a rank, which one the
+    others wait for cannot be told and nothing is said.
     """
     running = [beat for beat in beats.values() if not beat.done]
     if len(running) < 2 or min(stillness[beat.rank] for beat in running) <= limit:
         return None
     last = min(beat.progress for beat in running)
     behind = [beat for beat in running if beat.progress == last]
-    if len(behind) > 1:
-        behind = [beat for beat in behind if not beat.waits]
-    return behind[0] if len(behind) == 1 else None
+    for candidates in ([beat for beat in running if not beat.waits], behind):
+        if len(candidates) == 1:
+            return candidates[0]
+    at_work = [beat for beat in behind if not beat.waits]
+    return at_work[0] if len(at_work) == 1 else None
 
 
 def is_echo(error: BaseException) -> bool:

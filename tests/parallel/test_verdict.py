@@ -41,6 +41,11 @@ def test_of_ranks_in_the_same_phase_the_one_that_waits_for_nobody_is_stuck() -> 
     assert find_stuck(beats(5, 5, 5), still, limit=10) is None, "a guess"
 
 
+def test_a_rank_that_is_behind_because_it_waits_for_another_is_not_the_one_that_is_stuck() -> None:
+    failure = find_stuck(beats(5, 5, 5, 4, waits=(0, 2, 3)), dict.fromkeys(range(4), 11.0), limit=10)
+    assert failure is not None and failure.rank == 1
+
+
 def test_a_rank_that_the_others_wait_for_hangs_only_if_it_does_nothing() -> None:
     still, idle = dict.fromkeys(range(3), 11.0), beats(5, 5, 5, waits=(0, 2))
     assert find_idle(idle, still, limit=10) is None, "it computes"

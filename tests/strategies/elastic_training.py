@@ -1,12 +1,13 @@
 """A training script as a user writes it, for ``torchrun`` and other launchers: resumes from its newest checkpoint.
 
-Usage: ``elastic_training.py STRATEGY FOLDER [--nodes N] [--kill RANK BATCH]``. ``FOLDER/losses`` gets a line
-``step loss`` from rank 0 for each batch; with ``--kill`` that rank kills itself there, in the first run only.
+Usage: ``elastic_training.py STRATEGY FOLDER [--nodes N] [--fail RANK BATCH] [--how FAULT]``. ``FOLDER/losses`` gets a
+line ``step loss`` from rank 0 for each batch; with ``--fail`` that rank fails there, in the first run only.
 """
 
 import argparse
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,29 @@ SHARING = {"memopt_pp": 2, "memopt_tp": 2, "pipeline_of_replicas": 2}
 BATCHES, EPOCHS = 4, 3
 
 
+def _raise() -> None:
+    raise ValueError("a bad sample")
+
+
+FAULTS: dict[str, Callable[[], object]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "raise": _raise,
+    "hang": lambda: time.sleep(1000),
+    "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
+}
+
+
 class Module(pl.LightningModule):
-    def __init__(self, folder: Path, kill: tuple[int, int] | None) -> None:
+    def __init__(self, folder: Path, fails: tuple[int, int] | None, fault: Callable[[], object]) -> None:
         super().__init__()
         blocks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4)]
         self.layers = nn.Sequential(*blocks, nn.Linear(16, 1))
-        self.folder, self.kill = folder, kill
+        self.folder, self.fails, self.fault = folder, fails, fault
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.kill == (self.global_rank, self.global_step) and not (self.folder / "killed").exists():
-            (self.folder / "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fails == (self.global_rank, self.global_step) and not (self.folder / "failed").exists():
+            (self.folder / "failed").touch()
+            self.fault()
         samples, targets = batch
         return nn.functional.mse_loss(self.layers(samples), targets)
 
@@ -62,7 +75,8 @@ def main() -> None:
     parser.add_argument("strategy", choices=STRATEGIES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--kill", type=int, nargs=2)
+    parser.add_argument("--fail", type=int, nargs=2)
+    parser.add_argument("--how", choices=FAULTS, default="kill")
     arguments = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
     torch.set_num_threads(1)
@@ -81,8 +95,8 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    kill = None if arguments.kill is None else tuple(arguments.kill)
-    trainer.fit(Module(arguments.folder, kill), loader, ckpt_path="last")
+    fails = None if arguments.fail is None else tuple(arguments.fail)
+    trainer.fit(Module(arguments.folder, fails, FAULTS[arguments.how]), loader, ckpt_path="last")
 
 
 if __name__ == "__main__":

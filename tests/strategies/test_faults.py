@@ -16,18 +16,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_memopt import full_state_dict, latest_checkpoint
 from lightning_memopt.strategies.data_parallel import DataParallelStrategy
+from lightning_memopt.strategies.hybrid import HybridStrategy
 from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
 from lightning_memopt.strategies.tensor import TensorParallelStrategy
 from tests.ending import Ending, end_of_ranks
 
 STRATEGIES: dict[str, Callable[..., Any]] = {
     "memopt_ddp": lambda **options: DataParallelStrategy("none", **options),
+    "memopt_zero1": lambda **options: DataParallelStrategy("optimizer", **options),
+    "memopt_zero2": lambda **options: DataParallelStrategy("gradients", **options),
     "memopt_zero3": lambda **options: DataParallelStrategy("parameters", **options),
     "memopt_tp": lambda **options: TensorParallelStrategy(**options),
     "memopt_pp": lambda **options: PipelineParallelStrategy(**options),
+    "memopt_hybrid": lambda **options: HybridStrategy(pipeline=2, shard=2, **options),
 }
 """As a user gives them; one row each."""
+
+RANKS = dict.fromkeys(STRATEGIES, 2) | {"memopt_hybrid": 4}
 
 BATCH = 2
 DEADLINE_SECONDS = 40
@@ -104,7 +111,7 @@ def fit_module(strategy: Any, module: Module, **options: Any) -> None:
     pl.Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=2,
+        devices=int(os.environ["WORLD_SIZE"]),
         max_epochs=1,
         logger=False,
         enable_progress_bar=False,
@@ -118,7 +125,11 @@ def fit_with(name: str, fault: Fault, folder: Any, every: int = 1, **watching: A
         saves = ModelCheckpoint(folder, every_n_train_steps=every, save_last=True, save_on_exception=True)
         fit_module(STRATEGIES[name](**watching), Module(fault), callbacks=[saves])
 
-    return end_of_ranks(fit, 2, DEADLINE_SECONDS)
+    return end_of_ranks(fit, RANKS[name], DEADLINE_SECONDS)
+
+
+def others_than(rank: int, endings: list[Ending]) -> list[Ending]:
+    return [ending for other, ending in enumerate(endings) if other != rank]
 
 
 def send(number: signal.Signals) -> Callable[[], None]:
@@ -150,37 +161,44 @@ ONE_FAST = [pytest.param(name, marks=() if name == "memopt_ddp" else pytest.mark
 def test_the_others_end_and_name_a_rank_that_was_killed(name: str, place: str, tmp_path: Any) -> None:
     # What is struck in the backward is on the first stage of a pipeline.
     killed = 0 if (name, place) == ("memopt_pp", "backward") else 1
-    other = fit_with(name, Fault(place, send(signal.SIGKILL), rank=killed), tmp_path)[1 - killed]
-    assert other.failed_with(f"Rank {killed} ", PLACES[place], "its process ended without a word"), other
+    endings = fit_with(name, Fault(place, send(signal.SIGKILL), rank=killed), tmp_path)
+    for other in others_than(killed, endings):
+        assert other.failed_with(f"Rank {killed} ", PLACES[place], "its process ended without a word"), other
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None and full_state_dict(newest).keys() == Module(None).state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ONE_FAST)
 def test_the_others_end_and_name_rank_0_which_holds_the_store_when_it_is_killed(name: str, tmp_path: Any) -> None:
-    _, other = fit_with(name, Fault("forward", send(signal.SIGKILL), rank=0), tmp_path)
-    assert other.failed_with("Rank 0 ", "forward of batch 2", "its process ended without a word"), other
+    for other in others_than(0, fit_with(name, Fault("forward", send(signal.SIGKILL), rank=0), tmp_path)):
+        assert other.failed_with("Rank 0 ", "forward of batch 2", "its process ended without a word"), other
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
 @pytest.mark.parametrize("name", ONE_FAST)
 def test_the_others_end_with_the_cause_of_a_rank_that_raised(name: str, faulty: int, tmp_path: Any) -> None:
     endings = fit_with(name, Fault("forward", fail, rank=faulty), tmp_path)
-    other, itself = endings[1 - faulty], endings[faulty]
-    assert other.failed_with(f"Rank {faulty} ", "forward of batch 2", "ValueError: a bad sample"), other
+    for other in others_than(faulty, endings):
+        assert other.failed_with(f"Rank {faulty} ", "forward of batch 2", "ValueError: a bad sample"), other
+    itself = endings[faulty]
     assert itself.failed_with("ValueError: a bad sample") and not itself.failed_with("RankFailure"), itself
 
 
 @pytest.mark.parametrize("name", ONE_FAST)
 def test_no_rank_waits_for_a_save_on_exception_when_one_raised(name: str, tmp_path: Any) -> None:
-    other, itself = fit_with(name, Fault("forward", fail), tmp_path, every=100)
-    assert other.failed_with("Rank 1 ", "ValueError: a bad sample"), other
+    endings = fit_with(name, Fault("forward", fail), tmp_path, every=100)
+    for other in others_than(1, endings):
+        assert other.failed_with("Rank 1 ", "ValueError: a bad sample"), other
+    itself = endings[1]
     assert itself.failed_with("ValueError: a bad sample", "no checkpoint is saved"), itself
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_others_end_and_name_a_rank_that_was_stopped(name: str, tmp_path: Any) -> None:
-    other, _ = fit_with(name, Fault("forward", send(signal.SIGSTOP)), tmp_path, silent_seconds=2)
-    assert other.failed_with("Rank 1 ", "forward of batch 2", "no sign of life"), other
+    endings = fit_with(name, Fault("forward", send(signal.SIGSTOP)), tmp_path, silent_seconds=2)
+    for other in others_than(1, endings):
+        assert other.failed_with("Rank 1 ", "forward of batch 2", "no sign of life"), other
 
 
 @pytest.mark.slow

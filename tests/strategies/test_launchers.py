@@ -49,24 +49,35 @@ def losses_in(folder: Path) -> np.ndarray:
     return np.array([losses[step] for step in sorted(losses)])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("killed", [0, 1])
-def test_torchrun_restarts_after_a_kill_with_the_losses_of_the_uninterrupted_run(
-    strategy: str, killed: int, tmp_path: Path
+RESTARTS = [
+    *((strategy, rank, "kill") for strategy in STRATEGIES for rank in (0, 1)),
+    *((strategy, 1, how) for strategy in ("memopt_zero3", "memopt_pp") for how in ("raise", "hang", "sigterm")),
+]
+SAID = {"kill": "", "raise": "ValueError: a bad sample", "hang": "computed, read and written nothing"}
+
+
+@pytest.mark.parametrize(("strategy", "rank", "how"), RESTARTS)
+def test_torchrun_restarts_after_a_fault_with_the_losses_of_the_uninterrupted_run(
+    strategy: str, rank: int, how: str, tmp_path: Path
 ) -> None:
     ranks = 4 if strategy == "pipeline_of_replicas" else 2
     usual = [f"--nproc-per-node={ranks}", "--standalone", "--max-restarts=1", *SCRIPT, strategy]
-    for name in ("whole", "killed"):
+    for name in ("whole", "interrupted"):
         (tmp_path / name).mkdir()
     whole = torchrun(*usual, tmp_path / "whole")
-    interrupted = torchrun(*usual, tmp_path / "killed", "--kill", killed, BATCHES + 2)
+    interrupted = torchrun(*usual, tmp_path / "interrupted", "--fail", rank, BATCHES + 2, "--how", how)
 
     assert whole.returncode == 0, whole.stderr
     assert interrupted.returncode == 0, interrupted.stderr
-    # These batches take milliseconds, less than passes between two signs: which was the last is not said for sure.
-    assert re.search(rf"Rank {killed} \(host \S+\) failed in .+: ", interrupted.stderr), interrupted.stderr
-    assert len((tmp_path / "killed" / "losses").read_text().splitlines()) > BATCHES * EPOCHS, "nothing was done again"
-    np.testing.assert_allclose(losses_in(tmp_path / "killed"), losses_in(tmp_path / "whole"), rtol=1e-5)
+    if how == "sigterm":
+        assert f"Rank {rank} received SIGTERM" in interrupted.stderr, interrupted.stderr
+    else:
+        # These batches take milliseconds, less than passes between two signs: which was the last is not said for sure.
+        said = rf"Rank {rank} \(host \S+\) failed in .+: .*{SAID[how]}"
+        assert re.search(said, interrupted.stderr), interrupted.stderr
+    done = (tmp_path / "interrupted" / "losses").read_text().splitlines()
+    assert len(done) > BATCHES * EPOCHS, "nothing was done again"
+    np.testing.assert_allclose(losses_in(tmp_path / "interrupted"), losses_in(tmp_path / "whole"), rtol=1e-5)
 
 
 class TwoHosts:
@@ -159,7 +170,7 @@ def test_two_hosts_have_the_losses_of_as_many_ranks_on_one(strategy: str, hosts:
 def test_a_rank_killed_on_one_host_ends_the_other_host_with_its_name(
     strategy: str, hosts: TwoHosts, tmp_path: Path
 ) -> None:
-    (other, said), (killed, _) = on_both(hosts, strategy, tmp_path, "--kill", 1, BATCHES + 2)
+    (other, said), (killed, _) = on_both(hosts, strategy, tmp_path, "--fail", 1, BATCHES + 2)
     assert other != 0 and killed != 0
     assert "Rank 1 (host " in said and "RankFailure" in said, said
 
