@@ -60,9 +60,13 @@ CASES: dict[str, Case] = {
     "memopt_zero1": _by_name("memopt_zero1", shard=2),
     "memopt_zero2": _by_name("memopt_zero2", shard=2),
     "memopt_zero3": _by_name("memopt_zero3", shard=2),
+    "memopt_zero3_offload": _by_name("memopt_zero3_offload", shard=2),
     "memopt_tp": _by_name("memopt_tp", tensor=2),
     "memopt_pp": _by_name("memopt_pp", pipeline=2),
     "hybrid: shard x tensor": _hybrid(shard=2, tensor=2),
+    "hybrid: data x shard": _hybrid(data=2, shard=2),
+    "hybrid: data x tensor": _hybrid(data=2, tensor=2),
+    "hybrid: pipeline x data": _hybrid(pipeline=2, data=2),
     "hybrid: pipeline x shard": _hybrid(pipeline=2, shard=2),
     "hybrid: pipeline x tensor": _hybrid(pipeline=2, tensor=2),
 }

@@ -49,7 +49,10 @@ FEW = ("checkpointing_full", "micro_batching", "mixed_fp16")
     [
         pytest.param("memopt_zero3", FEW, id="few"),
         pytest.param("memopt_zero3", tuple(TECHNIQUES), id="memopt_zero3", marks=pytest.mark.slow),
-        pytest.param("memopt_ddp", tuple(TECHNIQUES), id="memopt_ddp", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, tuple(TECHNIQUES), id=name, marks=pytest.mark.slow)
+            for name in ("memopt_ddp", "memopt_zero1", "memopt_zero2", "memopt_hybrid")
+        ),
     ],
 )
 def test_each_technique_gives_the_losses_of_one_device(strategy, techniques):

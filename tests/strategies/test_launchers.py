@@ -72,7 +72,7 @@ def test_torchrun_restarts_after_a_fault_with_the_losses_of_the_uninterrupted_ru
     if how == "sigterm":
         assert f"Rank {rank} received SIGTERM" in interrupted.stderr, interrupted.stderr
     else:
-        # These batches take milliseconds, less than passes between two signs: which was the last is not said for sure.
+        # These batches take milliseconds, less than passes between two signs: which was the last is not sure.
         said = rf"Rank {rank} \(host \S+\) failed in .+: .*{SAID[how]}"
         assert re.search(said, interrupted.stderr), interrupted.stderr
     done = (tmp_path / "interrupted" / "losses").read_text().splitlines()
