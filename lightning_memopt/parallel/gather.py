@@ -51,7 +51,8 @@ def gather_module_state(module: nn.Module, keep: bool) -> dict[str, Any]:
 
     Args:
         module: A module of which ranks hold shards or parts; what is plain and theirs is taken as it is.
-        keep: Whether this rank wants it (the writer); an empty dict otherwise.
+        keep: Whether this rank wants it (the writer). Others get the same names with tensors on the meta device: what
+            the user's hooks do to names, types and shapes they can do on every rank.
     """
     state = module.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones are recognized
     tensors = {id(value): value for value in state.values() if isinstance(value, Tensor)}
@@ -60,7 +61,7 @@ def gather_module_state(module: nn.Module, keep: bool) -> dict[str, Any]:
         for (key, value), owner in zip(tensors.items(), find_owners(tensors.values()), strict=True)
     }
     if not keep:
-        return {}
+        whole = {key: torch.empty(like.shape, dtype=like.dtype, device="meta") for key, like in tensors.items()}
     for name, value in state.items():
         state[name] = whole.get(id(value), value)
     return state
@@ -71,7 +72,7 @@ def gather_optimizer_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
 
     Args:
         optimizer: An optimizer over all of the model's parameters, sharded or held elsewhere as they may be.
-        keep: Whether this rank wants it (the writer); an empty dict otherwise.
+        keep: Whether this rank wants it (the writer); the groups alone, without state, otherwise.
     """
     state_dict = optimizer.state_dict()
     parameters = _by_key(state_dict, optimizer)
@@ -81,7 +82,7 @@ def gather_optimizer_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
         if entry is not None:
             state[key] = entry
     state = {key: state[key] for key in [*parameters, *state] if key in state}  # as one device orders them
-    return {**state_dict, "state": state} if keep else {}
+    return {**state_dict, "state": state if keep else {}}
 
 
 def shard_module_state(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

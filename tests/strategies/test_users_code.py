@@ -1,0 +1,82 @@
+"""What users write in hooks, callbacks and steps works under every strategy as on one device, or is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import lightning_memopt as memopt
+from tests.distributed import run_on_ranks
+from tests.zoo import ZOO
+
+
+class Net(pl.LightningModule):
+    """Blocks, a loss and an optimizer; tests add what is theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def _loader(batches: int = 4) -> DataLoader:
+    return ZOO["mlp"].loader(batches, batch_size=8)
+
+
+def _trainer(strategy: Any, **options: Any) -> pl.Trainer:
+    usual: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 2, "max_epochs": 1, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "enable_checkpointing": False, "use_distributed_sampler": False,
+    }  # fmt: skip
+    return pl.Trainer(strategy=strategy, **(usual | options))
+
+
+MAKE: dict[str, Callable[[], Any]] = {
+    "ddp": lambda: memopt.DataParallelStrategy(),
+    "zero1": lambda: memopt.DataParallelStrategy("optimizer"),
+    "zero2": lambda: memopt.DataParallelStrategy("gradients"),
+    "zero3": lambda: memopt.DataParallelStrategy("parameters"),
+    "tp": lambda: memopt.TensorParallelStrategy(),
+    "pp": lambda: memopt.PipelineParallelStrategy(microbatches=2),
+}
+
+
+class DropsFromCheckpoints(Net):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        state.pop("net.4.bias")
+        checkpoint["state_dict"] = {f"old.{name}": value.half() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "tp", "pp"])
+def test_a_hook_edits_the_state_dict_of_a_checkpoint_on_every_rank(strategy: str, tmp_path: Path) -> None:
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "during.ckpt")
+
+    def fit_and_save() -> None:
+        trainer = _trainer(MAKE[strategy](), callbacks=[Saves()])
+        trainer.fit(DropsFromCheckpoints(), _loader())
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+
+    run_on_ranks(fit_and_save, 2)
+    names = [f"old.{name}" for name in Net().state_dict() if name != "net.4.bias"]
+    for file in ("during.ckpt", "after.ckpt"):
+        state = torch.load(tmp_path / file, weights_only=True)["state_dict"]
+        assert list(state) == names
+        assert all(value.device.type == "cpu" and value.dtype == torch.half for value in state.values())
