@@ -178,10 +178,12 @@ class PipelineSteps:
         return dist.get_rank() == self._pipeline.last_rank
 
     def _finish(self, output: Any, logs: LogsOfMicroBatches) -> Any:
-        """Give every rank what the last stage returned and logged."""
+        """Give every rank what the last stage returned and logged, and whether it is to be the last step."""
         self._stale = set(self._metrics.values())
         records = logs.records() if self._has_last_stage else []
-        output, records = self._from_last_stage((output, records))
+        output, records, stops = self._from_last_stage((output, records, self._trainer.should_stop))
+        if stops:  # where the step set it behind the last block, the other stages have not been
+            self._trainer.should_stop = True
         results = self._trainer._results
         for record in records:
             value = record.value

@@ -80,3 +80,28 @@ def test_a_hook_edits_the_state_dict_of_a_checkpoint_on_every_rank(strategy: str
         state = torch.load(tmp_path / file, weights_only=True)["state_dict"]
         assert list(state) == names
         assert all(value.device.type == "cpu" and value.dtype == torch.half for value in state.values())
+
+
+class StopsInStep(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 1:
+            self.trainer.should_stop = True
+        return loss
+
+
+class StopsInValidation(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        self.trainer.should_stop = not self.trainer.sanity_checking
+
+
+@pytest.mark.parametrize("module", [StopsInStep, StopsInValidation])
+def test_a_step_that_stops_the_trainer_stops_every_stage_after_the_batch(module: type[Net]) -> None:
+    def fit() -> tuple[int, int]:
+        trainer = _trainer(MAKE["pp"](), max_epochs=5)
+        trainer.fit(module(), _loader(), _loader(1) if module is StopsInValidation else None)
+        return trainer.global_step, trainer.current_epoch
+
+    steps = 2 if module is StopsInStep else 4
+    assert run_on_ranks(fit, 2, deadline_seconds=30) == [(steps, 1)] * 2
