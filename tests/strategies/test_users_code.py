@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_memopt as memopt
 from tests.distributed import run_on_ranks
+from tests.parity import train
+from tests.strategies.parity import can_split_backward
 from tests.zoo import ZOO
 
 
@@ -105,3 +110,60 @@ def test_a_step_that_stops_the_trainer_stops_every_stage_after_the_batch(module:
 
     steps = 2 if module is StopsInStep else 4
     assert run_on_ranks(fit, 2, deadline_seconds=30) == [(steps, 1)] * 2
+
+
+class Checkpoints(pl.LightningModule):
+    """Recomputes its blocks with torch's own function, called in the step."""
+
+    def __init__(self, use_reentrant: bool = False, together: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet = nn.Linear(16, 32)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 32, dropout=0.0, batch_first=True) for _ in range(4)
+        )
+        self.outlet = nn.Linear(32, 4)
+        self.use_reentrant = use_reentrant
+        self.together = together
+
+    def run_blocks(self, first: int, hidden: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[first : first + self.together]:
+            hidden = torch.tanh(block(hidden.sin()))
+        return hidden
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.inlet(batch[0])[:, None]
+        for first in range(0, len(self.blocks), self.together):
+            hidden = checkpoint(self.run_blocks, first, hidden, use_reentrant=self.use_reentrant)
+        return F.cross_entropy(self.outlet(hidden[:, 0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def _losses(module: pl.LightningModule, ranks: int = 1, strategy: Any = "auto", **options: Any) -> list[float]:
+    return train(
+        module, _loader(), steps=6, devices=ranks, strategy=strategy, use_distributed_sampler=False, **options
+    ).losses
+
+
+@pytest.mark.parametrize(
+    ("schedule", "together"),
+    [("1f1b", 1), ("interleaved_1f1b", 3), pytest.param("zbv", 2, marks=can_split_backward)],
+)
+def test_blocks_that_the_step_recomputes_by_itself_train_as_on_one_device(schedule: Any, together: int) -> None:
+    def fit() -> list[float]:
+        strategy = memopt.PipelineParallelStrategy(schedule, microbatches=4)
+        return _losses(Checkpoints(together=together), 2, strategy)
+
+    plain = run_on_ranks(lambda: _losses(Checkpoints(together=together)), 1)[0]
+    for losses in run_on_ranks(fit, 2, deadline_seconds=30):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+def test_blocks_recomputed_in_the_reentrant_way_are_refused_by_name() -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=r"`blocks.0` is called by .*use_reentrant=False"):
+            _losses(Checkpoints(use_reentrant=True), 2, MAKE["pp"]())
+
+    run_on_ranks(fit, 2, deadline_seconds=30)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from lightning_memopt.parallel.pipeline.chain import Chain
+from lightning_memopt.parallel.pipeline.recompute import Recomputation, is_checkpointed
 from lightning_memopt.parallel.pipeline.stubs import is_stub
 
 
@@ -128,6 +129,9 @@ class StageRun:
         shapes: Of this kind of micro-batch.
         stage: The number of the stage.
         received: What it was sent.
+
+    Attributes:
+        recomputation: For the backward, where the step calls a link that got a received tensor within a checkpoint.
     """
 
     def __init__(
@@ -140,6 +144,8 @@ class StageRun:
         self._received = received
         self._in_place_of: dict[int, tuple[Any, Tensor]] = {}  # by id of a stub, which is kept alive
         self._next = 0
+        self._replaced: dict[int, dict[int, Tensor]] = {}
+        self.recomputation: Recomputation | None = None
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass over links of earlier stages, run own ones on real values, and stop at the next stage's first."""
@@ -165,6 +171,10 @@ class StageRun:
             raise StageDone(self._collect(real, index))
         if all(map(operator.is_, real, leaves)):
             self._shapes.direct.add(index)
+        elif is_checkpointed():  # asked here alone, since it takes a walk over the stack
+            pairs = enumerate(zip(leaves, real, strict=True))
+            self._replaced[index] = {position: value for position, (leaf, value) in pairs if value is not leaf}
+            self.recomputation = Recomputation(self._links.start, self._shapes.outputs, self._replaced)
         args, kwargs = tree_unflatten(real, tree)
         return call(*args, **kwargs)
 

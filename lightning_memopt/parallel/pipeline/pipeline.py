@@ -1,7 +1,7 @@
 """A module cut into stages, and batches run through them."""
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, Stage
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.ownership import SharedBuffers, SharedParameters, free_in_place
 from lightning_memopt.parallel.pipeline.probe import find_links, run_silently, survey
+from lightning_memopt.parallel.pipeline.recompute import Recomputation
 from lightning_memopt.parallel.pipeline.schedules import (
     STAGES_EACH,
     Schedule,
@@ -102,6 +103,7 @@ class Pipeline:
         self._schedules: dict[Hashable, tuple[list[Stage], Any]] = {}
         self._step: StepOfBatch | None = None
         self._of_batch: list[Shapes] = []
+        self._recomputations: dict[tuple[int, int], Recomputation] = {}  # by stage and micro-batch
 
     @property
     def last_rank(self) -> int:
@@ -218,7 +220,7 @@ class Pipeline:
             len(self.partition),
             self.device,
             self.group,
-            self._around,
+            self._backward,
             [self._metas(self._of_batch[0], stage)],
             [self._metas(self._of_batch[0], stage + 1)],
             splits_backward=self.schedule == "zbv",
@@ -259,6 +261,7 @@ class Pipeline:
             raise
         finally:
             self._step, self._of_batch = None, []
+            self._recomputations.clear()
 
     def _forward(self, stage: int, index: int, received: tuple[Tensor, ...]) -> Any:
         assert self._step is not None
@@ -272,6 +275,8 @@ class Pipeline:
             return done.tensors
         finally:
             self._chain.observer = None
+            if run.recomputation is not None:
+                self._recomputations[stage, index] = run.recomputation
         run.check_finished()
         if is_stub(output):
             raise ValueError(
@@ -279,6 +284,15 @@ class Pipeline:
                 "arguments, so it cannot be sent to the last stage."
             )
         return output
+
+    @contextmanager
+    def _backward(self, stage: int, index: int, is_last: bool) -> Iterator[None]:
+        self._chain.observer = self._recomputations.get((stage, index))
+        try:
+            with self._around(is_last):
+                yield
+        finally:
+            self._chain.observer = None
 
 
 def _kind_of_run(key: Hashable, modes: Hashable, micro_batch: Any) -> Hashable:

@@ -12,12 +12,18 @@ from torch.utils.flop_counter import flop_registry
 from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.parallel.pipeline.boundary import Boundary, has_no_data, read_boundary
 from lightning_memopt.parallel.pipeline.chain import Chain
+from lightning_memopt.parallel.pipeline.recompute import is_checkpointed_reentrantly
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
 
 Step = Callable[[], Any]
 
 ELEMENT_COST = 16
 """Multiply-adds that take as long as writing one element, so that steps without matrix products have a cost."""
+
+_REENTRANT = (
+    "is called by `torch.utils.checkpoint` with `use_reentrant=True`, which has no gradients for what another stage "
+    "sends; give `use_reentrant=False`"
+)
 
 
 @dataclass
@@ -134,6 +140,8 @@ class _Surveyor:
                 passes = self._passes.setdefault(id(value), set())
                 self._mark(range(self._born.get(id(value), index), index), passes, "is handed to it again")
                 passes.add(index)
+        if is_checkpointed_reentrantly():
+            self.found.uncut.setdefault(index, f"`{self.found.names[index]}` {_REENTRANT}")
         self.found.boundaries.append(read_boundary(args, kwargs))
         self.position = index + 1
         self._running = index
@@ -174,6 +182,7 @@ class _Surveyor:
                 self.found.uncut[cut] = (
                     f"what is computed before `{self.found.names[cut]}` without being an argument of it {how} "
                     + (f"in `{where}`" if where else "between or behind the blocks")
+                    + "; hand it from block to block as an argument"
                 )
 
 

@@ -107,8 +107,8 @@ def _balanced(survey: Survey, stages: int) -> tuple[int, ...]:
     if len(allowed) < stages - 1:
         reasons = next(iter(survey.uncut.values()))
         raise ValueError(
-            f"{stages} stages are asked for, and the step can be cut in {len(allowed)} places: {reasons}. Hand it "
-            "from block to block as an argument, or use `memopt_zero3`."
+            f"{stages} stages are asked for, and the step can be cut in {len(allowed)} places: {reasons}, "
+            "or use `memopt_zero3`."
         )
     sums = [0.0]
     for position in range(count):

@@ -13,8 +13,8 @@ from lightning_memopt.parallel.pipeline.torch_stage import Received, TorchStage,
 Forward = Callable[[int, int, tuple[Tensor, ...]], Any]
 """(stage, number of the micro-batch, received tensors) -> the tensors to send, or the loss."""
 
-Around = Callable[[bool], AbstractContextManager[Any]]
-"""Makes the context of a backward, from whether it is the stage's last of the batch."""
+Around = Callable[[int, int, bool], AbstractContextManager[Any]]
+"""(stage, number of the micro-batch, whether it is the stage's last of the batch) -> the context of its backward."""
 
 
 def _let_go(received: Iterable[Sequence[Received]]) -> None:
@@ -147,13 +147,13 @@ class Stage(TorchStage):
         """In the context of the strategy's, with the shapes of this micro-batch."""
         self._stage_meta.inputs = metas_of(tuple(self.inputs[bwd_chunk_id]))
         self._stage_meta.input_grads = grad_metas_of(self._stage_meta.inputs or ())
-        with self._around(last_backward):
+        with self._around(self.stage_index, bwd_chunk_id, last_backward):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self.grad_recv_info.pop(bwd_chunk_id, None)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """In the context of the strategy's."""
-        with self._around(last_backward):
+        with self._around(self.stage_index, bwd_chunk_id, last_backward):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
