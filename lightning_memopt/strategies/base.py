@@ -31,6 +31,7 @@ from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.strategies.even_batches import EvenBatches
+from lightning_memopt.strategies.split_checks import refuse_averaging
 from lightning_memopt.strategies.termination import stopping_together
 from lightning_memopt.strategies.watched import WatchedStrategy
 
@@ -143,6 +144,8 @@ class MemoptStrategy(WatchedStrategy):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         if trainer.state.fn == TrainerFn.FITTING:
+            if self.splits_module and self.world_size > 1:
+                refuse_averaging(type(self).__name__, trainer)
             self._warn_of_batch_norm()
         if self.splits_module:
             self._patch_precision_plugin()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -167,3 +168,32 @@ def test_blocks_recomputed_in_the_reentrant_way_are_refused_by_name() -> None:
             _losses(Checkpoints(use_reentrant=True), 2, MAKE["pp"]())
 
     run_on_ranks(fit, 2, deadline_seconds=30)
+
+
+AVERAGING: dict[str, Callable[[], pl.Callback]] = {
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.9),
+}
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp", "pp"])
+def test_averages_of_whole_weights_are_refused_by_name_where_ranks_hold_parts(strategy: str) -> None:
+    def fit() -> None:
+        for name, make in AVERAGING.items():
+            trainer = _trainer(MAKE[strategy](), callbacks=[make()])
+            with pytest.raises(MisconfigurationException, match=rf"Strategy: {name} cannot work here.*memopt_ddp"):
+                trainer.fit(Net(), _loader())
+
+    run_on_ranks(fit, 2)
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_replicas_average_their_weights_as_one_device_does(name: str) -> None:
+    def fit(ranks: int, strategy: Any) -> np.ndarray:
+        trainer = _trainer(strategy, devices=ranks, max_epochs=3, callbacks=[AVERAGING[name]()])
+        trainer.fit(module := Net(), _loader())
+        return module.net[0].weight.detach().numpy()
+
+    plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
+    for weights in run_on_ranks(lambda: fit(2, MAKE["ddp"]()), 2):
+        np.testing.assert_allclose(weights, plain, rtol=1e-5, atol=1e-7)
