@@ -30,6 +30,7 @@ from lightning_memopt.parallel.agreement import (
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
+from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.even_batches import EvenBatches
 from lightning_memopt.strategies.split_checks import refuse_averaging
 from lightning_memopt.strategies.termination import stopping_together
@@ -177,7 +178,7 @@ class MemoptStrategy(WatchedStrategy):
         self._watch.stop()
 
     def _patch_precision_plugin(self) -> None:
-        """Let gradients be clipped and unscaled as those of one model, whatever the precision plugin is."""
+        """Let gradients be clipped, unscaled and measured as those of one model, whatever the precision plugin is."""
         plugin = self.precision_plugin
 
         def by_norm(optimizer: Optimizer, clip_val: float) -> None:
@@ -187,7 +188,14 @@ class MemoptStrategy(WatchedStrategy):
         def by_value(optimizer: Optimizer, clip_val: float) -> None:
             clip_by_value(plugin.main_params(optimizer), clip_val)
 
-        self._undo_patches.enter_context(replaced(plugin, clip_grad_by_norm=by_norm, clip_grad_by_value=by_value))
+        after_closure = plugin._after_closure
+
+        def with_plain_scalars(*args: Any) -> None:
+            with PlainScalars():  # of the user's `on_before_optimizer_step` and `configure_gradient_clipping`
+                after_closure(*args)
+
+        patches = {"clip_grad_by_norm": by_norm, "clip_grad_by_value": by_value, "_after_closure": with_plain_scalars}
+        self._undo_patches.enter_context(replaced(plugin, **patches))
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None:
             self._undo_patches.enter_context(replaced(scaler, _unscale_grads_=unscale_on_all_ranks))

@@ -20,7 +20,7 @@ from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, number_of_micro_batches
 from lightning_memopt.parallel.pipeline.splitting import Split
 from lightning_memopt.strategies.base import MemoptStrategy
-from lightning_memopt.strategies.pipeline_checks import check_trainer, warn_of_batch_norm
+from lightning_memopt.strategies.pipeline_checks import check_optimizers, check_trainer, warn_of_batch_norm
 from lightning_memopt.strategies.pipeline_steps import PipelineSteps
 from lightning_memopt.strategies.sample_batch import sample_batch
 from lightning_memopt.techniques.batches import batch_size, split_evenly
@@ -146,6 +146,13 @@ class PipelineParallelStrategy(MemoptStrategy):
             if module.trainer.state.fn == TrainerFn.FITTING:
                 self._undo_patches.enter_context(self._steps.in_loop())
         super().parallelize()
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if self.pipeline is not None:
+            with self.refusals():
+                check_optimizers(self.optimizers)
 
     def _cut(self, name: str, batch: Any) -> Pipeline:
         mesh = self.mesh.pipeline

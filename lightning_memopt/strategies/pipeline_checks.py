@@ -1,9 +1,13 @@
 """What a pipeline asks of a trainer and a module before anything is taken apart."""
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_memopt.callbacks.micro_batching import MicroBatching
 from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward
@@ -44,6 +48,19 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
                 "LowBitOptimizer to save optimizer memory."
             )
     return None
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that join parameters, of which each stage holds its own.
+
+    Raises:
+        ValueError: Says which, why, and what to do.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise ValueError(
+            "LBFGS makes one vector of all parameters, and each stage holds its own alone; use an optimizer that "
+            "treats each element by itself (AdamW, SGD), or `memopt_ddp`."
+        )
 
 
 def warn_of_batch_norm(module: pl.LightningModule) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.utilities import grad_norm
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -197,3 +198,36 @@ def test_replicas_average_their_weights_as_one_device_does(name: str) -> None:
     plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
     for weights in run_on_ranks(lambda: fit(2, MAKE["ddp"]()), 2):
         np.testing.assert_allclose(weights, plain, rtol=1e-5, atol=1e-7)
+
+
+class LogsGradientNorms(Net):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norms = grad_norm(self, 2)
+        self.log_dict(self.norms)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp"])
+def test_the_norms_of_gradients_that_a_hook_logs_are_those_of_one_device(strategy: str) -> None:
+    def fit(ranks: int, make: Callable[[], Any]) -> dict[str, float]:
+        trainer = _trainer(make(), devices=ranks)
+        trainer.fit(module := LogsGradientNorms(), _loader())
+        assert module.norms.keys() <= trainer.callback_metrics.keys()
+        return {name: float(norm) for name, norm in module.norms.items()}
+
+    plain = run_on_ranks(lambda: fit(1, lambda: "auto"), 1)[0]
+    for norms in run_on_ranks(lambda: fit(2, MAKE[strategy]), 2):
+        assert norms == pytest.approx(plain, rel=1e-5)
+
+
+class JoinsParameters(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "tp", "pp"])
+def test_an_optimizer_that_joins_parameters_is_refused_by_name_where_ranks_hold_parts(strategy: str) -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=r"Strategy: LBFGS .*AdamW"):
+            _trainer(MAKE[strategy]()).fit(JoinsParameters(), _loader())
+
+    run_on_ranks(fit, 2)
