@@ -30,6 +30,7 @@ from lightning_memopt.parallel.agreement import (
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
+from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.even_batches import EvenBatches
 from lightning_memopt.strategies.split_checks import refuse_averaging
@@ -92,17 +93,20 @@ class MemoptStrategy(WatchedStrategy):
         """Told of the tensors that leave a step by another way than its return, and at which its backward begins."""
 
     @contextmanager
-    def refusals(self, undo: bool = True) -> Generator[None, None, None]:
-        """Within the block a ``ValueError``, which every rank raises alike, is a refusal by this strategy's name.
-
-        Args:
-            undo: Put the module back; every rank refuses, so they can gather.
-        """
+    def refusals(self) -> Generator[None, None, None]:
+        """Within the block a ``ValueError``, which every rank raises alike, is a refusal by this strategy's name."""
         try:
             yield
         except ValueError as error:
-            if undo:
-                self.undo(gather=True)
+            self.undo(gather=True)  # every rank refuses, so they can gather
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+
+    @contextmanager
+    def refused_steps(self) -> Generator[None, None, None]:
+        """Within the block, which runs a step, only what a strategy refuses is; the user's own errors are theirs."""
+        try:
+            yield
+        except StepRefused as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     # What follows from it

@@ -21,9 +21,9 @@ from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, nu
 from lightning_memopt.parallel.pipeline.splitting import Split
 from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.pipeline_checks import check_optimizers, check_trainer, warn_of_batch_norm
-from lightning_memopt.strategies.pipeline_steps import PipelineSteps
+from lightning_memopt.strategies.pipeline_steps import PipelineSteps, refuse_to_cut
 from lightning_memopt.strategies.sample_batch import sample_batch
-from lightning_memopt.techniques.batches import batch_size, split_evenly
+from lightning_memopt.techniques.batches import CannotCut, batch_size, split_evenly
 from lightning_memopt.techniques.counting import Count, counter
 
 
@@ -156,13 +156,19 @@ class PipelineParallelStrategy(MemoptStrategy):
 
     def _cut(self, name: str, batch: Any) -> Pipeline:
         mesh = self.mesh.pipeline
-        samples = batch_size(batch)
-        count = number_of_micro_batches(self.microbatches, self.schedule, mesh.size(), samples, is_first=True)
+        micro_batch = batch
+        if self.microbatches != 1:
+            try:
+                samples = batch_size(batch)
+                count = number_of_micro_batches(self.microbatches, self.schedule, mesh.size(), samples, is_first=True)
+                micro_batch = split_evenly(batch, count)[0]
+            except CannotCut as error:
+                raise refuse_to_cut(error) from error
         assert self.lightning_module is not None
         return Pipeline(
             self.lightning_module,
             partial(self.call_on, name, (0,)),
-            split_evenly(batch, count)[0],
+            micro_batch,
             (name, ()),
             group=mesh.get_group(),
             device=self.root_device,
@@ -210,7 +216,7 @@ class PipelineParallelStrategy(MemoptStrategy):
         if self._steps is None or name == "training_step":
             return super().run_step(name, *args, **kwargs)
         batch, *rest = (*args, *kwargs.values())
-        with self.refusals(undo=False):
+        with self.refused_steps():
             return self._steps.evaluate(name, batch, tuple(rest), partial(super().run_step, name))
 
     @override

@@ -22,7 +22,8 @@ from lightning_memopt.parallel.pipeline.boundary import StageDone
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
 from lightning_memopt.parallel.pipeline.stubs import is_stub
-from lightning_memopt.techniques.batches import batch_size, detached, merge_outputs, split_evenly, weigh
+from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.techniques.batches import CannotCut, batch_size, detached, merge_outputs, split_evenly, weigh
 
 if TYPE_CHECKING:
     from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
@@ -109,7 +110,8 @@ class PipelineSteps:
         if self._random_state is not None:
             _set_random_state(self._random_state)
         try:
-            return self._train(*args)
+            with self._strategy.refused_steps():
+                return self._train(*args)
         finally:
             self._random_state = _random_state()
             _set_random_state(outside)
@@ -242,11 +244,13 @@ class PipelineSteps:
 
     def _split(self, batch: Any, counts_samples: bool) -> tuple[list[Any], list[int | None], list[float | Tensor]]:
         strategy = self._strategy
+        if strategy.microbatches == 1:
+            return [batch], [None], [1.0]
         try:
             samples = batch_size(batch)
-        except ValueError:
+        except CannotCut as error:
             if counts_samples:
-                raise
+                raise refuse_to_cut(error) from error
             return [batch], [None], [1.0]
         count = number_of_micro_batches(
             strategy.microbatches, self._pipeline.schedule, dist.get_world_size(self._pipeline.group), samples
@@ -264,6 +268,14 @@ class PipelineSteps:
         return name, rest[1:]  # the first of the rest is the number of the batch
 
 
+def refuse_to_cut(error: CannotCut) -> StepRefused:
+    """The error that says of a batch what it is, and what to do where a pipeline cuts it."""
+    return StepRefused(
+        f"{error.found}, and a pipeline cuts batches into micro-batches; return tensors whose first dimension is the "
+        "samples from the `collate_fn`, or give microbatches=1, which leaves batches whole."
+    )
+
+
 def _is_record(leaf: Any) -> bool:
     return isinstance(leaf, LogRecord)
 
@@ -271,7 +283,7 @@ def _is_record(leaf: Any) -> bool:
 def _to_host(leaf: Any) -> Any:
     if isinstance(leaf, LogRecord):
         if tree_any(is_stub, leaf.value):
-            raise ValueError(
+            raise StepRefused(
                 f"`{leaf.name}` is logged from a value that is computed before the last stage, which has no values "
                 "of it; log what the loss is computed from."
             )

@@ -20,7 +20,6 @@ from lightning_memopt.parallel.tensor.optimizers import stepping_mixed
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from lightning_memopt.parallel.tensor.replicas import check_replicas, have_same_batch, share_random_state
 from lightning_memopt.parallel.tensor.sequence import parallelize_sequence
-from lightning_memopt.parallel.tensor.trial import StepRefused
 from lightning_memopt.strategies.base import MemoptStrategy
 
 
@@ -174,11 +173,8 @@ class TensorParallelStrategy(MemoptStrategy):
                     "not by the global rank."
                 )
         losses = losses_of_shards(self._heads) if self._heads and name == "training_step" else nullcontext()
-        try:
-            with losses:
-                return super().run_step(name, *args, **kwargs)
-        except StepRefused as error:  # by all ranks alike
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        with self.refused_steps(), losses:
+            return super().run_step(name, *args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,6 +17,20 @@ _SHARED = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch
 Split = Callable[[Any, int], Sequence[Any]]
 """Cuts a batch into micro-batches of at most so many samples: :func:`micro_batches`, or what a user gives."""
 
+_GIVE_SPLIT = "give `split=`, a function (batch, size) -> list of micro-batches"
+
+
+class CannotCut(ValueError):
+    """A batch that cannot be cut into micro-batches.
+
+    Attributes:
+        found: What it is and why it cannot be cut, without what to do: that depends on who cuts.
+    """
+
+    def __init__(self, found: str, remedy: str = _GIVE_SPLIT) -> None:
+        super().__init__(f"{found}; {remedy}.")
+        self.found = found
+
 
 def batch_size(batch: Any) -> int:
     """Number of samples in ``batch``: the first dimension that its tensors agree on.
@@ -30,7 +44,7 @@ def batch_size(batch: Any) -> int:
         The number of samples.
 
     Raises:
-        ValueError: Tensors disagree on the first dimension, or nothing in the batch has one.
+        CannotCut: Tensors disagree on the first dimension, or nothing in the batch has one.
 
     Example:
         >>> batch_size({"x": torch.zeros(8, 3), "scale": torch.tensor(2.0)})
@@ -54,7 +68,7 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
         The micro-batches in order; the batch itself, alone, where it is no larger than ``size``.
 
     Raises:
-        ValueError: ``size`` is below 1, or the size of the batch cannot be told.
+        ValueError: ``size`` is below 1, or (:class:`CannotCut`) the size of the batch cannot be told.
 
     Example:
         >>> [micro["x"].shape[0] for micro in micro_batches({"x": torch.zeros(8, 3)}, 3)]
@@ -77,7 +91,7 @@ def split_evenly(batch: Any, count: int) -> list[Any]:
         count: How many; at most the number of samples.
 
     Raises:
-        ValueError: The size of the batch cannot be told.
+        CannotCut: The size of the batch cannot be told.
 
     Example:
         >>> [micro["x"].shape[0] for micro in split_evenly({"x": torch.zeros(8, 3)}, 3)]
@@ -167,15 +181,15 @@ def _read_size(batch: Any) -> tuple[int, bool]:
         sizes = dict(_tensor_sizes(batch, "batch", dicts_are_samples))
     sizes = sizes or dict(_list_sizes(batch, "batch"))
     if not sizes:
-        raise ValueError(
+        raise CannotCut(
             f"the batch, a {type(batch).__name__}, holds no tensor with a first dimension and no list of samples, so "
-            "its size is unknown; give `split=`, a function (batch, size) -> list of micro-batches."
+            "its size is unknown"
         )
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise ValueError(
+        raise CannotCut(
             f"the tensors of the batch disagree on the number of samples ({found}), so it cannot be cut along the "
-            "first dimension; give `split=`, a function (batch, size) -> list of micro-batches."
+            "first dimension"
         )
     return next(iter(sizes.values())), dicts_are_samples
 
@@ -184,12 +198,12 @@ def _tensor_sizes(item: Any, name: str, dicts_are_samples: bool) -> Iterator[tup
     """First dimensions of the tensors that are to be cut, by where they are; refuses what cannot be."""
     if isinstance(item, Tensor):
         if item.is_nested:
-            raise ValueError(f"{name} is a nested tensor, which cannot be cut into views; give `split=`.")
+            raise CannotCut(f"{name} is a nested tensor, which cannot be cut into views")
         if item.ndim:
             yield name, item.shape[0]
     elif isinstance(item, PackedSequence):
-        raise ValueError(
-            f"{name} is a PackedSequence, whose rows are not samples; pack in the step, or give `split=`."
+        raise CannotCut(
+            f"{name} is a PackedSequence, whose rows are not samples", f"pack in the step, or {_GIVE_SPLIT}"
         )
     elif not _is_list_of_samples(item, dicts_are_samples):
         parts = _parts(item)
@@ -263,9 +277,9 @@ def _rebuild_unknown_mapping(item: Mapping[Any, Any], content: dict[Any, Any]) -
         problem = "it has other keys then"
     except Exception as error:  # whatever a constructor does with an argument that it does not expect
         problem = f"{type(error).__name__}: {error}"
-    raise ValueError(
+    raise CannotCut(
         f"the batch has a {kind.__qualname__}, a mapping that cannot be made from a dict ({problem}), so it cannot "
-        "be cut; give `split=`, a function (batch, size) -> list of micro-batches."
+        "be cut"
     )
 
 
@@ -292,8 +306,7 @@ def _refuse_hidden_tensors(item: Any, name: str) -> None:
         return
     hidden = [key for key, value in getattr(item, "__dict__", {}).items() if isinstance(value, Tensor) and value.ndim]
     if hidden:
-        raise ValueError(
+        raise CannotCut(
             f"{name} is a {type(item).__qualname__} that holds tensors ({', '.join(hidden)}) and is neither a "
-            "mapping, a sequence nor a dataclass, so it cannot be cut; give `split=`, a function (batch, size) -> "
-            "list of micro-batches."
+            "mapping, a sequence nor a dataclass, so it cannot be cut"
         )

@@ -231,3 +231,42 @@ def test_an_optimizer_that_joins_parameters_is_refused_by_name_where_ranks_hold_
             _trainer(MAKE[strategy]()).fit(JoinsParameters(), _loader())
 
     run_on_ranks(fit, 2)
+
+
+class RaisesInValidation(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        raise ValueError("no such label")
+
+
+def test_an_error_of_the_users_own_comes_out_of_a_pipeline_as_it_was() -> None:
+    def fit() -> None:
+        with pytest.raises(ValueError, match=r"^no such label$"):
+            _trainer(MAKE["pp"](), num_sanity_val_steps=0).fit(RaisesInValidation(), _loader(), _loader(1))
+
+    run_on_ranks(fit, 2)
+
+
+class ReadsPairs(Net):
+    """Has batches of which not all tensors have one row a sample."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[:2], batch_idx) * batch[2].mean()
+
+
+def _pairs(samples: list[Any]) -> Any:
+    return torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples]), torch.ones(3)
+
+
+def test_batches_that_cannot_be_cut_are_refused_with_what_to_do_and_are_left_whole_as_one_micro_batch() -> None:
+    loader = DataLoader(_loader().dataset, batch_size=8, collate_fn=_pairs)
+
+    def fit() -> list[float]:
+        with pytest.raises(MisconfigurationException, match=r"disagree on .*collate_fn.*microbatches=1") as refused:
+            _trainer("memopt_pp").fit(ReadsPairs(), loader)
+        assert "split=" not in str(refused.value)
+        options = {"strategy": memopt.PipelineParallelStrategy(microbatches=1), "use_distributed_sampler": False}
+        return train(ReadsPairs(), loader, steps=4, devices=2, **options).losses
+
+    plain = run_on_ranks(lambda: train(ReadsPairs(), loader, steps=4).losses, 1)[0]
+    for losses in run_on_ranks(fit, 2):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)

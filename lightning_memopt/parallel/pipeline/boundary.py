@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.recompute import Recomputation, is_checkpointed
 from lightning_memopt.parallel.pipeline.stubs import is_stub
+from lightning_memopt.parallel.refusal import StepRefused
 
 
 class StageDone(BaseException):
@@ -84,7 +85,7 @@ def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], 
     """Learn what crosses each boundary for one kind of micro-batch; ``run`` runs a step on ``shadow``.
 
     Raises:
-        ValueError: The step does not call the links that stages begin with.
+        StepRefused: The step does not call the links that stages begin with.
     """
     reader = ShapeReader(starts)
     chain = Chain(shadow.get_submodule(name) for name in names)
@@ -97,7 +98,7 @@ def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], 
         chain.observer = None
         chain.remove()
     missing = [names[start] for start in starts if start and start in reader._stages]
-    raise ValueError(f"the step does not call `{missing[0]}`, which a stage begins with.")
+    raise StepRefused(f"the step does not call `{missing[0]}`, which a stage begins with.")
 
 
 def has_no_data(output: Any) -> bool:
@@ -150,7 +151,7 @@ class StageRun:
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass over links of earlier stages, run own ones on real values, and stop at the next stage's first."""
         if index != self._next:
-            raise ValueError(
+            raise StepRefused(
                 f"`{self._names[index]}` was called where `{self._names[self._next]}` was before: the step calls "
                 "its blocks in another order than in its first run, and a pipeline needs the same each time (no "
                 "skipped layers)."
@@ -183,7 +184,7 @@ class StageRun:
         tensors: list[Any] = [None] * len(boundary.metas)
         for position, slot in boundary.slots.items():
             if is_stub(leaves[position]):
-                raise ValueError(
+                raise StepRefused(
                     f"`{self._names[index]}` gets a tensor of shape {tuple(leaves[position].shape)} that comes from "
                     "an earlier stage by another way than through the arguments of blocks, so it cannot be sent."
                 )
@@ -191,9 +192,9 @@ class StageRun:
         return tuple(tensors)
 
     def check_finished(self) -> None:
-        """Raise ``ValueError`` if the step ended before it called all of the stage's links."""
+        """Raise :class:`StepRefused` if the step ended before it called all of the stage's links."""
         if self._next < self._links.stop:
-            raise ValueError(
+            raise StepRefused(
                 f"the step ended before it called `{self._names[self._next]}`; a pipeline needs each block in each "
                 "step."
             )

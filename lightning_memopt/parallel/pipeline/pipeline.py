@@ -25,6 +25,7 @@ from lightning_memopt.parallel.pipeline.schedules import (
 from lightning_memopt.parallel.pipeline.splitting import Split, holders, number_of_stages, partition
 from lightning_memopt.parallel.pipeline.stage import Stage, StageModule
 from lightning_memopt.parallel.pipeline.stubs import StubMode, find_places, in_place_of, is_stub, shadow_of
+from lightning_memopt.parallel.refusal import StepRefused
 
 Call = Callable[[nn.Module, Any], Any]
 """(module or its shadow, micro-batch): runs a step of the user's on it."""
@@ -279,7 +280,7 @@ class Pipeline:
                 self._recomputations[stage, index] = run.recomputation
         run.check_finished()
         if is_stub(output):
-            raise ValueError(
+            raise StepRefused(
                 "the loss is computed from a value of an earlier stage that did not come through the blocks' "
                 "arguments, so it cannot be sent to the last stage."
             )

@@ -14,6 +14,7 @@ from lightning_memopt.parallel.pipeline.boundary import Boundary, has_no_data, r
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.recompute import is_checkpointed_reentrantly
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
+from lightning_memopt.parallel.refusal import StepRefused
 
 Step = Callable[[], Any]
 
@@ -113,7 +114,7 @@ def survey(module: nn.Module, links: list[str], mode: StubMode, run: Step) -> Su
 
 
 def _why_not(error: Exception) -> str:
-    if isinstance(error, ValueError):
+    if isinstance(error, StepRefused):
         return str(error)
     return (
         f"the step cannot be run without values, to learn its shapes ({type(error).__name__}: "
@@ -134,7 +135,7 @@ class _Surveyor:
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index != self.position:
-            raise ValueError(f"`{self.found.names[index]}` is called out of turn.")
+            raise StepRefused(f"`{self.found.names[index]}` is called out of turn.")
         for value in tree_iter((args, kwargs)):
             if is_stub(value) and value not in self._names:
                 passes = self._passes.setdefault(id(value), set())

@@ -16,6 +16,8 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_memopt.parallel.refusal import StepRefused
+
 Listener = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
 """Told of each operator on stubs: the operator, its arguments and what it returned."""
 
@@ -97,7 +99,7 @@ def _refuse_writing_to_real(func: Any, args: Sequence[Any]) -> None:
     for argument, value in zip(func._schema.arguments, args, strict=False):
         is_written = argument.alias_info is not None and argument.alias_info.is_write
         if is_written and isinstance(value, Tensor) and not is_stub(value):
-            raise ValueError(
+            raise StepRefused(
                 f"the step writes ({func}) what is computed from parameters into a tensor of shape "
                 f"{tuple(value.shape)} that it made without them, so a stage that lacks those parameters cannot tell "
                 "that it lacks the values; make the tensor from the values instead (`torch.cat`, `torch.stack`, "

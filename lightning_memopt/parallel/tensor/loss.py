@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.parallel.tensor.apply import TensorParallel
-from lightning_memopt.parallel.tensor.trial import StepRefused
 
 
 def split_losses(split: TensorParallel) -> list[str]:

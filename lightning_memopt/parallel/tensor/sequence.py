@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_memopt.models.blocks import find_block_stacks
+from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.parallel.tensor.adjust import entering
 from lightning_memopt.parallel.tensor.apply import TensorParallel, stand_in
 from lightning_memopt.parallel.tensor.collectives import gather, take_part
 from lightning_memopt.parallel.tensor.regions import Region
-from lightning_memopt.parallel.tensor.trial import StepRefused, same_on_all_ranks, trying
+from lightning_memopt.parallel.tensor.trial import same_on_all_ranks, trying
 
 TOKENS = 1
 """The dimension of tokens in ``(batch, tokens, features)``."""

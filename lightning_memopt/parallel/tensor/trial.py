@@ -33,10 +33,6 @@ _MOST_IN_PREDICTION = 2**20
 """Random values that are drawn for one tensor of a step on fake tensors."""
 
 
-class StepRefused(ValueError):
-    """Seen in the first step only: it does something that cannot be split as was asked for."""
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What was found.
