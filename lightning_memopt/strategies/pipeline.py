@@ -23,7 +23,7 @@ from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.pipeline_checks import check_optimizers, check_trainer, warn_of_batch_norm
 from lightning_memopt.strategies.pipeline_steps import PipelineSteps, refuse_to_cut
 from lightning_memopt.strategies.sample_batch import sample_batch
-from lightning_memopt.techniques.batches import CannotCut, batch_size, split_evenly
+from lightning_memopt.techniques.batches import CannotCut, batch_size, copied, split_evenly
 from lightning_memopt.techniques.counting import Count, counter
 
 
@@ -134,7 +134,7 @@ class PipelineParallelStrategy(MemoptStrategy):
     def parallelize(self) -> None:
         module = self.lightning_module
         assert module is not None
-        sample = sample_batch(module.trainer) if self.sizes.pipeline > 1 else None
+        sample = sample_batch(module.trainer, self._undo_patches) if self.sizes.pipeline > 1 else None
         if sample is not None:
             name, batch = sample
             with self.refusals():
@@ -207,9 +207,9 @@ class PipelineParallelStrategy(MemoptStrategy):
     # Steps
 
     def call_on(self, name: str, rest: tuple[Any, ...], module: nn.Module, batch: Any) -> Any:
-        """Run a step on a module (or its shadow), with the precision of the trainer."""
+        """Run a step on the shadow of the module, with the precision of the trainer."""
         with self.precision_plugin.forward_context():
-            return getattr(module, name)(batch, *rest)
+            return getattr(module, name)(copied(batch), *rest)  # the step may change the batch, and will run again
 
     @override
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:

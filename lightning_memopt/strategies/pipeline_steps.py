@@ -20,10 +20,18 @@ from lightning_memopt.callbacks.micro_batch_metrics import LogRecord, LogsOfMicr
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.parallel.pipeline.boundary import StageDone
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
-from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
+from lightning_memopt.parallel.pipeline.schedules import STAGES_EACH, number_of_micro_batches
 from lightning_memopt.parallel.pipeline.stubs import is_stub
 from lightning_memopt.parallel.refusal import StepRefused
-from lightning_memopt.techniques.batches import CannotCut, batch_size, detached, merge_outputs, split_evenly, weigh
+from lightning_memopt.techniques.batches import (
+    CannotCut,
+    batch_size,
+    copied,
+    detached,
+    merge_outputs,
+    split_evenly,
+    weigh,
+)
 
 if TYPE_CHECKING:
     from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
@@ -85,7 +93,7 @@ class PipelineSteps:
 
         def step(index: int, is_last: bool) -> Tensor:
             logs.weight = weights[index]
-            output = run(pieces[index], *rest)
+            output = run(self._for_stage(pieces[index]), *rest)
             if is_last:
                 outputs.append(detached(output))
             return torch.zeros(())
@@ -130,7 +138,7 @@ class PipelineSteps:
 
         def step(index: int, is_last: bool) -> Tensor:
             logs.weight = weights[index]
-            result = self._step_of(optimization, kwargs | {"batch": pieces[index]})
+            result = self._step_of(optimization, kwargs | {"batch": self._for_stage(pieces[index])})
             assert is_last and result.closure_loss is not None
             outputs.append(detached({"loss": result.closure_loss, "extra": result.extra}))
             return self._scaled(backward, weigh(result.closure_loss, weights[index]), after_first)
@@ -260,6 +268,10 @@ class PipelineSteps:
         total = sum(counts)
         total = torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total or 1
         return pieces, [batch_size(piece) for piece in pieces], [counted / total for counted in counts]
+
+    def _for_stage(self, micro_batch: Any) -> Any:
+        """The step may change its batch, and runs once for each stage of the rank."""
+        return copied(micro_batch) if STAGES_EACH[self._pipeline.schedule] > 1 else micro_batch
 
     def _call(self, name: str, rest: tuple[Any, ...]) -> Callable[[Any, Any], Any]:
         return partial(self._strategy.call_on, name, rest)

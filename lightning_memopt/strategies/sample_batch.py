@@ -1,12 +1,18 @@
 """A batch of the loader's, before the loop that will iterate over it begins."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.planning.first_batch import batch_of
+from lightning_memopt.techniques.batches import copied
 
 _LOOPS = {
     TrainerFn.FITTING: ("fit_loop", "training_step"),
@@ -16,11 +22,15 @@ _LOOPS = {
 }
 
 
-def sample_batch(trainer: pl.Trainer) -> tuple[str, Any] | None:
+def sample_batch(trainer: pl.Trainer, patches: ExitStack) -> tuple[str, Any] | None:
     """The name of the step that ``trainer`` is about to run, and a batch like the first one, on the device.
 
-    The loaders are those that the loop will use; neither they nor random states are advanced. ``None`` if there is
-    no batch.
+    The loaders are those that the loop will use. Of a stream, which may not begin twice, the first batch is taken and
+    put back. ``None`` if there is no batch.
+
+    Args:
+        trainer: Before its loop runs.
+        patches: Where what is changed of the loop is put back when it has run.
     """
     loop_name, step = _LOOPS[trainer.state.fn]  # type: ignore[index]
     loop: Any = getattr(trainer, loop_name)
@@ -28,6 +38,58 @@ def sample_batch(trainer: pl.Trainer) -> tuple[str, Any] | None:
     combined = loop._combined_loader
     if combined is None or not combined.flattened:
         return None
+    is_fit = loop_name == "fit_loop"
+    if all(_can_be_indexed(loader) for loader in (combined.flattened if is_fit else combined.flattened[:1])):
+        with isolate_rng():
+            batch = batch_of(combined.iterables if is_fit else combined.flattened[0])
+    else:
+        try:
+            batch = _peek_in_fit(loop._data_fetcher) if is_fit else _peek_in_evaluation(loop, patches)
+        except StopIteration:
+            return None
+        batch = copied(batch)  # hooks and the step may change it, and it is to be used again
     with isolate_rng():
-        loaders = combined.iterables if loop_name == "fit_loop" else combined.flattened[0]
-        return step, trainer.strategy.batch_to_device(batch_of(loaders), dataloader_idx=0)
+        return step, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _can_be_indexed(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def _peek_in_fit(fetcher: Any) -> Any:
+    """The first batch of a fetcher, which has begun to iterate and may have fetched it already."""
+    if getattr(fetcher, "batches", None):
+        return fetcher.batches[0][0]
+    first = next(fetcher.iterator)
+    fetcher.iterator = chain([first], fetcher.iterator)
+    return first[0]
+
+
+def _peek_in_evaluation(loop: Any, patches: ExitStack) -> Any:
+    loader, *others = loop._combined_loader.flattened
+    batches = iter(loader)
+    first = next(batches)
+    loop._combined_loader.flattened = [_Begun(loader, chain([first], batches)), *others]
+    # The loop would ask for the loaders once more, and get the one from which a batch is taken.
+    patches.enter_context(replaced(loop, setup_data=lambda: None))
+    return first
+
+
+class _Begun:
+    """A loader of which the first pass has begun; its attributes are the loader's."""
+
+    def __init__(self, loader: Any, batches: Iterator[Any]) -> None:
+        self._loader = loader
+        self._batches: Iterator[Any] | None = batches
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, self._batches = self._batches, None
+        return iter(self._loader) if batches is None else batches

@@ -157,6 +157,14 @@ def detached(item: Any) -> Any:
     return item if parts is None else _rebuild(item, [detached(part) for _, part in parts])
 
 
+def copied(item: Any) -> Any:
+    """``item`` with containers made anew and tensors copied, for a step that may change its batch."""
+    if isinstance(item, Tensor):
+        return item.clone()
+    parts = _parts(item)
+    return item if parts is None else _rebuild(item, [copied(part) for _, part in parts])
+
+
 def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
     if all(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors):
         return sum(weigh(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True))

@@ -1,6 +1,7 @@
 """What users write in hooks, callbacks and steps works under every strategy as on one device, or is refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memopt as memopt
 from tests.distributed import run_on_ranks
@@ -29,7 +30,8 @@ class Net(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        hidden = [layer for _ in range(2) for layer in (nn.Linear(32, 32), nn.ReLU())]
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), *hidden, nn.Linear(32, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
@@ -270,3 +272,55 @@ def test_batches_that_cannot_be_cut_are_refused_with_what_to_do_and_are_left_who
     plain = run_on_ranks(lambda: train(ReadsPairs(), loader, steps=4).losses, 1)[0]
     for losses in run_on_ranks(fit, 2):
         np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+class Once(IterableDataset):
+    """A stream that can be read once."""
+
+    def __init__(self, samples: int, has_length: bool) -> None:
+        dataset = _loader(samples // 8).dataset
+        self.rows = iter([dataset[index] for index in range(samples)])
+        if has_length:
+            self.__class__ = type("SizedOnce", (Once,), {"__len__": lambda _: samples})
+
+    def __iter__(self) -> Any:
+        return self.rows
+
+
+class SeesSums(Net):
+    """Takes its batches apart, as steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[float] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.sums.append(float(batch["x"].sum()))
+
+    on_test_batch_start = on_train_batch_start
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["x"], batch.pop("y")), batch_idx)
+
+    test_step = training_step
+
+
+def _as_dict(samples: list[Any]) -> dict[str, Any]:
+    return {"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])}
+
+
+@pytest.mark.parametrize(("schedule", "has_length"), [("1f1b", False), ("interleaved_1f1b", True)])
+def test_a_pipeline_loses_nothing_of_a_stream_that_can_be_read_once(schedule: Any, has_length: bool) -> None:
+    def stream() -> DataLoader:
+        return DataLoader(Once(32, has_length), batch_size=8, collate_fn=_as_dict)
+
+    def run(ranks: int, make: Callable[[], Any]) -> tuple[list[float], list[float]]:
+        fitted, tested = SeesSums(), SeesSums()
+        _trainer(make(), devices=ranks).fit(fitted, stream())
+        _trainer(make(), devices=ranks).test(tested, stream(), verbose=False)
+        return fitted.sums, tested.sums
+
+    plain = run_on_ranks(lambda: run(1, lambda: "auto"), 1)[0]
+    assert [len(sums) for sums in plain] == [4, 4]
+    make = partial(memopt.PipelineParallelStrategy, schedule)
+    assert run_on_ranks(lambda: run(2, make), 2, deadline_seconds=30) == [plain, plain]
