@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -99,9 +100,11 @@ class WatchedStrategy(SavingStrategy):
 
     def _refuse_to_save_after_failure(self) -> None:
         """``ModelCheckpoint(save_on_exception=True)`` saves before Lightning tells its strategy of the exception."""
+        if self.world_size == 1 or not dist.is_initialized():  # as in the process that forked the ranks
+            return
         assert self.lightning_module is not None
         error = sys.exception()
-        if self.lightning_module.trainer.state.status != TrainerStatus.INTERRUPTED or self.world_size == 1:
+        if self.lightning_module.trainer.state.status != TrainerStatus.INTERRUPTED:
             return
         if not isinstance(error, Exception) or isinstance(error, SIGTERMException):  # on which all ranks stop alike
             return

@@ -324,3 +324,23 @@ def test_a_pipeline_loses_nothing_of_a_stream_that_can_be_read_once(schedule: An
     assert [len(sums) for sums in plain] == [4, 4]
     make = partial(memopt.PipelineParallelStrategy, schedule)
     assert run_on_ranks(lambda: run(2, make), 2, deadline_seconds=30) == [plain, plain]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(memopt.DataParallelStrategy, "parameters"),
+        partial(memopt.PipelineParallelStrategy),
+        partial(memopt.PipelineParallelStrategy, save="sharded"),
+    ],
+    ids=["zero3", "pp", "pp_sharded"],
+)
+def test_the_process_that_forked_the_ranks_saves_what_they_trained(make: Any, tmp_path: Path) -> None:
+    trainer = _trainer(make(start_method="fork"))
+    trainer.fit(module := Net(), _loader())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saved = memopt.full_state_dict(tmp_path / "saved.ckpt")
+    assert list(saved) == list(Net().state_dict())
+    for name, weight in module.state_dict().items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
+    assert not torch.equal(saved["net.0.weight"], Net().net[0].weight)
