@@ -1,8 +1,8 @@
 """What every strategy of this package does alike: step under the precision plugin, deal out data, fail as one."""
 
 from abc import abstractmethod
-from collections.abc import Generator, Hashable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
@@ -178,7 +179,13 @@ class MemoptStrategy(WatchedStrategy):
     def teardown(self) -> None:
         self._undo_patches.close()
         self.undo(gather=not self._failed)
-        super().teardown()
+        module = self.lightning_module
+        assert module is not None
+        # After a failure ranks keep their parts. Those on the meta device cannot be moved to the CPU, nor shards that
+        # the error's frames hold, and failing to would take the place of the error.
+        stays = replaced(module, cpu=lambda: module) if self._failed and self.splits_module else nullcontext()
+        with stays:
+            super().teardown()
         self._watch.stop()
 
     def _patch_precision_plugin(self) -> None:
@@ -244,7 +251,24 @@ class MemoptStrategy(WatchedStrategy):
         # Parameters gathered, or shards made, in inference mode could not be trained with afterwards.
         needs_gradients = torch.is_grad_enabled()  # asked before leaving inference mode, which turns it on
         with torch.inference_mode(False), torch.set_grad_enabled(needs_gradients):
-            return self.run_step(name, *args, **kwargs)
+            try:
+                output = self.run_step(name, *args, **kwargs)
+            except RuntimeError as error:
+                if "mixed torch.Tensor and DTensor" not in str(error):
+                    raise
+                raise self._refusal_to_mix(name) from error
+        # torch adds a scalar of shards to a plain loss, and fails in the backward, where the cause cannot be seen.
+        if isinstance(output.get("loss") if isinstance(output, Mapping) else output, DTensor):
+            raise self._refusal_to_mix(name)
+        return output
+
+    def _refusal_to_mix(self, step: str) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"{type(self).__name__}: `{step}` computes with a parameter outside of the call of its module, where "
+            "each rank holds a part of it, and mixes the result with plain tensors. Make it whole first "
+            "(`weight.pow(2).sum().full_tensor()`), or use `memopt_ddp`; instead of a penalty on weights, give the "
+            "optimizer `weight_decay`."
+        )
 
     def call_through(self, called: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run the module's method ``name`` inside a call of ``called``, so that the hooks of its forward run."""

@@ -190,14 +190,6 @@ class PipelineParallelStrategy(MemoptStrategy):
         self.pipeline = self._steps = None
 
     @override
-    def teardown(self) -> None:
-        module = self.lightning_module
-        assert module is not None
-        # After a failure other stages' parameters stay on the meta device, which cannot be moved to the CPU.
-        with replaced(module, cpu=partial(_to_cpu, module)):
-            super().teardown()
-
-    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._refuse_to_save_after_failure()  # others may be anywhere then, and sharing would wait for them
         if self.pipeline is not None:
@@ -228,10 +220,6 @@ class PipelineParallelStrategy(MemoptStrategy):
         scaled = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self._steps.capture(scaled)
         return scaled
-
-
-def _to_cpu(module: nn.Module) -> nn.Module:
-    return module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
 
 
 def _silence(shadow: nn.Module) -> None:

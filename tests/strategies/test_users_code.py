@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.utilities import grad_norm
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
@@ -344,3 +345,46 @@ def test_the_process_that_forked_the_ranks_saves_what_they_trained(make: Any, tm
     for name, weight in module.state_dict().items():
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
     assert not torch.equal(saved["net.0.weight"], Net().net[0].weight)
+
+
+class Penalizes(Checkpoints):
+    """Adds a penalty on all weights to the loss, in the step."""
+
+    makes_whole = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        squares: list[Any] = [parameter.pow(2).sum() for parameter in self.parameters()]
+        if self.makes_whole:
+            squares = [s.full_tensor() if isinstance(s, DTensor) else s for s in squares]
+        return super().training_step(batch, batch_idx) + 0.01 * sum(squares)
+
+
+class PenalizesWhole(Penalizes):
+    makes_whole = True
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "tp"])
+def test_a_penalty_on_weights_is_refused_where_ranks_hold_parts_and_trains_as_on_one_device_when_whole(strategy: str):
+    def fit() -> list[float]:
+        said = r"Strategy: `training_step` computes with a parameter outside .*full_tensor\(\).*weight_decay"
+        with pytest.raises(MisconfigurationException, match=said):
+            _losses(Penalizes(), 2, MAKE[strategy]())
+        return _losses(PenalizesWhole(), 2, MAKE[strategy]())
+
+    plain = run_on_ranks(lambda: _losses(Penalizes()), 1)[0]
+    for losses in run_on_ranks(fit, 2):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+class RaisesInBackward(PenalizesWhole):
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        raise KeyError("of the user's")
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "tp"])
+def test_the_error_of_a_step_is_what_comes_out_when_ranks_keep_their_parts(strategy: str) -> None:
+    def fit() -> None:
+        with pytest.raises(KeyError, match="of the user's"):
+            _losses(RaisesInBackward(), 2, MAKE[strategy]())
+
+    run_on_ranks(fit, 2)
