@@ -1,7 +1,7 @@
 """What of a model is sharded together: the blocks one by one, and the rest."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -105,19 +105,14 @@ def find_independent_children(module: nn.Module) -> list[nn.Module]:
     """The children of ``module`` that hold its parameters, if each parameter belongs to exactly one of them.
 
     A step that runs several backward passes by hand (a GAN's) must be able to gather and reduce each network by
-    itself, when it is called.
+    itself, when it is called. In place of a container, which is never called, there are its children.
 
     Raises:
-        ValueError: A parameter is registered on ``module`` itself or tied between two children.
+        ValueError: A parameter is registered on ``module`` or on a container, or tied between two children.
     """
-    for name, _ in module.named_parameters(recurse=False):
-        raise ValueError(
-            f"Parameter `{name}` is registered on the {type(module).__name__} itself, which steps its optimizers by "
-            "hand, so no submodule's call can gather it; move it into a submodule, or use `memopt_ddp`."
-        )
     owner: dict[nn.Parameter, str] = {}
     children = []
-    for name, child in module.named_children():
+    for name, child in _called_children(module):
         for parameter in child.parameters():
             if owner.setdefault(parameter, name) != name:
                 raise ValueError(
@@ -127,6 +122,22 @@ def find_independent_children(module: nn.Module) -> list[nn.Module]:
         if next(child.parameters(), None) is not None:
             children.append(child)
     return children
+
+
+def _called_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, _ in module.named_parameters(prefix.rstrip("."), recurse=False):
+        where = (
+            f"`{prefix.rstrip('.')}`, which is never called," if prefix else f"the {type(module).__name__} itself,"
+        )
+        raise ValueError(
+            f"Parameter `{name}` is registered on {where} and the module steps its optimizers by hand, so no "
+            "submodule's call can gather it; move it into a submodule, or use `memopt_ddp`."
+        )
+    for name, child in module.named_children():
+        if type(child).forward is nn.Module.forward:  # ModuleList and ModuleDict, and containers of the user's
+            yield from _called_children(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
 
 
 def _count_uses(module: nn.Module) -> Counter[nn.Parameter]:

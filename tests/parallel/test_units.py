@@ -39,6 +39,15 @@ def test_children_that_share_nothing_are_independent_and_those_without_parameter
     assert find_independent_children(model) == [model["a"], model["b"]]
 
 
+def test_in_place_of_a_container_which_is_never_called_there_are_its_children():
+    nets = nn.ModuleList([nn.Linear(2, 2), nn.ModuleDict({"deep": nn.Linear(2, 2)})])
+    model = nn.ModuleDict({"nets": nets, "head": nn.Linear(2, 2)})
+    assert find_independent_children(model) == [nets[0], nets[1]["deep"], model["head"]]
+    nets.append(nn.ParameterList([torch.ones(1)]))
+    with pytest.raises(ValueError, match=r"`nets.2.0` is registered on `nets.2`, which is never called"):
+        find_independent_children(model)
+
+
 def test_a_scalar_parameter_is_refused_by_name():
     model = nn.Linear(2, 2)
     model.register_parameter("scale", nn.Parameter(torch.ones(())))

@@ -388,3 +388,34 @@ def test_the_error_of_a_step_is_what_comes_out_when_ranks_keep_their_parts(strat
             _losses(RaisesInBackward(), 2, MAKE[strategy]())
 
     run_on_ranks(fit, 2)
+
+
+class TwoByHand(pl.LightningModule):
+    """Two networks in a list, each stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(16, 8 * n), nn.ReLU(), nn.Linear(8 * n, 4)) for n in (1, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(net.parameters(), lr=0.01) for net in self.nets]
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_networks_in_a_list_that_are_stepped_by_hand_train_as_on_one_device(strategy: str) -> None:
+    def fit(ranks: int, make: Callable[[], Any]) -> list[np.ndarray]:
+        _trainer(make(), devices=ranks).fit(module := TwoByHand(), _loader())
+        return [weight.detach().numpy() for weight in module.parameters()]
+
+    plain = run_on_ranks(lambda: fit(1, lambda: "auto"), 1)[0]
+    for weights in run_on_ranks(lambda: fit(2, MAKE[strategy]), 2):
+        for ours, theirs in zip(weights, plain, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
