@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -138,7 +138,9 @@ class MemoptStrategy(WatchedStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.lightning_module is not None
-        self._undo_patches.enter_context(stopping_together(self.lightning_module.trainer))
+        trainer = self.lightning_module.trainer
+        self._undo_patches.enter_context(stopping_together(trainer))
+        self._keep_samplers(trainer)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -305,6 +307,21 @@ class MemoptStrategy(WatchedStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.data_size, "rank": self.data_rank}
+
+    def _keep_samplers(self, trainer: pl.Trainer) -> None:
+        """Let the user's samplers stay where all ranks have the same batches, as on one device.
+
+        Lightning's ``DistributedSampler``, which shuffles in training whatever it replaces, is needed there for
+        random order alone, which would be another on each rank.
+        """
+        connector: Any = trainer._data_connector
+        lightning_requires = connector._requires_distributed_sampler
+
+        def requires(dataloader: DataLoader) -> bool:
+            sampler = getattr(dataloader.batch_sampler, "sampler", dataloader.sampler)
+            return (self.data_size > 1 or isinstance(sampler, RandomSampler)) and lightning_requires(dataloader)
+
+        self._undo_patches.enter_context(replaced(connector, _requires_distributed_sampler=requires))
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -1,5 +1,6 @@
 """What users write in hooks, callbacks and steps works under every strategy as on one device, or is refused."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 import lightning_memopt as memopt
 from tests.distributed import run_on_ranks
@@ -419,3 +420,53 @@ def test_networks_in_a_list_that_are_stepped_by_hand_train_as_on_one_device(stra
     for weights in run_on_ranks(lambda: fit(2, MAKE[strategy]), 2):
         for ours, theirs in zip(weights, plain, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Backwards(Sampler):
+    """The user's own order."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.length = len(dataset)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Any:
+        return iter(range(self.length - 1, -1, -1))
+
+
+class SeesBatches(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[float] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.sums.append(float(batch[0].sum()))
+
+
+@pytest.mark.parametrize("strategy", ["tp", "pp"])
+def test_the_users_sampler_stays_where_all_ranks_have_the_same_batches(strategy: str) -> None:
+    dataset = _loader().dataset
+    make_loaders: list[Callable[[], DataLoader]] = [
+        lambda: DataLoader(dataset, batch_size=8),
+        lambda: DataLoader(dataset, batch_size=8, sampler=Backwards(dataset)),
+        lambda: DataLoader(dataset, batch_size=8, shuffle=True),
+    ]
+
+    def fit(ranks: int, make: Callable[[], Any]) -> list[list[float]]:
+        seen = []
+        for make_loader in make_loaders:
+            trainer = _trainer(make(), devices=ranks, use_distributed_sampler=True)
+            trainer.fit(module := SeesBatches(), make_loader())
+            seen.append(module.sums)
+        return seen
+
+    def seeded_by_rank() -> list[list[float]]:
+        torch.manual_seed(int(os.environ["RANK"]))
+        return fit(2, MAKE[strategy])
+
+    in_order, backwards, _ = run_on_ranks(lambda: fit(1, lambda: "auto"), 1)[0]
+    first, second = run_on_ranks(seeded_by_rank, 2)
+    assert first == second
+    assert first[:2] == [in_order, backwards]
+    assert sorted(first[2]) != sorted(in_order)
