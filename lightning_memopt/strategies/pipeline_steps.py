@@ -1,7 +1,7 @@
 """Lightning's steps through a pipeline: one batch, its micro-batches, what they log and return, on every rank."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 from lightning_memopt.parallel.pipeline.schedules import STAGES_EACH, number_of_micro_batches
 from lightning_memopt.parallel.pipeline.stubs import is_stub
 from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.strategies.pipeline_lists import AppendedToLists, can_be_sent
 from lightning_memopt.techniques.batches import (
     CannotCut,
     batch_size,
@@ -90,10 +91,12 @@ class PipelineSteps:
         self._check_same_batch(name, batch)
         pieces, sizes, weights = self._split(batch, counts_samples=False)
         outputs: list[Any] = []
+        appended = AppendedToLists(self._module)
 
         def step(index: int, is_last: bool) -> Tensor:
             logs.weight = weights[index]
-            output = run(self._for_stage(pieces[index]), *rest)
+            with appended.step(is_last):
+                output = run(self._for_stage(pieces[index]), *rest)
             if is_last:
                 outputs.append(detached(output))
             return torch.zeros(())
@@ -101,7 +104,7 @@ class PipelineSteps:
         with self._logging() as logs:
             self._pipeline.evaluate(self._call(name, rest), self._key(name, rest), pieces, step)
         merged = merge_outputs(outputs, sizes, weights) if outputs else None
-        return self._finish(merged, logs)
+        return self._finish(merged, logs, appended, sizes, weights)
 
     # Training
 
@@ -134,11 +137,13 @@ class PipelineSteps:
         pieces, sizes, weights = self._split(kwargs["batch"], counts_samples=True)
         rest = tuple(value for key, value in kwargs.items() if key != "batch")
         outputs: list[Any] = []
+        appended = AppendedToLists(self._module)
         after_first = ExitStack()
 
         def step(index: int, is_last: bool) -> Tensor:
             logs.weight = weights[index]
-            result = self._step_of(optimization, kwargs | {"batch": self._for_stage(pieces[index])})
+            with appended.step(is_last):
+                result = self._step_of(optimization, kwargs | {"batch": self._for_stage(pieces[index])})
             assert is_last and result.closure_loss is not None
             outputs.append(detached({"loss": result.closure_loss, "extra": result.extra}))
             return self._scaled(backward, weigh(result.closure_loss, weights[index]), after_first)
@@ -150,7 +155,8 @@ class PipelineSteps:
             runs(self._call("training_step", rest), self._key("training_step", rest), pieces, step)
         if backward is not None and not self._trainer.fit_loop._should_accumulate():
             self._pipeline.sum_shared_gradients()
-        output = self._finish(merge_outputs(outputs, sizes, weights) if outputs else None, logs)
+        merged = merge_outputs(outputs, sizes, weights) if outputs else None
+        output = self._finish(merged, logs, appended, sizes, weights)
         if backward is not None:
             self._strategy.post_backward(output["loss"])
             self._strategy.precision_plugin.post_backward(output["loss"], self._module)
@@ -187,11 +193,21 @@ class PipelineSteps:
     def _has_last_stage(self) -> bool:
         return dist.get_rank() == self._pipeline.last_rank
 
-    def _finish(self, output: Any, logs: LogsOfMicroBatches) -> Any:
-        """Give every rank what the last stage returned and logged, and whether it is to be the last step."""
+    def _finish(
+        self,
+        output: Any,
+        logs: LogsOfMicroBatches,
+        appended: AppendedToLists,
+        sizes: Sequence[int | None],
+        weights: Sequence[float | Tensor],
+    ) -> Any:
+        """Give every rank what the last stage returned, logged and appended, and whether it is the last step."""
         self._stale = set(self._metrics.values())
         records = logs.records() if self._has_last_stage else []
-        output, records, stops = self._from_last_stage((output, records, self._trainer.should_stop))
+        lists = appended.merged(sizes, weights) if self._has_last_stage else {}
+        sent = {name: items for name, items in lists.items() if can_be_sent(items)}
+        output, records, stops, sent = self._from_last_stage((output, records, self._trainer.should_stop, sent))
+        appended.extend(lists if self._has_last_stage else sent)
         if stops:  # where the step set it behind the last block, the other stages have not been
             self._trainer.should_stop = True
         results = self._trainer._results

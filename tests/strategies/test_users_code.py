@@ -470,3 +470,54 @@ def test_the_users_sampler_stays_where_all_ranks_have_the_same_batches(strategy:
     assert first == second
     assert first[:2] == [in_order, backwards]
     assert sorted(first[2]) != sorted(in_order)
+
+
+class KeepsOutputs(Net):
+    """Appends to lists in its steps, and computes from them at the end of an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[torch.Tensor] = []
+        self.val_losses: list[torch.Tensor] = []
+        self._kept: list[dict[str, torch.Tensor]] = []
+        self.counts: list[int] = []
+        self.computed: list[list[float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        losses = torch.stack(self.losses)
+        self.computed.append([len(losses), float(losses.mean())])
+        self.losses.clear()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.counts.append(len(batch[0]))
+        logits = self(batch[0])
+        self._kept.append({"logits": logits, "labels": batch[1]})
+        self.val_losses.append(F.cross_entropy(logits, batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        logits, labels = (torch.cat([kept[name] for kept in self._kept]) for name in ("logits", "labels"))
+        losses = torch.stack(self.val_losses)
+        whole = float(F.cross_entropy(logits, labels))
+        self.computed.append([len(self._kept), sum(self.counts), len(losses), float(losses.mean()), whole])
+        for kept in (self._kept, self.counts, self.val_losses):
+            kept.clear()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
+def test_what_steps_append_to_lists_is_on_every_rank_of_a_pipeline_as_on_one_device(schedule: Any) -> None:
+    def fit(ranks: int, strategy: Any) -> list[list[float]]:
+        trainer = _trainer(strategy, devices=ranks, num_sanity_val_steps=0)
+        trainer.fit(module := KeepsOutputs(), _loader(3), DataLoader(_loader(3).dataset, batch_size=9))
+        trainer.validate(module, _loader(2), verbose=False)
+        return module.computed
+
+    plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
+    assert len(plain) == 3
+    for computed in run_on_ranks(lambda: fit(2, memopt.PipelineParallelStrategy(schedule)), 2, deadline_seconds=30):
+        for ours, theirs in zip(computed, plain, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)

@@ -163,8 +163,8 @@ def shadow_of(module: nn.Module, stubs: dict[Tensor, Tensor]) -> tuple[nn.Module
                 for key, value in original.__dict__[name].items()
             }
         for name, value in original.__dict__.items():
-            # Hooks too: those that the original gets later (FSDP2's) are not for the shadow.
-            if isinstance(value, list | dict | set) and (not name.startswith("_") or "_hooks" in name):
+            # What the shadow's steps append stays there; and the original gets hooks (FSDP2's) that are not for it.
+            if isinstance(value, list | dict | set) and name not in ("_parameters", "_buffers", "_modules"):
                 twin.__dict__[name] = copy.copy(value)
         if isinstance(original, nn.RNNBase):
             twin.__dict__["_flat_weights"] = [stubs.get(w, w) for w in original._flat_weights]  # type: ignore[arg-type]
