@@ -17,8 +17,11 @@ from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.pipeline import torch_stage
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
+from lightning_memopt.parallel.pipeline.probe import run_silently
 from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, number_of_micro_batches
 from lightning_memopt.parallel.pipeline.splitting import Split
+from lightning_memopt.parallel.pipeline.stubs import shadow_of
+from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.pipeline_checks import check_optimizers, check_trainer, warn_of_batch_norm
 from lightning_memopt.strategies.pipeline_steps import PipelineSteps, refuse_to_cut
@@ -137,8 +140,12 @@ class PipelineParallelStrategy(MemoptStrategy):
         sample = sample_batch(module.trainer, self._undo_patches) if self.sizes.pipeline > 1 else None
         if sample is not None:
             name, batch = sample
-            with self.refusals():
-                self.pipeline = self._cut(name, batch)
+            try:
+                with self.refusals():
+                    self.pipeline = self._cut(name, batch)
+            except MisconfigurationException as refusal:
+                self._let_own_error_out(name, batch, refusal)
+                raise
             self._steps = PipelineSteps(self, self.pipeline)
             self._undo_patches.enter_context(self._steps.metrics())
             # Lightning's summary would run it through a module of which each rank holds a part.
@@ -177,6 +184,21 @@ class PipelineParallelStrategy(MemoptStrategy):
             prepare=_silence,
             around=self._around_backward,
         )
+
+    def _let_own_error_out(self, name: str, batch: Any, refusal: MisconfigurationException) -> None:
+        """Where the step failed without values by an error that it raises with values too, that says more."""
+        own = refusal.__cause__.__cause__ if refusal.__cause__ is not None else None
+        module = self.lightning_module
+        assert module is not None
+        if own is None or isinstance(own, RuntimeError | StepRefused):  # as torch raises where values are missing
+            return
+        twin, _ = shadow_of(module, {buffer: buffer.clone() for buffer in module.buffers()})
+        _silence(twin)
+        try:
+            run_silently(twin, torch.no_grad()(partial(self.call_on, name, (0,), twin, batch)))()
+        except Exception as error:
+            if type(error) is type(own):
+                raise
 
     def _around_backward(self, is_last: bool) -> AbstractContextManager[Any]:
         self._enter("backward", self._batch)

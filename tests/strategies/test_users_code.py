@@ -242,10 +242,17 @@ class RaisesInValidation(Net):
         raise ValueError("no such label")
 
 
+class RaisesBetweenLayers(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise ValueError(f"width is {self.net[0](batch[0]).shape[1]}")
+
+
 def test_an_error_of_the_users_own_comes_out_of_a_pipeline_as_it_was() -> None:
     def fit() -> None:
         with pytest.raises(ValueError, match=r"^no such label$"):
             _trainer(MAKE["pp"](), num_sanity_val_steps=0).fit(RaisesInValidation(), _loader(), _loader(1))
+        with pytest.raises(ValueError, match=r"^width is 32$"):
+            _trainer(MAKE["pp"]()).fit(RaisesBetweenLayers(), _loader())
 
     run_on_ranks(fit, 2)
 

@@ -64,7 +64,7 @@ def find_links(module: nn.Module, run: Step) -> list[str]:
     names = {submodule: name for name, submodule in module.named_modules()}
     blocks = [block for stack in find_block_stacks(module) for block in stack.blocks]
     layers = [m for m in names if m is not module and next(m.parameters(recurse=False), None) is not None]
-    order = _order_of_calls({*blocks, *layers}, run)
+    order, error = _order_of_calls({*blocks, *layers}, run)
     for candidates in (blocks, layers):
         known = set(candidates)
         once = [m for m in order if m in known and order.count(m) == 1]
@@ -75,21 +75,24 @@ def find_links(module: nn.Module, run: Step) -> list[str]:
         f"{type(module).__name__} has nothing to cut before: of its modules with parameters, the step calls "
         f"{', '.join(f'`{names[m]}`' for m in dict.fromkeys(order)) or 'none'}, and a pipeline needs at least two "
         "that are called once each; use `memopt_zero3` to split the parameters."
-    )
+    ) from error
 
 
-def _order_of_calls(modules: Iterable[nn.Module], run: Step) -> list[nn.Module]:
+def _order_of_calls(modules: Iterable[nn.Module], run: Step) -> tuple[list[nn.Module], Exception | None]:
+    """The calls, and the error that the run ended with."""
     order: list[nn.Module] = []
+    ended_with = None
     hooks = [m.register_forward_pre_hook(lambda called, _: order.append(called)) for m in modules]
     try:
         run()
     except Exception as error:
         if not order:
             raise ValueError(_why_not(error)) from error
+        ended_with = error
     finally:
         for hook in hooks:
             hook.remove()
-    return order
+    return order, ended_with
 
 
 def survey(module: nn.Module, links: list[str], mode: StubMode, run: Step) -> Survey:
