@@ -41,6 +41,7 @@ TECHNIQUES = {
     "accumulation": Technique(lambda: [memopt.GradientAccumulation(2)], exact=False),
     "micro_batching": Technique(lambda: [memopt.MicroBatching(3)]),
     "checkpointing_full": Technique(lambda: [memopt.ActivationCheckpointing("full")]),
+    "checkpointing_every_k": Technique(lambda: [memopt.ActivationCheckpointing("every_k", k=2)]),
     "checkpointing_selective": Technique(lambda: [memopt.ActivationCheckpointing("selective")]),
     "checkpointing_budget": Technique(lambda: [memopt.ActivationCheckpointing("budget", budget=0.5)]),
     "offload": Technique(lambda: [memopt.ActivationOffload(to="disk", min_bytes=1024)]),
@@ -61,9 +62,7 @@ REFUSED = {
     ("mixed_bf16", "mixed_fp16"): "Precision",
     ("mixed_bf16", "half_bf16"): "Precision",
     ("mixed_fp16", "half_bf16"): "Precision",
-    ("checkpointing_full", "checkpointing_selective"): "ActivationCheckpointing",
-    ("checkpointing_full", "checkpointing_budget"): "ActivationCheckpointing",
-    ("checkpointing_selective", "checkpointing_budget"): "ActivationCheckpointing",
+    **dict.fromkeys(combinations((n for n in TECHNIQUES if "checkpointing" in n), 2), "ActivationCheckpointing"),
 }
 """Pairs that cannot be, and what their error says."""
 
