@@ -1,5 +1,6 @@
 """Lightning's side of gradient accumulation."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -21,12 +22,13 @@ from lightning_memopt.callbacks.accumulation_checks import (
     loader_batch_size,
     replicas,
 )
-from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.instance_patch import replaced, with_property
 from lightning_memopt.techniques.accumulation import (
     GradientWindow,
     Schedule,
     accumulation_factor,
     check_schedule,
+    count_optimizer_steps,
     factor_for_target,
 )
 from lightning_memopt.techniques.batches import weigh
@@ -110,10 +112,14 @@ class GradientAccumulation(Callback):
         if problem := find_problem(trainer, pl_module):
             raise MisconfigurationException(f"GradientAccumulation cannot work here: {problem}")
         self._announced = self._unit = self._window = self._start = None
-        # So early for `trainer.estimated_stepping_batches`, which users ask for in `configure_optimizers`.
+        # So early because users ask for both in `configure_optimizers`.
         self._undo.enter_context(replaced(trainer, accumulate_grad_batches=1))
-        if self._schedule is not None:
+        if self._target_batch_size is None:
+            assert self._schedule is not None
             trainer.accumulate_grad_batches = accumulation_factor(self._schedule, 0)
+        lightnings = partial(type(trainer).estimated_stepping_batches.fget, trainer)  # type: ignore[attr-defined]
+        estimated = partial(self._estimated_steps, trainer, lightnings)
+        self._undo.enter_context(with_property(trainer, "estimated_stepping_batches", estimated))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,14 +136,10 @@ class GradientAccumulation(Callback):
         )
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._target_batch_size is None:
-            return
-        size = loader_batch_size(trainer)
-        try:
-            self._schedule = factor_for_target(self._target_batch_size, size, replicas(trainer))
-        except ValueError as error:
-            raise MisconfigurationException(f"GradientAccumulation: {error}") from error
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # In each epoch: a reloaded loader (`reload_dataloaders_every_n_epochs`) may have batches of another size.
+        if self._target_batch_size is not None:
+            self._schedule = self._factor_for_target(trainer, self._target_batch_size)
 
     @override
     def on_train_batch_start(
@@ -197,6 +199,28 @@ class GradientAccumulation(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._undo.close()
         self._window = None
+
+    def _factor_for_target(self, trainer: pl.Trainer, target: int) -> int:
+        try:
+            return factor_for_target(target, loader_batch_size(trainer), replicas(trainer))
+        except ValueError as error:
+            raise MisconfigurationException(f"GradientAccumulation: {error}") from error
+
+    def _estimated_steps(self, trainer: pl.Trainer, lightnings: Callable[[], float]) -> float:
+        """In place of ``estimated_stepping_batches``, which divides all epochs by the factor of the moment."""
+        estimated = lightnings()  # loads the data, where that is still to be done
+        epochs, batches = trainer.max_epochs, trainer.num_training_batches
+        if epochs is None or epochs == -1 or batches == math.inf:
+            return estimated  # by `max_steps`
+        schedule, target = self._schedule, self._target_batch_size
+        if target is not None:
+            schedule = self._factor_for_target(trainer, target)
+        assert schedule is not None
+        most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        try:
+            return count_optimizer_steps(schedule, int(batches), max(epochs, 1), self._by, most)
+        except ValueError as error:
+            raise MisconfigurationException(f"GradientAccumulation: {error}") from error
 
     def _begin_window(self, trainer: pl.Trainer, batch: Any) -> None:
         at = trainer.current_epoch if self._by == "epoch" else trainer.global_step

@@ -1,6 +1,7 @@
 """Run Lightning's own loop on one batch until one optimizer step, not the first, is measured."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_memopt.memory.workspace import Need
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.planning.operators import OperatorLog
 from lightning_memopt.planning.quiet import quiet_lightning
+from lightning_memopt.techniques.batches import batch_size
 
 _MAX_BATCHES = 1000
 """A loop that takes more batches than this for two optimizer steps is taken for one that never steps."""
@@ -36,6 +38,8 @@ class _SameBatch:
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
+        with suppress(ValueError):  # for what asks the loader, as `GradientAccumulation(target_batch_size=...)` does
+            self.batch_size = batch_size(batch)
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(_MAX_BATCHES):

@@ -1,7 +1,10 @@
 """Accumulate gradients over a window of batches so that they are those of one large batch."""
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +51,39 @@ def check_schedule(schedule: Schedule) -> None:
                 "of batches holds."
             )
         accumulation_factor(schedule, start)
+
+
+def count_optimizer_steps(
+    schedule: Schedule, batches: int, epochs: int, by: Literal["epoch", "step"] = "epoch", most: float = math.inf
+) -> int:
+    """How often the optimizer steps in ``epochs`` of ``batches`` each, where a window ends with its epoch.
+
+    Args:
+        schedule: As for :func:`accumulation_factor`.
+        batches: In an epoch, 0 or more.
+        epochs: How many.
+        by: What ``schedule`` counts.
+        most: Steps after which training ends.
+
+    Raises:
+        ValueError: A function returned no whole number of at least 1.
+
+    Example:
+        >>> count_optimizer_steps({0: 4, 1: 2}, batches=10, epochs=2)  # 3 + 5
+        8
+    """
+    steps = 0
+    for epoch in range(epochs):
+        left = batches
+        while left > 0 and steps < most:
+            at = epoch if by == "epoch" else steps
+            factor = accumulation_factor(schedule, at)
+            windows = math.ceil(left / factor)
+            if by == "step":
+                windows = min(windows, _steps_until_change(schedule, at))
+            steps += windows
+            left -= windows * factor
+    return int(min(steps, most))
 
 
 def factor_for_target(target_batch_size: int, batch_size: int, devices: int = 1) -> int:
@@ -150,6 +186,12 @@ class GradientWindow:
 def _or_one(total: float | Tensor) -> float | Tensor:
     """A window in which all tokens are masked has no gradient rather than an undefined one."""
     return torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total or 1
+
+
+def _steps_until_change(schedule: Schedule, at: int) -> int:
+    if isinstance(schedule, Mapping):
+        return min((start - at for start in schedule if start > at), default=sys.maxsize)
+    return 1 if callable(schedule) else sys.maxsize
 
 
 def _checked(factor: object, name: str) -> int:

@@ -241,3 +241,13 @@ def test_a_module_that_never_steps_is_refused():
 
     with pytest.raises(ValueError, match="Idle stepped its optimizer fewer than twice"):
         memopt.measure_memory(Idle(), _images())
+
+
+def test_a_target_batch_size_is_predicted_with_the_size_of_the_batch():
+    entry = ZOO["mlp"]
+    batch = next(iter(entry.loader(batch_size=4)))
+    by_target = memopt.predict_memory(
+        entry.build(), batch, callbacks=[memopt.GradientAccumulation(target_batch_size=8)]
+    )
+    by_factor = memopt.predict_memory(entry.build(), batch, callbacks=[memopt.GradientAccumulation(2)])
+    assert by_target.peak_bytes == by_factor.peak_bytes
