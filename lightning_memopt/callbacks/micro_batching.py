@@ -41,8 +41,10 @@ class MicroBatching(Callback):
 
     The loader, the batch size, the learning rate and ``trainer.global_step`` stay as they are: only the activations
     of one micro-batch exist at a time. The loss of the batch is the mean over its micro-batches, weighted by samples,
-    so a smaller last micro-batch is right too. Logged values come out as for the whole batch, and a ``training_step``
-    that returns a dict has its tensors of one row a sample concatenated, detached
+    so a smaller last micro-batch is right too. Logged values come out as for the whole batch: means by the same
+    weights, and with ``reduce_fx="sum"`` (``"min"``, ``"max"``) the sum over the micro-batches, which is right for
+    counts; log a mean as a mean, since its sum grows with the number of micro-batches. A ``training_step`` that
+    returns a dict has its tensors of one row a sample concatenated, detached
     (:func:`~lightning_memopt.techniques.batches.merge_outputs`). ``on_before_backward`` is called before the first
     backward of a batch, ``on_after_backward`` after the last, and gradients are cleared before the forward instead of
     after it.

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,10 @@ class CannotCut(ValueError):
         self.found = found
 
 
+Samples = tuple[type, ...]
+"""Which of mappings and tensors are samples where a list holds nothing else; else the list is a container of parts."""
+
+
 def batch_size(batch: Any) -> int:
     """Number of samples in ``batch``: the first dimension that its tensors agree on.
 
@@ -57,7 +62,9 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     """Split ``batch`` into micro-batches of at most ``size`` samples, of the same type as the batch.
 
     Tensors are cut along their first dimension and share memory with the batch. Lists of dicts, strings and other
-    objects that are as long as the batch are cut too. Everything else (tensors of no dimension, numbers, ``None``)
+    objects that are as long as the batch are cut too. So are lists of tensors within the batch that are one for each
+    sample (images of several sizes beside a list of dicts, as for torchvision's detectors): those as long as
+    everything else, where first dimensions are not. Everything else (tensors of no dimension, numbers, ``None``)
     is in each micro-batch.
 
     Args:
@@ -68,7 +75,7 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
         The micro-batches in order; the batch itself, alone, where it is no larger than ``size``.
 
     Raises:
-        ValueError: ``size`` is below 1, or (:class:`CannotCut`) the size of the batch cannot be told.
+        ValueError: ``size`` is below 1, or (:class:`CannotCut`) the size of the batch cannot be told, or in two ways.
 
     Example:
         >>> [micro["x"].shape[0] for micro in micro_batches({"x": torch.zeros(8, 3)}, 3)]
@@ -76,11 +83,11 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     """
     if size < 1:
         raise ValueError(f"a micro-batch of {size} samples was asked for; it must have at least 1.")
-    total, dicts_are_samples = _read_size(batch)
+    total, samples = _read_size(batch)
     if total <= size:
         return [batch]
     windows = [slice(start, start + size) for start in range(0, total, size)]
-    return [_cut(batch, window, total, dicts_are_samples) for window in windows]
+    return [_cut(batch, window, total, samples) for window in windows]
 
 
 def split_evenly(batch: Any, count: int) -> list[Any]:
@@ -99,10 +106,10 @@ def split_evenly(batch: Any, count: int) -> list[Any]:
     """
     if count == 1:
         return [batch]
-    total, dicts_are_samples = _read_size(batch)
+    total, samples = _read_size(batch)
     bounds = [-(-total * index // count) for index in range(count + 1)]
     windows = [slice(start, end) for start, end in pairwise(bounds)]
-    return [_cut(batch, window, total, dicts_are_samples) for window in windows]
+    return [_cut(batch, window, total, samples) for window in windows]
 
 
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
@@ -176,18 +183,18 @@ def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int | None], weights: 
     return tensors
 
 
-def _read_size(batch: Any) -> tuple[int, bool]:
-    """Number of samples, and whether a list of dicts holds one dict a sample.
+def _read_size(batch: Any) -> tuple[int, Samples]:
+    """Number of samples, and which lists hold one item a sample.
 
-    It does beside tensors that give the size (images and the boxes in each); alone it is a list of batches, as
-    several loaders give.
+    Lists of dicts do beside tensors that give the size (images and the boxes in each); alone they are lists of
+    batches, as several loaders give. Lists of tensors do where :func:`_lists_of_tensors_hold_samples` says so.
     """
-    dicts_are_samples = True
-    sizes = dict(_tensor_sizes(batch, "batch", dicts_are_samples))
+    samples: Samples = (Mapping, Tensor) if _lists_of_tensors_hold_samples(batch) else (Mapping,)
+    sizes = dict(_tensor_sizes(batch, "batch", samples))
     if not sizes:
-        dicts_are_samples = False
-        sizes = dict(_tensor_sizes(batch, "batch", dicts_are_samples))
-    sizes = sizes or dict(_list_sizes(batch, "batch"))
+        samples = ()
+        sizes = dict(_tensor_sizes(batch, "batch", samples))
+    sizes = sizes or {name: len(part) for name, part in _sample_lists(batch, "batch", ())}
     if not sizes:
         raise CannotCut(
             f"the batch, a {type(batch).__name__}, holds no tensor with a first dimension and no list of samples, so "
@@ -199,11 +206,42 @@ def _read_size(batch: Any) -> tuple[int, bool]:
             f"the tensors of the batch disagree on the number of samples ({found}), so it cannot be cut along the "
             "first dimension"
         )
-    return next(iter(sizes.values())), dicts_are_samples
+    return next(iter(sizes.values())), samples
 
 
-def _tensor_sizes(item: Any, name: str, dicts_are_samples: bool) -> Iterator[tuple[str, int]]:
-    """First dimensions of the tensors that are to be cut, by where they are; refuses what cannot be."""
+def _lists_of_tensors_hold_samples(batch: Any) -> bool:
+    """Whether lists of tensors within the batch hold one tensor a sample, such as images of several sizes.
+
+    They do if they are as long as all else in the batch and first dimensions say something else (for images, the
+    number of channels). Where those say the same, it takes a dict a sample and tensors of several shapes; otherwise
+    a list of tensors is a container, such as two views of each sample.
+
+    Raises:
+        ValueError: Both would be possible.
+    """
+    lists = [part for _, part in _sample_lists(batch, "batch", (Mapping, Tensor))]
+    of_tensors = [part for part in lists if isinstance(part[0], Tensor) and part is not batch]
+    if not of_tensors or len(set(dict(_tensor_sizes(batch, "batch", (Mapping, Tensor))).values())) > 1:
+        return False
+    by_row = set(dict(_tensor_sizes(batch, "batch", (Mapping,))).values())
+    of_dicts = {len(part) for part in lists if isinstance(part[0], Mapping)}
+    if len(by_row | of_dicts) > 1:
+        return True
+    are_ragged = any(len({tensor.shape[1:] for tensor in tensors}) > 1 for tensors in of_tensors)
+    if of_dicts and by_row and not are_ragged:
+        size = of_dicts.pop()
+        raise CannotCut(
+            f"the batch has {size} dicts, one for each sample, and a list of {size} tensors of one shape whose first "
+            f"dimension is {size} too, so it may be of one tensor a sample or of all samples in each"
+        )
+    return bool(of_dicts)
+
+
+def _tensor_sizes(item: Any, name: str, samples: Samples) -> Iterator[tuple[str, int]]:
+    """First dimensions of the tensors that are to be cut, by where they are; refuses what cannot be.
+
+    Where lists of tensors hold samples, the lengths of these lists, and of those of dicts, too.
+    """
     if isinstance(item, Tensor):
         if item.is_nested:
             raise CannotCut(f"{name} is a nested tensor, which cannot be cut into views")
@@ -213,21 +251,23 @@ def _tensor_sizes(item: Any, name: str, dicts_are_samples: bool) -> Iterator[tup
         raise CannotCut(
             f"{name} is a PackedSequence, whose rows are not samples", f"pack in the step, or {_GIVE_SPLIT}"
         )
-    elif not _is_list_of_samples(item, dicts_are_samples):
+    elif _is_list_of_samples(item, samples):
+        if Tensor in samples and isinstance(item[0], samples):
+            yield name, len(item)
+    else:
         parts = _parts(item)
-        if parts is None:
+        if parts is None or _is_dataclass_instance(item):
             _refuse_hidden_tensors(item, name)
-        else:
-            for key, part in parts:
-                yield from _tensor_sizes(part, f"{name}{key}", dicts_are_samples)
+        for key, part in parts or ():
+            yield from _tensor_sizes(part, f"{name}{key}", samples)
 
 
-def _list_sizes(item: Any, name: str) -> Iterator[tuple[str, int]]:
-    if _is_list_of_samples(item, dicts_are_samples=False):
-        yield name, len(item)
+def _sample_lists(item: Any, name: str, samples: Samples) -> Iterator[tuple[str, Sequence[Any]]]:
+    if _is_list_of_samples(item, samples):
+        yield name, item
     else:
         for key, part in _parts(item) or ():
-            yield from _list_sizes(part, f"{name}{key}")
+            yield from _sample_lists(part, f"{name}{key}", samples)
 
 
 def _parts(item: Any) -> list[tuple[str, Any]] | None:
@@ -243,19 +283,20 @@ def _parts(item: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
-def _cut(item: Any, window: slice, total: int, dicts_are_samples: bool) -> Any:
+def _cut(item: Any, window: slice, total: int, samples: Samples) -> Any:
     if isinstance(item, Tensor):
         return item[window] if item.ndim else item
-    if _is_list_of_samples(item, dicts_are_samples):
+    if _is_list_of_samples(item, samples):
         return item[window] if len(item) == total else item
     parts = _parts(item)
-    return (
-        item if parts is None else _rebuild(item, [_cut(part, window, total, dicts_are_samples) for _, part in parts])
-    )
+    return item if parts is None else _rebuild(item, [_cut(part, window, total, samples) for _, part in parts])
 
 
 def _rebuild(item: Any, values: list[Any]) -> Any:
-    """A container like ``item`` that holds ``values``, given in the order of its parts."""
+    """A container like ``item`` that holds ``values``, given in the order of its parts.
+
+    What is cached in it was computed from other values.
+    """
     twin: Any
     if isinstance(item, Mapping):
         if not isinstance(item, dict | UserDict):
@@ -270,6 +311,8 @@ def _rebuild(item: Any, values: list[Any]) -> Any:
     if isinstance(item, list | tuple):
         return type(item)(values)
     twin = copy.copy(item)
+    for name in _cached(item):
+        del vars(twin)[name]
     for field, value in zip(dataclasses.fields(item), values, strict=True):
         object.__setattr__(twin, field.name, value)  # frozen dataclasses too
     return twin
@@ -291,12 +334,13 @@ def _rebuild_unknown_mapping(item: Mapping[Any, Any], content: dict[Any, Any]) -
     )
 
 
-def _is_list_of_samples(item: Any, dicts_are_samples: bool) -> bool:
-    """Whether a list or tuple holds one string, object (or dict) a sample; a list of tensors is a container."""
+def _is_list_of_samples(item: Any, samples: Samples) -> bool:
+    """Whether a list or tuple holds one string or object a sample, or one of the kinds in ``samples``."""
     if not isinstance(item, list | tuple) or _is_named_tuple(item) or not item:
         return False
-    if all(isinstance(part, Mapping) for part in item):
-        return dicts_are_samples
+    for kind in (Mapping, Tensor):
+        if all(isinstance(part, kind) for part in item):
+            return kind in samples
     return all(_parts(part) is None and not isinstance(part, Tensor) for part in item)
 
 
@@ -308,13 +352,20 @@ def _is_dataclass_instance(item: Any) -> bool:
     return dataclasses.is_dataclass(item) and not isinstance(item, type)
 
 
+def _cached(item: Any) -> set[str]:
+    kind = type(item)
+    return {name for name in getattr(item, "__dict__", ()) if isinstance(getattr(kind, name, None), cached_property)}
+
+
 def _refuse_hidden_tensors(item: Any, name: str) -> None:
     """An object that keeps tensors where they cannot be seen would be given whole to each micro-batch."""
     if isinstance(item, _SHARED):
         return
-    hidden = [key for key, value in getattr(item, "__dict__", {}).items() if isinstance(value, Tensor) and value.ndim]
+    known = {field.name for field in dataclasses.fields(item)} if _is_dataclass_instance(item) else set()
+    kept = {key: value for key, value in getattr(item, "__dict__", {}).items() if key not in known}
+    hidden = [key for key in kept.keys() - _cached(item) if isinstance(kept[key], Tensor) and kept[key].ndim]
     if hidden:
         raise CannotCut(
-            f"{name} is a {type(item).__qualname__} that holds tensors ({', '.join(hidden)}) and is neither a "
-            "mapping, a sequence nor a dataclass, so it cannot be cut"
+            f"{name} is a {type(item).__qualname__} that holds tensors ({', '.join(sorted(hidden))}) and is "
+            "neither a mapping nor a sequence, nor are they fields of a dataclass, so it cannot be cut"
         )

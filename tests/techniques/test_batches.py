@@ -3,6 +3,7 @@
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -88,6 +89,70 @@ def flat(item):
     if isinstance(item, list | tuple) and not isinstance(item, str):
         return [flat(value) for value in item]
     return item
+
+
+def images(count, channels=3, same=False):
+    return [torch.ones(channels, 8, 8 if same else 8 + index) for index in range(count)]
+
+
+def boxes(count):
+    return [{"boxes": torch.ones(index, 4), "labels": torch.ones(index)} for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (images(5), boxes(5)),
+        (tuple(images(5)), tuple(boxes(5))),
+        (images(5, same=True), boxes(5)),
+        (images(5, channels=5), boxes(5)),
+        {"images": images(5), "targets": boxes(5), "names": list("abcde")},
+        (images(5), torch.arange(5)),
+        (images(5), images(5, channels=1)),
+    ],
+    ids=["lists", "tuples", "one size", "as many channels", "dict", "labels", "masks"],
+)
+def test_a_list_of_one_image_a_sample_is_cut_by_samples(batch):
+    parts = micro_batches(batch, 2)
+    fields = [list(part.values()) if isinstance(part, dict) else part for part in parts]
+    for index, field_ in enumerate(batch.values() if isinstance(batch, dict) else batch):
+        cut = [item for part in fields for item in part[index]]
+        assert [len(part[index]) for part in fields] == [2, 2, 1]
+        assert all(
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a is b for a, b in zip(cut, field_, strict=True)
+        )
+
+
+def test_two_views_of_each_sample_are_a_container_also_in_a_last_batch_of_two():
+    views = [torch.ones(2, 3, 8, 8), torch.ones(2, 3, 4, 4)]
+    first, second = micro_batches((views, torch.arange(2)), 1)
+    assert [view.shape[0] for view in (*first[0], *second[0])] == [1, 1, 1, 1]
+
+
+def test_a_list_of_tensors_that_may_be_samples_or_parts_is_refused():
+    with pytest.raises(ValueError, match="3 dicts.*one tensor a sample or of all samples in each; give `split=`"):
+        micro_batches((images(3, same=True), boxes(3)), 1)
+
+
+def test_a_part_of_a_dataclass_has_nothing_cached_of_the_whole():
+    @dataclass
+    class Batch:
+        x: torch.Tensor
+
+        @cached_property
+        def total(self):
+            return self.x.sum()
+
+    batch = Batch(rows())
+    assert batch.total == sum(part.total for part in micro_batches(batch, 2)) == 45
+    assert "total" in vars(batch)
+
+
+def test_a_tensor_beside_the_fields_of_a_dataclass_is_refused():
+    batch = Frozen(rows())
+    object.__setattr__(batch, "beside", rows())
+    with pytest.raises(ValueError, match=r"batch is a Frozen that holds tensors \(beside\).*fields.*give `split=`"):
+        micro_batches(batch, 2)
 
 
 def test_what_is_said_of_the_whole_batch_is_in_each_part():
