@@ -71,6 +71,8 @@ class _MeasureStep(Callback):
         self.is_done = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            config.strict = False  # a ReduceLROnPlateau goes by what no validation, or no fake tensor, logs here
         # The gradients stay, as those of the step before do until Lightning sets them to None after the forward.
         if self._prepares:
             with _pop_mode_temporarily():  # the tracker, which is told of what is there when the report begins

@@ -251,3 +251,21 @@ def test_a_target_batch_size_is_predicted_with_the_size_of_the_batch():
     )
     by_factor = memopt.predict_memory(entry.build(), batch, callbacks=[memopt.GradientAccumulation(2)])
     assert by_target.peak_bytes == by_factor.peak_bytes
+
+
+@pytest.mark.parametrize("monitor", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("find", [memopt.predict_memory, memopt.measure_memory])
+def test_a_schedule_that_waits_for_a_logged_value_does_not_stand_in_the_way(find, monitor):
+    class Plateau(type(ZOO["mlp"].build())):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters())
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            config = {"scheduler": scheduler, "interval": "step", "monitor": monitor}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    assert find(Plateau(dropout=0.0), next(iter(ZOO["mlp"].loader()))).by_category["optimizer_state"] > 0
