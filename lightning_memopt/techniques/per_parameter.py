@@ -157,6 +157,7 @@ def _train_stand_ins(
     optimizer: Optimizer, group: dict[str, Any], step: Callable[[Optimizer], None]
 ) -> list[nn.Parameter]:
     like = group["params"][0]
+    wants_sparse = isinstance(optimizer, torch.optim.SparseAdam)  # and takes no others
     shape = [min(size, 4) for size in like.shape]
     generator = torch.Generator().manual_seed(0)
     stand_ins = [nn.Parameter(torch.randn(shape, generator=generator).to(like.device)) for _ in range(2)]
@@ -171,7 +172,8 @@ def _train_stand_ins(
     with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
         for _ in range(3):
             for scale, stand_in in enumerate(stand_ins, start=1):
-                stand_in.grad = scale * torch.randn(shape, generator=generator).to(like.device)
+                gradient = scale * torch.randn(shape, generator=generator).to(like.device)
+                stand_in.grad = gradient.to_sparse(1) if wants_sparse else gradient
             step(twin)
     return stand_ins
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from lightning_memopt import HalfPrecision, OptimizerInBackward
 from tests.parity import Run, assert_same_training, train
@@ -265,3 +266,26 @@ def test_a_subclass_of_an_accumulating_callback_is_refused_too():
     entry = ZOO["mlp"]
     with pytest.raises(MisconfigurationException, match="Mine sums gradients over several backwards"):
         train(entry.build(), entry.loader(), callbacks=[OptimizerInBackward(), Mine()])
+
+
+class SparseGradients(pl.LightningModule):
+    def __init__(self, optimizer):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.bag = torch.nn.EmbeddingBag(20, 4, sparse=True)
+        self.optimizer = optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.bag(batch).square().mean()
+
+    def configure_optimizers(self):
+        return self.optimizer(list(self.parameters()), lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SparseAdam, torch.optim.SGD])
+def test_sparse_gradients_train_as_without_the_callback(optimizer):
+    batches = DataLoader(torch.arange(20).reshape(10, 2), batch_size=2)
+    plain = train(SparseGradients(optimizer), batches, steps=4)
+    ours = train(SparseGradients(optimizer), batches, steps=4, callbacks=[OptimizerInBackward()])
+    assert_same_training(plain, ours)
