@@ -34,7 +34,7 @@ class CannotCut(ValueError):
 
 
 Samples = tuple[type, ...]
-"""Which of mappings and tensors are samples where a list holds nothing else; else the list is a container of parts."""
+"""Which of mappings and tensors are samples where a list holds nothing else; other such lists are containers."""
 
 
 def batch_size(batch: Any) -> int:
@@ -75,7 +75,8 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
         The micro-batches in order; the batch itself, alone, where it is no larger than ``size``.
 
     Raises:
-        ValueError: ``size`` is below 1, or (:class:`CannotCut`) the size of the batch cannot be told, or in two ways.
+        ValueError: ``size`` is below 1, or (:class:`CannotCut`) the size of the batch cannot be told, or in two
+            ways.
 
     Example:
         >>> [micro["x"].shape[0] for micro in micro_batches({"x": torch.zeros(8, 3)}, 3)]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_memopt.techniques.batches import batch_size
+from lightning_memopt.techniques.batches import CannotCut, batch_size
 
 Normalize = Literal["batch", "samples", "tokens"]
 Count = Callable[[Any], int | float | Tensor]
@@ -54,7 +54,7 @@ def counter(normalize: Normalize, count: Count | None = None, mask_key: str | in
     if normalize != "tokens":
         if count is not None or mask_key is not None:
             raise ValueError(f"`count` and `mask_key` count tokens, and normalize={normalize!r}; use 'tokens'.")
-        return batch_size if normalize == "samples" else _count_one
+        return _count_samples if normalize == "samples" else _count_one
     if (count is None) == (mask_key is None):
         raise ValueError(
             "normalize='tokens' needs either `count`, a function of the batch, or `mask_key`, where the batch has "
@@ -87,6 +87,16 @@ def count_unmasked(batch: Any, mask_key: Any) -> Tensor:
         )
     is_mask = mask.dtype == torch.bool or mask.is_floating_point() or "mask" in str(mask_key)
     return (mask != (0 if is_mask else IGNORED_LABEL)).sum()
+
+
+def _count_samples(batch: Any) -> int:
+    try:
+        return batch_size(batch)
+    except CannotCut as error:
+        raise ValueError(
+            f"{error.found}, and normalize='samples' counts its samples; use normalize='tokens' with `count`, a "
+            "function of the batch."
+        ) from error
 
 
 def _count_one(batch: Any) -> int:

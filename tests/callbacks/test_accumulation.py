@@ -173,6 +173,13 @@ def test_samples_weigh_the_same_where_batches_differ_in_size():
     assert_same_training(large, ours, compare_losses=False)
 
 
+def test_a_batch_whose_samples_cannot_be_counted_is_refused_with_what_accumulation_has_for_it():
+    batches = [{"x": torch.randn(2, 4), "labels": torch.zeros(3, dtype=torch.long)}]
+    with pytest.raises(MisconfigurationException, match=r"\['x'\]: 2.*normalize='samples' counts.*`count`") as caught:
+        fit(TokenModel(), batches, GradientAccumulation(2, normalize="samples"))
+    assert "split" not in str(caught.value)
+
+
 def test_the_short_last_window_is_divided_by_its_true_length():
     entry = ZOO["mlp"]
     large = train(entry.build(), DataLoader(entry.loader(5).dataset, batch_size=24), steps=-1, max_epochs=1)

@@ -130,7 +130,7 @@ def test_two_views_of_each_sample_are_a_container_also_in_a_last_batch_of_two():
 
 
 def test_a_list_of_tensors_that_may_be_samples_or_parts_is_refused():
-    with pytest.raises(ValueError, match="3 dicts.*one tensor a sample or of all samples in each; give `split=`"):
+    with pytest.raises(ValueError, match=r"3 dicts.*one tensor a sample or of all samples in each; give `split=`"):
         micro_batches((images(3, same=True), boxes(3)), 1)
 
 
