@@ -1,0 +1,216 @@
+"""What users write in the steps of a module works in a pipeline as on one device, or is refused."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_memopt as memopt
+from tests.distributed import run_on_ranks
+from tests.parity import train
+from tests.strategies.parity import can_split_backward
+from tests.strategies.users import MAKE, Checkpoints, Net, losses_of, small_loader, trainer_with
+
+
+class StopsInStep(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 1:
+            self.trainer.should_stop = True
+        return loss
+
+
+class StopsInValidation(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        self.trainer.should_stop = not self.trainer.sanity_checking
+
+
+@pytest.mark.parametrize("module", [StopsInStep, StopsInValidation])
+def test_a_step_that_stops_the_trainer_stops_every_stage_after_the_batch(module: type[Net]) -> None:
+    def fit() -> tuple[int, int]:
+        trainer = trainer_with(MAKE["pp"](), max_epochs=5)
+        trainer.fit(module(), small_loader(), small_loader(1) if module is StopsInValidation else None)
+        return trainer.global_step, trainer.current_epoch
+
+    steps = 2 if module is StopsInStep else 4
+    assert run_on_ranks(fit, 2, deadline_seconds=30) == [(steps, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "together"),
+    [("1f1b", 1), ("interleaved_1f1b", 3), pytest.param("zbv", 2, marks=can_split_backward)],
+)
+def test_blocks_that_the_step_recomputes_by_itself_train_as_on_one_device(schedule: Any, together: int) -> None:
+    def fit() -> list[float]:
+        strategy = memopt.PipelineParallelStrategy(schedule, microbatches=4)
+        return losses_of(Checkpoints(together=together), 2, strategy)
+
+    plain = run_on_ranks(lambda: losses_of(Checkpoints(together=together)), 1)[0]
+    for losses in run_on_ranks(fit, 2, deadline_seconds=30):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+def test_blocks_recomputed_in_the_reentrant_way_are_refused_by_name() -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=r"`blocks.0` is called by .*use_reentrant=False"):
+            losses_of(Checkpoints(use_reentrant=True), 2, MAKE["pp"]())
+
+    run_on_ranks(fit, 2, deadline_seconds=30)
+
+
+class RaisesInValidation(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        raise ValueError("no such label")
+
+
+class RaisesBetweenLayers(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise ValueError(f"width is {self.net[0](batch[0]).shape[1]}")
+
+
+def test_an_error_of_the_users_own_comes_out_of_a_pipeline_as_it_was() -> None:
+    def fit() -> None:
+        with pytest.raises(ValueError, match=r"^no such label$"):
+            trainer_with(MAKE["pp"](), num_sanity_val_steps=0).fit(
+                RaisesInValidation(), small_loader(), small_loader(1)
+            )
+        with pytest.raises(ValueError, match=r"^width is 32$"):
+            trainer_with(MAKE["pp"]()).fit(RaisesBetweenLayers(), small_loader())
+
+    run_on_ranks(fit, 2)
+
+
+class ReadsPairs(Net):
+    """Has batches of which not all tensors have one row a sample."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[:2], batch_idx) * batch[2].mean()
+
+
+def _pairs(samples: list[Any]) -> Any:
+    return torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples]), torch.ones(3)
+
+
+def test_batches_that_cannot_be_cut_are_refused_with_what_to_do_and_are_left_whole_as_one_micro_batch() -> None:
+    loader = DataLoader(small_loader().dataset, batch_size=8, collate_fn=_pairs)
+
+    def fit() -> list[float]:
+        with pytest.raises(MisconfigurationException, match=r"disagree on .*collate_fn.*microbatches=1") as refused:
+            trainer_with("memopt_pp").fit(ReadsPairs(), loader)
+        assert "split=" not in str(refused.value)
+        options = {"strategy": memopt.PipelineParallelStrategy(microbatches=1), "use_distributed_sampler": False}
+        return train(ReadsPairs(), loader, steps=4, devices=2, **options).losses
+
+    plain = run_on_ranks(lambda: train(ReadsPairs(), loader, steps=4).losses, 1)[0]
+    for losses in run_on_ranks(fit, 2):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+class Once(IterableDataset):
+    """A stream that can be read once."""
+
+    def __init__(self, samples: int, has_length: bool) -> None:
+        dataset = small_loader(samples // 8).dataset
+        self.rows = iter([dataset[index] for index in range(samples)])
+        if has_length:
+            self.__class__ = type("SizedOnce", (Once,), {"__len__": lambda _: samples})
+
+    def __iter__(self) -> Any:
+        return self.rows
+
+
+class SeesSums(Net):
+    """Takes its batches apart, as steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[float] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.sums.append(float(batch["x"].sum()))
+
+    on_test_batch_start = on_train_batch_start
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["x"], batch.pop("y")), batch_idx)
+
+    test_step = training_step
+
+
+def _as_dict(samples: list[Any]) -> dict[str, Any]:
+    return {"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])}
+
+
+@pytest.mark.parametrize(("schedule", "has_length"), [("1f1b", False), ("interleaved_1f1b", True)])
+def test_a_pipeline_loses_nothing_of_a_stream_that_can_be_read_once(schedule: Any, has_length: bool) -> None:
+    def stream() -> DataLoader:
+        return DataLoader(Once(32, has_length), batch_size=8, collate_fn=_as_dict)
+
+    def run(ranks: int, make: Callable[[], Any]) -> tuple[list[float], list[float]]:
+        fitted, tested = SeesSums(), SeesSums()
+        trainer_with(make(), devices=ranks).fit(fitted, stream())
+        trainer_with(make(), devices=ranks).test(tested, stream(), verbose=False)
+        return fitted.sums, tested.sums
+
+    plain = run_on_ranks(lambda: run(1, lambda: "auto"), 1)[0]
+    assert [len(sums) for sums in plain] == [4, 4]
+    make = partial(memopt.PipelineParallelStrategy, schedule)
+    assert run_on_ranks(lambda: run(2, make), 2, deadline_seconds=30) == [plain, plain]
+
+
+class KeepsOutputs(Net):
+    """Appends to lists in its steps, and computes from them at the end of an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[torch.Tensor] = []
+        self.val_losses: list[torch.Tensor] = []
+        self._kept: list[dict[str, torch.Tensor]] = []
+        self.counts: list[int] = []
+        self.computed: list[list[float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        losses = torch.stack(self.losses)
+        self.computed.append([len(losses), float(losses.mean())])
+        self.losses.clear()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.counts.append(len(batch[0]))
+        logits = self(batch[0])
+        self._kept.append({"logits": logits, "labels": batch[1]})
+        self.val_losses.append(F.cross_entropy(logits, batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        logits, labels = (torch.cat([kept[name] for kept in self._kept]) for name in ("logits", "labels"))
+        losses = torch.stack(self.val_losses)
+        whole = float(F.cross_entropy(logits, labels))
+        self.computed.append([len(self._kept), sum(self.counts), len(losses), float(losses.mean()), whole])
+        for kept in (self._kept, self.counts, self.val_losses):
+            kept.clear()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
+def test_what_steps_append_to_lists_is_on_every_rank_of_a_pipeline_as_on_one_device(schedule: Any) -> None:
+    def fit(ranks: int, strategy: Any) -> list[list[float]]:
+        trainer = trainer_with(strategy, devices=ranks, num_sanity_val_steps=0)
+        trainer.fit(module := KeepsOutputs(), small_loader(3), DataLoader(small_loader(3).dataset, batch_size=9))
+        trainer.validate(module, small_loader(2), verbose=False)
+        return module.computed
+
+    plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
+    assert len(plain) == 3
+    for computed in run_on_ranks(lambda: fit(2, memopt.PipelineParallelStrategy(schedule)), 2, deadline_seconds=30):
+        for ours, theirs in zip(computed, plain, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
