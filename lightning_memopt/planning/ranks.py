@@ -151,10 +151,10 @@ def _trust(*_: Any) -> None:
     """In place of comparing batches, which other ranks are not there for."""
 
 
-def _as_told(told: tuple[Any, Any]) -> tuple[Any, Any]:
+def _as_told(told: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the last stage tells of a step: it is that stage, or makes up a loss."""
-    output, records = told
-    return output or {"loss": torch.zeros(()), "extra": {}}, records
+    output, *others = told
+    return output or {"loss": torch.zeros(()), "extra": {}}, *others
 
 
 def _take_as_reduced(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
