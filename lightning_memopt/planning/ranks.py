@@ -4,7 +4,7 @@ A fake process group answers every collective at once and moves nothing (``torch
 tried with torch 2.13). The strategies run as they are but for what needs other processes or the values of tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -151,9 +151,9 @@ def _trust(*_: Any) -> None:
     """In place of comparing batches, which other ranks are not there for."""
 
 
-def _as_told(told: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_told(told: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """What the last stage tells of a step: it is that stage, or makes up a loss."""
-    output, *others = told
+    output, *others = told()
     return output or {"loss": torch.zeros(()), "extra": {}}, *others
 
 

@@ -203,10 +203,15 @@ class PipelineSteps:
     ) -> Any:
         """Give every rank what the last stage returned, logged and appended, and whether it is the last step."""
         self._stale = set(self._metrics.values())
-        records = logs.records() if self._has_last_stage else []
-        lists = appended.merged(sizes, weights) if self._has_last_stage else {}
-        sent = {name: items for name, items in lists.items() if can_be_sent(items)}
-        output, records, stops, sent = self._from_last_stage((output, records, self._trainer.should_stop, sent))
+        lists: dict[str, list[Any]] = {}
+
+        def told() -> tuple[Any, ...]:
+            lists.update(appended.merged(sizes, weights))
+            sent = {name: items for name, items in lists.items() if can_be_sent(items)}
+            records = logs.records() if self._has_last_stage else []  # where a rank is predicted, it may be another
+            return output, records, self._trainer.should_stop, sent
+
+        output, records, stops, sent = self._from_last_stage(told)
         appended.extend(lists if self._has_last_stage else sent)
         if stops:  # where the step set it behind the last block, the other stages have not been
             self._trainer.should_stop = True
@@ -220,9 +225,17 @@ class PipelineSteps:
             results.log(record.fx, record.name, value, sync_dist_fn=self._strategy.reduce, **record.options)
         return output
 
-    def _from_last_stage(self, value: Any) -> Any:
-        told = [tree_map(_to_host, value, is_leaf=_is_record)] if self._has_last_stage else [None]
+    def _from_last_stage(self, told_there: Callable[[], Any]) -> Any:
+        """What the function returns on the last stage; a refusal there is one on all ranks, which would wait."""
+        told: list[Any] = [None]
+        if self._has_last_stage:
+            try:
+                told = [tree_map(_to_host, told_there(), is_leaf=_is_record)]
+            except StepRefused as refusal:
+                told = [refusal]
         dist.broadcast_object_list(told, src=self._pipeline.last_rank, group=self._pipeline.group)
+        if isinstance(told[0], StepRefused):
+            raise told[0]
         return tree_map(self._to_device, told[0], is_leaf=_is_record)
 
     def _to_device(self, leaf: Any) -> Any:
@@ -235,8 +248,9 @@ class PipelineSteps:
         """In place of a metric's: with the states that it has on the last stage."""
         if not self._pipeline.is_running and metric in self._stale:
             self._stale.discard(metric)
-            states = {name: getattr(metric, name) for name in (*metric._defaults, "_update_count")}
-            for name, value in self._from_last_stage(states).items():
+            names = (*metric._defaults, "_update_count")
+            states = self._from_last_stage(lambda: {name: getattr(metric, name) for name in names})
+            for name, value in states.items():
                 setattr(metric, name, value)
             metric._computed = None
         return compute()
@@ -316,6 +330,11 @@ def _to_host(leaf: Any) -> Any:
                 "of it; log what the loss is computed from."
             )
         return LogRecord(leaf.fx, leaf.name, tree_map(_to_host, leaf.value), leaf.is_metric, leaf.options)
+    if is_stub(leaf):
+        raise StepRefused(
+            "the step returns a value that is computed before the last stage, which has no values of it; return what "
+            "the loss is computed from."
+        )
     return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
 
 

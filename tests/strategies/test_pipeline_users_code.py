@@ -214,3 +214,41 @@ def test_what_steps_append_to_lists_is_on_every_rank_of_a_pipeline_as_on_one_dev
     for computed in run_on_ranks(lambda: fit(2, memopt.PipelineParallelStrategy(schedule)), 2, deadline_seconds=30):
         for ours, theirs in zip(computed, plain, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+class LogsEarlyValue(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("norm", self.net[0].weight.norm())
+        return super().training_step(batch, batch_idx)
+
+
+class KeepsEarlyValue(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.kept.append(self.net[0](batch[0]))
+        return F.cross_entropy(self.net[1:](self.kept[-1]), batch[1])
+
+
+class ReturnsEarlyValue(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.net[0](batch[0])
+        return {"loss": F.cross_entropy(self.net[1:](hidden), batch[1]), "hidden": hidden}
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (LogsEarlyValue, "`norm` is logged from a value that is computed before"),
+        (KeepsEarlyValue, "appends to `kept` a value that is computed before"),
+        (ReturnsEarlyValue, "returns a value that is computed before"),
+    ],
+)
+def test_what_only_an_earlier_stage_has_is_refused_on_all_ranks_at_once(module: type[Net], said: str) -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=said):
+            trainer_with(MAKE["pp"]()).fit(module(), small_loader())
+
+    run_on_ranks(fit, 2, deadline_seconds=30)
