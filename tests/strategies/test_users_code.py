@@ -78,19 +78,21 @@ def test_replicas_average_their_weights_as_one_device_does(name: str) -> None:
         np.testing.assert_allclose(weights, plain, rtol=1e-5, atol=1e-7)
 
 
-class LogsGradientNorms(Net):
+class MeasuresAndClips(Net):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.norms = grad_norm(self, 2)
         self.log_dict(self.norms)
+        self.norms["of all"] = torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp"])
-def test_the_norms_of_gradients_that_a_hook_logs_are_those_of_one_device(strategy: str) -> None:
+def test_gradients_that_a_hook_measures_and_clips_are_those_of_one_device(strategy: str) -> None:
     def fit(ranks: int, make: Callable[[], Any]) -> dict[str, float]:
         trainer = trainer_with(make(), devices=ranks)
-        trainer.fit(module := LogsGradientNorms(), small_loader())
-        assert module.norms.keys() <= trainer.callback_metrics.keys()
-        return {name: float(norm) for name, norm in module.norms.items()}
+        trainer.fit(module := MeasuresAndClips(), small_loader())
+        assert module.norms.keys() - {"of all"} <= trainer.callback_metrics.keys()
+        weights = {name: float(weight.detach().norm()) for name, weight in module.named_parameters()}
+        return {name: float(norm) for name, norm in module.norms.items()} | weights
 
     plain = run_on_ranks(lambda: fit(1, lambda: "auto"), 1)[0]
     for norms in run_on_ranks(lambda: fit(2, MAKE[strategy]), 2):
