@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_memopt.callbacks.micro_batch_metrics import LogsOfMicroBatches, MetricSnapshot
 from lightning_memopt.models.fake import is_fake
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.batches import Split, batch_size, micro_batches
 from lightning_memopt.techniques.counting import Count, counter
 from lightning_memopt.techniques.micro_batching import (
@@ -120,8 +121,10 @@ class MicroBatching(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._is_auto and (problem := _why_not_auto(trainer, pl_module)):
-            raise MisconfigurationException(f"MicroBatching(size='auto') cannot work here: {problem}")
+        if self._is_auto:
+            _refusing(refuse_uninitialized)(pl_module)
+            if problem := _why_not_auto(trainer, pl_module):
+                raise MisconfigurationException(f"MicroBatching(size='auto') cannot work here: {problem}")
         _warn_of_batch_norm(pl_module)
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         self._undo.enter_context(replaced(optimization, _make_closure=partial(self._make_closure, trainer)))

@@ -25,6 +25,7 @@ from lightning_memopt.memory.report import CATEGORIES, MemoryReport, format_byte
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.models.fake import is_fake
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.lazy import find_uninitialized
 from lightning_memopt.models.out_of_memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ class MemoryMonitor(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step >= self._next_sample:
+        # The first forward of a lazy module gives its parameters their shapes, and takes what later ones do not.
+        if trainer.global_step >= self._next_sample and not find_uninitialized(pl_module):
             self._open(trainer, pl_module, batch)
 
     @override

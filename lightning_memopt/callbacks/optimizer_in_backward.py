@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
 from lightning_memopt.techniques.per_parameter import check_steps_alone
 
@@ -63,11 +64,12 @@ class OptimizerInBackward(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if holds_fakes(pl_module):
             return  # the check compares values, which fake tensors do not have
-        for optimizer in trainer.optimizers:
-            try:
+        try:
+            refuse_uninitialized(pl_module)
+            for optimizer in trainer.optimizers:
                 check_steps_alone(optimizer)
-            except ValueError as error:
-                raise MisconfigurationException(f"OptimizerInBackward cannot work here: {error}") from error
+        except ValueError as error:
+            raise MisconfigurationException(f"OptimizerInBackward cannot work here: {error}") from error
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from lightning_memopt.memory.allocator_events import AllocatorEvents, settle
 from lightning_memopt.memory.cuda_allocator import CudaAllocator
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.workspace import GpuWorkspace, Need, Workspace
+from lightning_memopt.models.lazy import refuse_uninitialized
 
 
 class track_memory:
@@ -72,6 +73,8 @@ class track_memory:
         self._report: MemoryReport | None = None
 
     def __enter__(self) -> "track_memory":
+        for module in self._modules:
+            refuse_uninitialized(module)
         device = self._device()
         self._device_type = device.type
         is_fake = active_fake_mode() is not None

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.report import format_bytes
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.planning.fake import fake_copy
 from lightning_memopt.planning.values import ReadsValues, explain_reads_of_values
 
@@ -21,6 +22,7 @@ def build_fake(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
 
     Raises:
         ReadsValues: It reads values while it is made (``[x.item() for x in torch.linspace(...)]``) and is not small.
+        ValueError: Parameters of it have no shape when it is made.
     """
     instead = (
         f"made with real tensors it takes more than {format_bytes(SMALL_BYTES)}; compute that value without tensors, "
@@ -29,12 +31,17 @@ def build_fake(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
     try:
         with explain_reads_of_values("the function that makes the module cannot run on fake tensors", instead), mode:
             return make()
-    except ReadsValues as refusal:
+    except (ReadsValues, RuntimeError) as refusal:
+        # A parameter without a shape (of `nn.LazyLinear`) cannot be fake; when the module is made it may have one.
+        if not isinstance(refusal, ReadsValues) and "UninitializedParameter" not in str(refusal):
+            raise
         try:
             with _UpTo(SMALL_BYTES):
                 made = make()
         except MemoryError:
             raise refusal from None
+    if isinstance(made, torch.nn.Module):
+        refuse_uninitialized(made)
     return fake_copy(mode, made)
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_memopt.memory._torch_tracker import StorageTracker
 from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.workspace import Need
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.planning.apart import StubsApart
 from lightning_memopt.planning.build import build_fake
 from lightning_memopt.planning.fake import adapt, fake_copy, silence_metrics
@@ -205,7 +206,9 @@ def _own_copy(
             raise ValueError(
                 f"{caller}() was given a function that makes a {type(made).__name__}; it must make a LightningModule"
             )
+        _refuse_uninitialized(made, caller)
         return made
+    _refuse_uninitialized(module, caller)
     trainer, module._trainer = module._trainer, None  # else the trainer and all that it holds is copied too
     try:
         return duplicate(module)
@@ -216,6 +219,13 @@ def _own_copy(
         ) from error
     finally:
         module._trainer = trainer
+
+
+def _refuse_uninitialized(module: pl.LightningModule, caller: str) -> None:
+    try:
+        refuse_uninitialized(module)
+    except ValueError as error:
+        raise ValueError(f"{caller}() was given a {type(module).__name__}: {error}") from error
 
 
 def _own_batch(batch: Any, caller: str, duplicate: Callable[[Any], Any]) -> Any:

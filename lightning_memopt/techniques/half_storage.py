@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memopt.models.lazy import refuse_uninitialized
+
 
 class HalfStorage:
     """The parameters and buffers of a module in 16 bits; :meth:`remove` brings back the types that they had.
@@ -35,6 +37,7 @@ class HalfStorage:
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[str]) -> None:
+        refuse_uninitialized(module)
         roots = [name for name, child in module.named_modules() if _is_named(name, child, keep_fp32)]
         kept = {submodule for name in roots for submodule in module.get_submodule(name).modules()}
         _refuse_split_ties(module, kept)

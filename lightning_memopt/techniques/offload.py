@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.offload_storage import FakeBytes, FileCopy, HostCopy, StoredBytes
 
 Destination = Literal["cpu", "disk"]
@@ -96,8 +97,9 @@ class ActivationStore:
         """A context in which what autograd saves goes through the store.
 
         Raises:
-            ValueError: ``to="cpu"`` and no parameter of ``module`` is on a CUDA device.
+            ValueError: ``to="cpu"`` and no parameter of ``module`` is on a CUDA device, or one has no shape yet.
         """
+        refuse_uninitialized(module)
         devices = {parameter.device.type for parameter in module.parameters()}
         if self.to == "cpu" and "cuda" not in devices:
             raise ValueError(

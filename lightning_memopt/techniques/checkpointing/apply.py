@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.models.selectors import Selector
 from lightning_memopt.techniques.checkpointing.budget import Keep
 from lightning_memopt.techniques.checkpointing.choose import Call, KeepNothing, KeepProducts, KeepWithinBudget
@@ -81,6 +82,7 @@ def checkpoint_activations(
         ['[0:2]', '[2:4]']
     """
     asked = policy if isinstance(policy, Recompute) else Recompute(policy, k, budget)
+    refuse_uninitialized(module)
     regions = select_regions(module, modules)
     if asked.policy == "every_k":
         assert asked.k is not None
