@@ -28,7 +28,9 @@ class HalfPrecision(Precision):
 
     Each parameter is stepped in float32 by the user's own optimizer and rounded back; the optimizer's state is
     float32. Inputs are cast to 16 bits. After ``fit`` the module has the types that the user gave it, with values
-    that fit in 16 bits; a checkpoint loads into a plain module. Rounding's random numbers are saved and resumed.
+    that fit in 16 bits; so it has after ``validate``, ``test`` and ``predict`` alone, which with Lightning's own
+    ``"bf16-true"`` round the module's weights for good too. A checkpoint loads into a plain module. Rounding's random
+    numbers are saved and resumed.
 
     Args:
         dtype: ``"bf16"``, or ``"fp16"`` without a loss scale: gradients below 6e-8 vanish.
