@@ -50,6 +50,7 @@ class MemoryMonitor(Callback):
     ``plot`` extra), ``memory_report.html``, ``memory_report.json`` and, where there is a prediction,
     ``memory_predicted.json``: ``lightning-memopt report`` compares them. After an out-of-memory error each rank where
     it happened writes a post-mortem instead, ``out_of_memory.txt``, ``.json`` and ``.html``; then the error goes on.
+    Under ``fast_dev_run`` nothing is written.
 
     Args:
         every_n_steps: Distance of the samples in optimizer steps, at least 1.
@@ -103,7 +104,8 @@ class MemoryMonitor(Callback):
             return
         # On every rank: the logger's folder is broadcast from rank zero.
         logged_to = trainer.log_dir or trainer.default_root_dir
-        self._folder = self.dirpath or _local_folder(os.path.join(logged_to, "memopt_report"))
+        folder = self.dirpath or _local_folder(os.path.join(logged_to, "memopt_report"))
+        self._folder = None if trainer.fast_dev_run else folder  # which writes no logs and no checkpoints either
         self.history, self.highest, self._last = [], None, None
         self._samples_of_this_run = 0
         # Given back when memory runs out, so that the post-mortem can be written. Its pages are never touched.

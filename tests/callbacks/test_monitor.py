@@ -449,3 +449,14 @@ def test_a_folder_that_is_a_file_or_elsewhere_or_a_prediction_that_is_none_is_re
         MemoryMonitor(dirpath="s3://bucket/report")
     with pytest.raises(MisconfigurationException, match="was given a dict"):
         MemoryMonitor(predicted={})
+
+
+def test_nothing_is_written_under_fast_dev_run(tmp_path):
+    monitor = MemoryMonitor(dirpath=tmp_path / "report")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, fast_dev_run=2, callbacks=[monitor], default_root_dir=tmp_path,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(ZOO["mlp"].build(), ZOO["mlp"].loader())
+    assert len(monitor.history) == 2
+    assert list(tmp_path.iterdir()) == []
