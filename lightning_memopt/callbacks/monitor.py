@@ -105,7 +105,8 @@ class MemoryMonitor(Callback):
         # On every rank: the logger's folder is broadcast from rank zero.
         logged_to = trainer.log_dir or trainer.default_root_dir
         folder = self.dirpath or _local_folder(os.path.join(logged_to, "memopt_report"))
-        self._folder = None if trainer.fast_dev_run else folder  # which writes no logs and no checkpoints either
+        # `fast_dev_run` writes no logs and no checkpoints either.
+        self._folder = None if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
         self.history, self.highest, self._last = [], None, None
         self._samples_of_this_run = 0
         # Given back when memory runs out, so that the post-mortem can be written. Its pages are never touched.
