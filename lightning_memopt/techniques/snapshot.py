@@ -1,12 +1,12 @@
 """Remember what a forward and backward change, to undo a failed one."""
 
-import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_memopt.techniques.host_random import HostRandomState
 
 
 class StepSnapshot:
@@ -60,18 +60,13 @@ def _to_host(gradient: Tensor) -> Tensor:
 
 def _random_state() -> Callable[[], None]:
     """Take the state of each generator; the function returned brings it back."""
-    generators: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
+    generators: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+    host = HostRandomState()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generators.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
-    if "numpy" in sys.modules:
-        import numpy
-
-        generators.append((numpy.random.set_state, numpy.random.get_state()))
 
     def restore() -> None:
+        host.restore()
         for set_state, state in generators:
             set_state(state)
 

@@ -1,17 +1,20 @@
 """Run a region a second time and leave everything but its activations as the first time left it.
 
-Random state and autocast are put back by ``torch.utils.checkpoint``. This adds the buffers: BatchNorm's running
-statistics and counters, the power iteration of spectral normalization, anything that a forward writes.
+torch's random state and autocast are put back by ``torch.utils.checkpoint``. This adds Python's and NumPy's, and the
+buffers: BatchNorm's running statistics and counters, the power iteration of spectral normalization, anything that a
+forward writes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from lightning_memopt.techniques.host_random import HostRandomState, host_random_kept
 
 ALWAYS_COPIED = 2**16
 """Bytes up to which a buffer is copied before each call, as warm-ups and observers first write on a later one."""
@@ -89,17 +92,21 @@ class Replayable:
         self._buffers = buffers
         self._on_replay = on_replay
         self._before: _Buffers | None = None
+        self._random: HostRandomState | None = None  # where the run drew from Python's or NumPy's generator
 
     def __call__(self, *leaves: Any) -> Any:
         """Run the region on the leaves of its arguments and return what it returns."""
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self._before is None:
             before = self._buffers.before()
+            random = HostRandomState()
             out = self._run(*args, **kwargs)
             self._before = self._buffers.learn(before)
+            if HostRandomState() != random:
+                self._random = random
             return out
         self._on_replay()
-        with _swapped(self._before):
+        with _swapped(self._before), nullcontext() if self._random is None else host_random_kept(self._random):
             return self._run(*args, **kwargs)
 
 

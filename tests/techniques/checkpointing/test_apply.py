@@ -1,10 +1,12 @@
 import copy
 import logging
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,31 @@ def test_dropout_masks_are_replayed_and_the_random_state_goes_on_as_in_plain_tra
         for seed, gradients in enumerate(expected):
             assert all(torch.equal(g, gradients[name]) for name, g in _step(module, x, seed).items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class DropsLayers(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * random.choice([-3.0, -1.0, 2.0])
+        return super().forward(x) if np.random.rand() < 0.5 else x + self.other(x)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_block_draws_from_python_and_numpy_is_replayed_and_both_go_on_as_in_plain_training(policy, x) -> None:
+    def train(module: nn.Module) -> tuple[Any, ...]:
+        random.seed(1)
+        np.random.seed(1)
+        return [_step(module, x) for _ in range(3)], random.random(), np.random.rand()
+
+    module = Stack()
+    module.blocks = nn.ModuleList(DropsLayers() for _ in range(6))
+    plain = train(module)
+    with checkpoint_activations(module, **POLICIES[policy]):
+        checkpointed = train(module)
+    torch.testing.assert_close(checkpointed, plain)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
