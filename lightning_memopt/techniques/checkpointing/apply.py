@@ -213,7 +213,7 @@ class _Runner:
         # Tensors travel as positional arguments: those a checkpoint saves through the saved-tensor hooks, so that
         # offloading sees them, and with a check that nothing changes them in place.
         leaves, spec = tree_flatten((args, kwargs))
-        replayable = Replayable(run, spec, self._buffers, self._chooser.replay_started)
+        replayable = Replayable(self.region.name, run, spec, self._buffers, self._chooser.replay_started)
         if not keep:
             return checkpoint(replayable, *leaves, use_reentrant=False)
         with _without_autocast_cache():

@@ -78,15 +78,22 @@ class Replayable:
     """One call of a region, to be run by ``torch.utils.checkpoint``: for real first, as a replay after that.
 
     Args:
-        run: The region's own forward.
+        name: The region's.
+        run: Its own forward.
         spec: How to build its arguments from their leaves.
         buffers: What it may write.
         on_replay: Called when the backward asks for the first replay.
     """
 
     def __init__(
-        self, run: Callable[..., Any], spec: TreeSpec, buffers: WrittenBuffers, on_replay: Callable[[], None]
+        self,
+        name: str,
+        run: Callable[..., Any],
+        spec: TreeSpec,
+        buffers: WrittenBuffers,
+        on_replay: Callable[[], None],
     ) -> None:
+        self._name = name
         self._run = run
         self._spec = spec
         self._buffers = buffers
@@ -107,7 +114,17 @@ class Replayable:
             return out
         self._on_replay()
         with _swapped(self._before), nullcontext() if self._random is None else host_random_kept(self._random):
-            return self._run(*args, **kwargs)
+            try:
+                return self._run(*args, **kwargs)
+            except RuntimeError as error:
+                if "backward an extra time" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{self._name} is recomputed for a second backward (of a gradient penalty, with "
+                    "`create_graph=True`, or `retain_graph=True`), and the first has used up the results that the "
+                    "policy keeps of it; use the policy 'full', which keeps none, or leave the block out with "
+                    "`modules=`"
+                ) from error
 
 
 @contextmanager

@@ -161,6 +161,22 @@ def test_what_a_block_draws_from_python_and_numpy_is_replayed_and_both_go_on_as_
     torch.testing.assert_close(checkpointed, plain)
 
 
+@pytest.mark.parametrize("policy", ["selective", "budget"])
+def test_a_gradient_penalty_is_refused_by_name_where_products_are_kept_and_works_where_none_are(policy, stack, x):
+    def penalize() -> None:
+        leaf = x.detach().requires_grad_()
+        out = stack(leaf).sum()
+        (slope,) = torch.autograd.grad(out, leaf, create_graph=True)
+        (out + slope.square().sum()).backward()
+
+    with checkpoint_activations(stack, **POLICIES[policy]):
+        _step(stack, x)
+        with pytest.raises(RuntimeError, match=r"blocks\.\d is recomputed for a second backward .*policy 'full'"):
+            penalize()
+    with checkpoint_activations(stack, "full"):
+        penalize()
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_running_statistics_and_counters_move_once_per_step(policy: str) -> None:
     entry = ZOO["cnn"]
