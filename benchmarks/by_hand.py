@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from parallel_workload import Size, loss_of
+from rank_device import device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,14 +23,14 @@ Step = Callable[[], Any]
 
 def replicas(size: Size) -> Step:
     """DistributedDataParallel with its gradients in the buckets."""
-    model = size.build_model()
+    model = size.build_model().to(device())
     return _loop(DistributedDataParallel(model, gradient_as_bucket_view=True), model, size.batch(dist.get_rank()))
 
 
 def sharded(size: Size) -> Step:
     """FSDP2, a call for each block and one for the rest."""
-    model = size.build_model()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = size.build_model().to(device())
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -38,8 +39,8 @@ def sharded(size: Size) -> Step:
 
 def tensor(size: Size) -> Step:
     """Column then row in attention and MLP; embedding and head whole on every rank."""
-    model = size.build_model()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = size.build_model().to(device())
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     plan: dict[str, Any] = {}
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
         plan[name] = ColwiseParallel()
@@ -70,7 +71,7 @@ class Stage(nn.Module):
         """Tokens or hidden states to hidden states or logits."""
         if self.embedding is not None:
             hidden = self.embedding(hidden)
-        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         rotary = self.rotary(hidden, positions)
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotary, position_ids=positions)
@@ -80,12 +81,10 @@ class Stage(nn.Module):
 def pipeline(size: Size) -> Step:
     """A stage cut by hand on each rank, under torch's 1F1B schedule."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    module = Stage(size.build_model(), rank, ranks)
+    module = Stage(size.build_model().to(device()), rank, ranks)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    schedule = Schedule1F1B(
-        PipelineStage(module, rank, ranks, torch.device("cpu")), size.micro_batches, loss_fn=loss_of
-    )
-    tokens = size.batch(0)["input_ids"]
+    schedule = Schedule1F1B(PipelineStage(module, rank, ranks, device()), size.micro_batches, loss_fn=loss_of)
+    tokens = size.batch(0)["input_ids"].to(device())
 
     def step() -> None:
         optimizer.zero_grad()
@@ -104,6 +103,7 @@ BY_HAND = {"memopt_ddp": replicas, "memopt_zero3": sharded, "memopt_tp": tensor,
 
 def _loop(model: nn.Module, bare: nn.Module, batch: dict[str, Tensor], groups: Any = None) -> Step:
     optimizer = torch.optim.AdamW(groups or bare.parameters(), lr=1e-4)
+    batch = {name: tensor.to(device()) for name, tensor in batch.items()}
 
     def step() -> None:
         loss = model(**batch).loss

@@ -4,8 +4,9 @@
     python benchmarks/parallel.py --only memopt_pp_by_hand # one row, merged into the results
     python benchmarks/parallel.py --quick --out q.json     # toy size: does it run?
 
-Two ranks on this machine's CPU over gloo, one thread each. How times are taken is said in ``paired.py``: here two
-groups of ranks take turns, and a group's step takes as long as its slowest rank's.
+Two ranks: each on a GPU of its own over NCCL where there are two, else on the CPU over gloo, one thread each. How
+times are taken is said in ``paired.py``: here two groups of ranks take turns, and a group's step takes as long as its
+slowest rank's.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from options import Options, open_results
 from paired import compare_steps
 from parallel_bodies import loop_by_hand, train
 from parallel_workload import FULL, QUICK, Size
+from rank_device import BACKENDS, kind_for
 from ranks import RankGroup
 from workers import WorkerError
 
@@ -51,7 +53,10 @@ def main() -> int:
     options = _options().parse()
     workload.preload()
     size = QUICK if options.quick else FULL
-    header = {"environment": environment_record() | {"ranks": RANKS}, "workload": asdict(size)}
+    header = {
+        "environment": environment_record() | {"ranks": RANKS},
+        "workload": asdict(size),
+    }
     results = open_results(options.out, header)
     failed = False
     for name in options.only or ROWS:
@@ -61,7 +66,8 @@ def main() -> int:
             found["met"] = found["ratio"] <= row.target
         except WorkerError as error:
             found, failed = {"error": str(error)}, True
-        results.add(name, {"title": row.title, "target": row.target, **found, "measured_at": now()}, list(ROWS))
+        about = {"backend": BACKENDS[kind_for(RANKS)], "measured_at": now()}
+        results.add(name, {"title": row.title, "target": row.target, **found, **about}, list(ROWS))
         print(f"{name}: {found.get('error') or round(found['ratio'], 3)} (target {row.target})", flush=True)
     return 1 if failed else 0
 
@@ -169,7 +175,7 @@ def _played(computed: list[list[float]], size: Size) -> float:
     return pipeline_time("1f1b", RANKS, size.micro_batches, thirds, [2 * third for third in thirds]).idle_share
 
 
-def _once(strategy: str, size: Size, kind: str, method: str = "fork") -> float:
+def _once(strategy: str, size: Size, kind: str, method: str | None = None) -> float:
     with RankGroup(train, strategy, size, kind, ranks=RANKS, method=method) as group:
         return max(group.receive())
 

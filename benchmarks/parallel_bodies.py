@@ -12,6 +12,7 @@ import workload
 from by_hand import BY_HAND
 from paired import TakeTurns
 from parallel_workload import Size
+from rank_device import BACKENDS, clock, device, kind_for
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import schedules
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -63,7 +64,7 @@ class TellFirstStep(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         """Send it."""
-        self.channel.send(time.perf_counter() - self.since)
+        self.channel.send(clock() - self.since)
         trainer.should_stop = True
 
 
@@ -99,7 +100,7 @@ class Waits:
 
     def clocks(self) -> tuple[float, float]:
         """Seconds on the wall, and those of them that were not spent waiting."""
-        now = time.perf_counter()
+        now = clock()
         return now, now - self._waited
 
     def since(self, before: tuple[float, float]) -> tuple[float, float]:
@@ -130,7 +131,7 @@ def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
     if kind == "unwatched":
         RankWatch.start = lambda watch: None  # type: ignore[method-assign]
     callback: pl.Callback = {
-        "turns": lambda: TakeTurns(channel),
+        "turns": lambda: TakeTurns(channel, clock),
         "processor": lambda: TakeTurns(channel, time.process_time),
         "unwatched": lambda: TakeTurns(channel, time.process_time),
         "memory": lambda: MeasureStep(channel),
@@ -152,8 +153,13 @@ def train(channel: Channel, strategy: str, size: Size, kind: str) -> None:
         chosen = memopt.PipelineParallelStrategy(microbatches=size.micro_batches)
     shares_batch = strategy in ("memopt_tp", "memopt_pp")
     batch = size.batch(0 if shares_batch else int(os.environ["RANK"]))
+    ranks = int(os.environ["WORLD_SIZE"])
     trainer = workload.trainer(
-        devices=int(os.environ["WORLD_SIZE"]), strategy=chosen, use_distributed_sampler=False, callbacks=[callback]
+        accelerator=kind_for(ranks),
+        devices=ranks,
+        strategy=chosen,
+        use_distributed_sampler=False,
+        callbacks=[callback],
     )
     trainer.fit(module, workload.loader(batch))
 
@@ -168,7 +174,7 @@ def loop_by_hand(channel: Channel, strategy: str, size: Size, kind: str = "turns
         kind: ``"turns"``, or ``"waiting"``: what :class:`ShareOfWaiting` reports.
     """
     workload.be_quiet()
-    dist.init_process_group("gloo")
+    dist.init_process_group(BACKENDS[device().type])
     step = BY_HAND[strategy](size)
     waits = Waits()
     since = waits.clocks()
@@ -179,6 +185,6 @@ def loop_by_hand(channel: Channel, strategy: str, size: Size, kind: str = "turns
         since = waits.clocks()
         step()
         if kind == "turns":
-            channel.send(time.perf_counter() - since[0])
+            channel.send(clock() - since[0])
         else:
             channel.send(before_optimizer.pop())

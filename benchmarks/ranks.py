@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rank_device import kind_for
 from workers import Channel, Worker
 
 
@@ -16,11 +17,12 @@ class RankGroup:
         body: The function; it reads its rank from the environment, or leaves that to a Trainer.
         arguments: For ``body``.
         ranks: How many processes.
-        method: ``"fork"`` on a CPU, ``"spawn"`` with CUDA.
+        method: ``"fork"`` or ``"spawn"``; by default what the device allows, which CUDA's driver does not for a fork.
     """
 
-    def __init__(self, body: Callable[..., None], *arguments: Any, ranks: int, method: str = "fork") -> None:
+    def __init__(self, body: Callable[..., None], *arguments: Any, ranks: int, method: str | None = None) -> None:
         port = _free_port()
+        method = method or ("spawn" if kind_for(ranks) == "cuda" else "fork")
         self._workers = [Worker(_on_rank, rank, ranks, port, body, arguments, method=method) for rank in range(ranks)]
 
     def step(self) -> float:

@@ -83,11 +83,11 @@ def parallel_table(results: dict[str, Any]) -> str:
         lines.append(f"| {row['title']} | {row['ratio']:.3f} (≤ {row['target']:.2f}) | {met} |")
     environment = results["environment"]
     packages, ranks = environment["packages"], environment["ranks"]
-    date = max(row["measured_at"] for row in results["rows"].values())
+    backends = sorted({row.get("backend", "gloo") for row in results["rows"].values()})
     provenance = (
-        f"{ranks} ranks of one thread on {environment['cpu']}, {environment['cores']} cores, gloo, torch "
-        f"{packages['torch']}, lightning {packages['lightning']}, {date}. Time is the median ratio of "
-        "neighbouring steps."
+        f"{ranks} ranks of one thread on {environment['cpu']}, {environment['cores']} cores, {', '.join(backends)}, "
+        f"torch {packages['torch']}, lightning {packages['lightning']}, rows measured {_dates(results)}. Time is the "
+        "median ratio of neighbouring steps."
     )
     idle = results["rows"].get("memopt_pp_idle", {})
     if "played_ratio" in idle:
@@ -386,8 +386,13 @@ def _environment(results: dict[str, Any]) -> str:
     environment = results["environment"]
     where = environment.get("gpu", {}).get("name") or f"{environment['cpu']}, {environment['threads']} threads"
     packages = environment["packages"]
+    return f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {_dates(results)}."
+
+
+def _dates(results: dict[str, Any]) -> str:
+    """From the oldest row to the newest, which may be of several runs."""
     dates = sorted(row["measured_at"] for row in results["rows"].values())
-    return f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {dates[-1]}."
+    return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
 
 
 def _provenance(results: dict[str, Any]) -> str:

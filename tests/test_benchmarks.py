@@ -48,7 +48,7 @@ def test_a_table_between_markers_says_what_was_measured_and_keeps_the_text_aroun
     for figure in ("240 MiB", "activations 0.120 (≤ 0.13)", "1.41 (≤ 1.35)", "**no**", "1.050", "being recomputed"):
         assert figure in full
     assert "ValueError: no" in new
-    assert "A CPU, 2 threads, torch 2.13.0, lightning 2.6.6, 2026-01-01 11:00 UTC" in new
+    assert "A CPU, 2 threads, torch 2.13.0, lightning 2.6.6, 2026-01-01 10:00 UTC to 2026-01-01 11:00 UTC" in new
     assert tables.rewrite(new, results_folder) == new
 
 
