@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
@@ -11,6 +12,8 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import refuse_behind_quantization
 from lightning_memopt.callbacks.fit_time import HoldingCallback
+from lightning_memopt.callbacks.gradual_pruning import GradualPruning
+from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import check_step
@@ -23,10 +26,10 @@ from lightning_memopt.models.selectors import Selector
 class ClusterWeights(HoldingCallback):
     """Rounds the elements of each weight to ``n`` values of its own, found by k-means.
 
-    In memory nothing changes; on disk each element is an index: 4 bits for 16 values. Where a share of a weight is
-    zero (pruned), zero is one of the values and stays. Which elements share a value takes those bits while training
-    goes on, is saved with the callback's state, and is kept after every step: the values train, each by the mean
-    update of its elements.
+    In memory nothing changes; on disk each element is an index: 4 bits for 16 values. Zeros (what is pruned) have a
+    value of their own and stay where they are at least one element in ``n``, or a callback before this one prunes.
+    Which elements share a value takes those bits while training goes on, is saved with the callback's state, and is
+    kept after every step: the values train, each by the mean update of its elements.
 
     Args:
         n: Values of each weight, 2 to 256.
@@ -75,6 +78,9 @@ class ClusterWeights(HoldingCallback):
         if stage == "fit" and self.begin_step is None:
             with named_errors(self):
                 refuse_behind_quantization(trainer, self)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        before = callbacks[: callbacks.index(self)]
+        self._prunes = any(isinstance(callback, GradualPruning | PruneOnFitEnd) for callback in before)
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -86,7 +92,7 @@ class ClusterWeights(HoldingCallback):
         if self._state:
             self._apply_at_end(pl_module)
         else:
-            self._hold(self._select(pl_module).weights).find(self.n, self.init, self.seed)
+            self._find(self._hold(self._select(pl_module).weights))
         self.report = compression_report(before, pl_module, skipped=self._skipped)
 
     @property
@@ -113,8 +119,11 @@ class ClusterWeights(HoldingCallback):
         assert self._held is not None and self.begin_step is not None
         if self._held.found or step < self.begin_step:
             return False
-        self._held.find(self.n, self.init, self.seed)
+        self._find(self._held)
         return True
+
+    def _find(self, clusters: Clusters) -> None:
+        clusters.find(self.n, self.init, self.seed, all_zeros=self._prunes)
 
     @override
     def _apply_to(self, module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -13,8 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
@@ -72,6 +74,15 @@ class FitEndCallback(ReportingCallback):
             check_destination(self.export_path)
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # What will judge when training is over runs once now, on one batch, as far as ranks have the whole module.
+        if holds_fakes(pl_module) or getattr(trainer.strategy, "splits_module", False):
+            return
+        if self._gate is not None:
+            with isolate_rng():
+                self._gate.check(validate_now(trainer, pl_module, batches=1))
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         logged = trainer.callback_metrics
         is_known = logged or not trainer.sanity_checking  # where Lightning leaves out those of several loaders
@@ -123,15 +134,15 @@ def sends_weights_back(trainer: pl.Trainer) -> bool:
 def validate_now(
     trainer: pl.Trainer, module: pl.LightningModule, *, dataloaders: Any = None, batches: int | None = None
 ) -> dict[str, float]:
-    """Run the validation loop of ``module`` within ``on_fit_end`` and return what it logs.
+    """Run the validation loop of ``module`` within a fit and return what it logs.
 
     A trainer of its own runs it, with a logger that keeps nothing and without callbacks and checkpoints, so that
-    those of ``trainer``, its metrics and its progress are not touched. ``setup``, ``teardown`` and ``prepare_data``
-    of the module and of its data module are not called again. Under several ranks all must call it; each validates
-    its part and the mean is returned.
+    those of ``trainer``, its metrics, its schedulers and its progress are not touched. ``setup``, ``teardown`` and
+    ``prepare_data`` of the module and of its data module are not called again. Under several ranks all must call it;
+    each validates its part and the mean is returned.
 
     Args:
-        trainer: The trainer that is at the end of ``fit``.
+        trainer: The trainer, in ``on_train_start`` or ``on_fit_end``.
         module: Its module, or a copy.
         dataloaders: Other data than that of the trainer's validation.
         batches: At most so many of each dataloader; ``None``: as many as the trainer takes.
@@ -158,6 +169,7 @@ def validate_now(
             limit_val_batches=trainer.limit_val_batches if batches is None else batches, inference_mode=False,
             plugins=[copy.copy(trainer.precision_plugin)],
         )  # fmt: skip
+        inner.strategy.lr_scheduler_configs = stack.enter_context(_schedulers_kept(trainer))
         inner.validate(module, verbose=False, **source)
         metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
     if trainer.world_size > 1:
@@ -198,6 +210,8 @@ def _lent(owned: pl.LightningModule | pl.LightningDataModule, **instead: Any) ->
     """Give a module, or its data, to another trainer, with hooks for setting up switched off and others replaced."""
     owner = owned.trainer if isinstance(owned, pl.LightningDataModule) else owned._trainer
     hooks = dict.fromkeys(("setup", "teardown", "prepare_data"), lambda *_, **__: None) | instead
+    if isinstance(owned, pl.LightningModule):
+        hooks["cpu"] = lambda: owned  # to which the other trainer would move it in the end
     modes = {part: part.training for part in owned.modules()} if isinstance(owned, nn.Module) else {}
     try:
         with replaced(owned, **hooks):
@@ -208,11 +222,33 @@ def _lent(owned: pl.LightningModule | pl.LightningDataModule, **instead: Any) ->
             part.training = training
 
 
+@contextmanager
+def _schedulers_kept(trainer: pl.Trainer) -> Iterator[list[Any]]:
+    """The schedulers, which a module may step when it has validated; that is undone."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
+    settings = copy.deepcopy([{key: value for key, value in group.items() if key != "params"} for group in groups])
+    try:
+        yield trainer.lr_scheduler_configs
+    finally:
+        for scheduler, state in zip(schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
+        for group, setting in zip(groups, settings, strict=True):
+            group.update(setting)
+
+
+def has_example(module: pl.LightningModule) -> bool:
+    """Whether there is something to time ``module`` on: a tensor of samples as ``example_input_array``."""
+    inputs = module.example_input_array
+    return isinstance(inputs, torch.Tensor) and inputs.dim() > 0
+
+
 def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.LightningModule) -> tuple[Latency, ...]:
     """Time both, not compiled, on ``before.example_input_array`` and on its first sample, where it is a tensor."""
-    inputs = before.example_input_array
-    if not isinstance(inputs, torch.Tensor) or not inputs.dim():
+    if not has_example(before):
         return ()
+    inputs: Any = before.example_input_array
     precision = trainer.precision_plugin
     inputs = precision.convert_input(inputs.to(before.device))
     modes = {part: part.training for module in (before, after) for part in module.modules()}
@@ -221,6 +257,9 @@ def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.Ligh
         with precision.forward_context():
             sizes = sorted({1, len(inputs)})
             return tuple(compare_latency(before, after, inputs[:size], size) for size in sizes)
+    except Exception as error:  # of the user's forward, on a slice that it may not take: no reason to lose a result
+        rank_zero_warn(f"No latency was measured: {type(error).__name__} on a part of `example_input_array`: {error}")
+        return ()
     finally:
         for part, training in modes.items():
             part.training = training
@@ -271,7 +310,8 @@ class Gate:
         """
         if self.monitor not in logged:
             raise MisconfigurationException(
-                f"monitor={self.monitor!r} is not logged by validation_step, which logs {sorted(logged)}."
+                f"monitor={self.monitor!r} is not logged by validation_step, which logs {sorted(logged)}. What "
+                "callbacks log does not judge: they are not run when the result is validated."
             )
 
     def refusal(self, before: Mapping[str, float], after: Mapping[str, float]) -> str:

@@ -79,6 +79,11 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self._ranges: dict[str, Range] = {}
         self._fake: FakeQuantization | None = None
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(scheme=self.scheme, which=str(self._which))
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -94,6 +99,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
                 f"{type(trainer.strategy).__name__}, and its scale is that of all of it. Use a strategy of replicas, "
                 "or QuantizeOnFitEnd, which works under every one."
             )
+        super().on_train_start(trainer, pl_module)
         self._fake = FakeQuantization(pl_module, self.scheme, self._which, self._ranges)
         self._follow(trainer)
 

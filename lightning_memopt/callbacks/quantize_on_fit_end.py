@@ -6,6 +6,8 @@ from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
@@ -116,6 +118,21 @@ class QuantizeOnFitEnd(FitEndCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with named_errors(self):
             self._which.select(pl_module)  # by now the module has all its layers, but perhaps not whole
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self._calibrates or holds_fakes(pl_module) or getattr(trainer.strategy, "splits_module", False):
+            return
+        try:
+            with isolate_rng():
+                validate_now(trainer, pl_module, dataloaders=trainer.train_dataloader, batches=1)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: {self.scheme!r} is calibrated with training batches, which go through "
+                f"validation_step, and that fails on one ({type(error).__name__}: {error}). Let it take them too, or "
+                "use 'int8_dynamic', which needs no calibration."
+            ) from error
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -90,15 +90,21 @@ class Clusters(Held):
         return bool(self._members)
 
     @torch.no_grad()
-    def find(self, n: int, init: Init = "kmeans++", seed: int = 0) -> None:
+    def find(self, n: int, init: Init = "kmeans++", seed: int = 0, *, all_zeros: bool = False) -> None:
         """Find ``n`` clusters in each weight, and round its elements to them.
 
         Where at least one element in ``n`` is zero (a pruned weight), zero is a value of its own and stays so.
+
+        Args:
+            n: See :func:`cluster_weights`.
+            init: See there.
+            seed: See there.
+            all_zeros: Keep zeros however few there are, as where something prunes to fewer.
         """
         for name, weight in self.weights.items():
             values = weight.parameter.detach().float()
             is_zero = values == 0
-            keeps_zero = bool(is_zero.sum() * n >= values.numel())
+            keeps_zero = bool(is_zero.any() if all_zeros else is_zero.sum() * n >= values.numel())
             generator = torch.Generator().manual_seed(crc32(name.encode()) + seed)
             rest = values[~is_zero] if keeps_zero else values.view(-1)
             if not len(rest):

@@ -13,6 +13,7 @@ from lightning_memopt.compression.ranges import Range, input_range, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
 from lightning_memopt.models.compiled import compile_anew
 from lightning_memopt.models.fake import is_fake
+from lightning_memopt.models.in_backward import is_in_backward
 
 MOMENTUM = 0.05
 """Share of the newest batch in the moving average of a range."""
@@ -114,6 +115,8 @@ class FakeQuantization:
         return parameter + (rounded - parameter).detach()
 
     def _observe(self, name: str, x: Any) -> None:
+        if is_in_backward():  # a checkpointed block computes again what was observed
+            return
         if self._inputs == "static" and isinstance(x, Tensor) and x.numel():
             low, high = (0.0, 1.0) if is_fake(x) else input_range(x)  # fake: only sizes are asked for
             if 0 < high - low < float("inf"):

@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memopt.memory.arguments import tensor_arguments, tensor_results
+from lightning_memopt.models.in_backward import is_in_backward
 from lightning_memopt.planning.devices import CollectiveKind
 from lightning_memopt.techniques.checkpointing.profile import is_product, product_flops
 
@@ -141,7 +142,7 @@ def _ranks(args: Sequence[Any]) -> tuple[int, ...]:
 
 def _part() -> Part:
     """What of the step runs now; optimizers run without gradients, recomputation in the backward with them."""
-    in_backward = torch._C._current_graph_task_id() != -1
+    in_backward = is_in_backward()
     if torch.is_grad_enabled():
         return "recompute" if in_backward else "forward"
     return "backward" if in_backward else "optimizer"

@@ -43,6 +43,15 @@ def test_after_gradual_pruning_what_is_pruned_stays_zero():
     assert set(find_sparsity(run.module).values()) == {0.75} and _most_values(run.module) <= 8
 
 
+@pytest.mark.parametrize("begin_step", [4, None])
+def test_zeros_that_are_fewer_than_one_value_would_take_stay_zero_where_something_prunes(begin_step):
+    entry, pruning = ZOO["mlp"], GradualPruning(ConstantSparsity(0.05, begin_step=2))
+    callbacks = [pruning, ClusterWeights(4, begin_step=begin_step)]
+    run = train(entry.build(), entry.loader(10), steps=10, callbacks=callbacks)
+    assert all(share == pytest.approx(0.05, abs=0.01) for share in find_sparsity(run.module).values())
+    assert len(find_sparsity(run.module)) > 1 and _most_values(run.module) <= 4
+
+
 def test_averaged_weights_end_clustered_too():
     entry, callbacks = ZOO["mlp"], [ClusterWeights(8, begin_step=2), EMAWeightAveraging(decay=0.5)]
     assert _most_values(train(entry.build(), entry.loader(6), steps=6, callbacks=callbacks).module) <= 8

@@ -36,6 +36,14 @@ def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(n
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+def test_what_became_smaller_is_timed_beside_what_it_was_where_there_is_an_example():
+    pytest.importorskip("torch_pruning")
+    module, pruning = ZOO["mlp"].build(), PruneOnFitEnd(0.5, "structured")
+    module.example_input_array = ZOO["mlp"].batch()[0]
+    train(module, ZOO["mlp"].loader(2), steps=2, callbacks=[pruning])
+    assert [one.batch_size for one in pruning.report.latency] == [1, len(module.example_input_array)]
+
+
 def test_the_trainers_optimizer_holds_the_smaller_parameters_and_their_state():
     pytest.importorskip("torch_pruning")
     module = ZOO["mlp"].build()

@@ -1,15 +1,18 @@
 """QuantizationAwareTraining under Lightning: what is trained is what comes out, zeros and clusters included."""
 
 import copy
+from functools import partial
 from itertools import product
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memopt import (
+    ActivationCheckpointing,
     ClusterWeights,
     ConstantSparsity,
     GradualPruning,
@@ -198,6 +201,50 @@ def test_with_clustering_the_clusters_stay_clusters():
     assert len(torch.unique(module.net[2].weight)) <= 16
     assert len(torch.unique(packed.values)) <= 16 and packed.scale.numel() == 1
     assert callback.report.metrics_after["val_accuracy"] > 0.85
+
+
+def test_pruned_clustered_and_rounded_weights_keep_their_zeros_and_clusters():
+    callback = QuantizationAwareTraining("int8", start_step=4)
+    before = [GradualPruning(ConstantSparsity(0.5, begin_step=4)), ClusterWeights(16, begin_step=8)]
+    torch.manual_seed(0)
+    module = Classifier(128)
+    _trainer(*before, callback).fit(module, _loader(), _loader(1))
+    weight, packed = module.net[2].weight, callback.quantized.net[2].weight
+    zeros = weight == 0
+    assert zeros.float().mean() == 0.5 and len(weight.unique()) <= 16
+    assert (packed.dequantize()[zeros] == 0).all() and len(packed.values.unique()) <= 16
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, 1e-2, 1)])
+def test_the_average_of_weights_that_trained_with_rounding_is_what_is_quantized(averaging):
+    callback = QuantizationAwareTraining("int8")
+    _, module = _fit(callback, None, averaging())
+    averaged = copy.deepcopy(module)
+    quantize(averaged, "int8")
+    for (name, packed), expected in zip(callback.quantized.named_parameters(), averaged.parameters(), strict=True):
+        torch.testing.assert_close(packed.dequantize() if isinstance(packed, PackedWeight) else packed,
+            expected.dequantize() if isinstance(expected, PackedWeight) else expected, msg=name)  # fmt: skip
+
+
+def test_what_a_checkpointed_block_computes_again_is_not_observed_again():
+    ranges = []
+    for others in ([], [ActivationCheckpointing("full", modules=["net"])]):
+        callback = QuantizationAwareTraining("int8_static")
+        _fit(callback, None, *others)
+        ranges.append(callback.state_dict()["ranges"])
+    assert ranges[0] == ranges[1]
+
+
+def test_two_of_them_keep_their_ranges_apart_in_a_checkpoint(tmp_path):
+    body = QuantizationAwareTraining("int8_static", include="net.*", convert_on_fit_end=False)
+    head = QuantizationAwareTraining("int8_static", include="head", convert_on_fit_end=False)
+    trainer, _ = _fit(body, None, head)
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    assert {name for key in (body.state_key, head.state_key) for name in saved[key]["ranges"]} == {
+        "net.0", "net.2", "head",
+    }  # fmt: skip
+    assert saved[head.state_key]["ranges"].keys() == {"head"}
 
 
 def test_ranges_seen_in_training_need_no_validation_and_two_optimizers_train_with_them():

@@ -309,6 +309,73 @@ def test_a_module_that_keeps_its_last_logits_is_copied(callback):
     assert callback.report.metrics_after and module.last_logits.grad_fn is not None
 
 
+class LogsAfterwards(pl.Callback):
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("of_a_callback", 1.0)
+
+
+def test_a_metric_that_only_a_callback_logs_is_refused_before_the_first_step():
+    callback, module = QuantizeOnFitEnd("int8", max_metric_drop=0.1, monitor="of_a_callback"), Classifier()
+    with pytest.raises(MisconfigurationException, match=r"of_a_callback.*logs \['val_accuracy', 'val_loss'\]"):
+        _fit(callback, module, LogsAfterwards())
+    assert module.trainer.global_step == 0
+
+
+class TakesDicts(Classifier):
+    """Whose training batches are of another form than those that it validates on."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+def test_training_batches_that_validation_cannot_take_are_refused_before_the_first_step():
+    module, trainer = TakesDicts(), _trainer(QuantizeOnFitEnd("int8_static"))
+    pairs = _loader()
+    batches = [{"x": x, "y": y} for x, y in pairs]
+    with pytest.raises(MisconfigurationException, match=r"calibrated with training batches.*validation_step"):
+        trainer.fit(module, batches, _loader(1))
+    assert trainer.global_step == 0
+
+
+def test_judging_on_one_batch_at_the_start_changes_no_training():
+    shuffled = DataLoader(_loader().dataset, batch_size=32, shuffle=True)
+    weights = []
+    for callbacks in ([], [QuantizeOnFitEnd("int8_static", max_metric_drop=0.5, monitor="val_accuracy")]):
+        torch.manual_seed(0)
+        module = Classifier()
+        _trainer(*callbacks).fit(module, shuffled, _loader(1))
+        weights.append(module.state_dict())
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
+class StepsItsScheduler(Classifier):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    def lr_scheduler_step(self, scheduler, metric):
+        """By hand."""
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.lr_schedulers().step()
+
+
+def test_validating_at_the_end_steps_no_scheduler_of_the_users():
+    trainer, _ = _fit(QuantizeOnFitEnd("int8"), StepsItsScheduler())
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2 / 2**3
+
+
+def test_a_latency_that_cannot_be_measured_is_no_reason_to_lose_the_result():
+    module = Classifier()
+    module.example_input_array = torch.randn(16)  # of one sample, without a dimension for more
+    callback = QuantizeOnFitEnd("int8")
+    with pytest.warns(UserWarning, match="No latency was measured"):
+        _fit(callback, module)
+    assert callback.quantized is not None and callback.report.latency == ()
+
+
 def test_validation_that_never_ran_is_run_when_training_is_over():
     callback = QuantizeOnFitEnd("int8", max_metric_drop=1.0, monitor="val_accuracy")
     _fit(callback, max_epochs=1, check_val_every_n_epoch=5, num_sanity_val_steps=0)
