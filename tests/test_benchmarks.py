@@ -124,6 +124,14 @@ def test_without_a_gpu_its_benchmark_says_so_and_runs_at_toy_size(tmp_path):
     assert rows["checkpointing_full"]["loss_difference"] == 0
 
 
+@pytest.mark.slow
+def test_the_time_that_the_import_takes_is_taken_apart_from_lightnings(tmp_path):
+    path = tmp_path / "import_time.json"
+    _script("import_time.py", "--runs", "2", "--out", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    assert 0 < rows["lightning_memopt"]["seconds"] < rows["lightning.pytorch"]["seconds"]
+
+
 def _script(name: str, *arguments: str, check: bool = True, hide_gpu: bool = False) -> subprocess.CompletedProcess:
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})
     ran = subprocess.run(
