@@ -88,7 +88,7 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     if total <= size:
         return [batch]
     windows = [slice(start, start + size) for start in range(0, total, size)]
-    return [_cut(batch, window, total, samples) for window in windows]
+    return _cut_all(batch, windows, total, samples)
 
 
 def split_evenly(batch: Any, count: int) -> list[Any]:
@@ -110,7 +110,7 @@ def split_evenly(batch: Any, count: int) -> list[Any]:
     total, samples = _read_size(batch)
     bounds = [-(-total * index // count) for index in range(count + 1)]
     windows = [slice(start, end) for start, end in pairwise(bounds)]
-    return [_cut(batch, window, total, samples) for window in windows]
+    return _cut_all(batch, windows, total, samples)
 
 
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:
@@ -184,13 +184,14 @@ def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int | None], weights: 
     return tensors
 
 
-def _read_size(batch: Any) -> tuple[int, Samples]:
-    """Number of samples, and which lists hold one item a sample.
+def _read_size(batch: Any) -> tuple[int, Samples | None]:
+    """Number of samples, and which lists hold one item a sample; ``None`` where two readings give the same number.
 
     Lists of dicts do beside tensors that give the size (images and the boxes in each); alone they are lists of
     batches, as several loaders give. Lists of tensors do where :func:`_lists_of_tensors_hold_samples` says so.
     """
-    samples: Samples = (Mapping, Tensor) if _lists_of_tensors_hold_samples(batch) else (Mapping,)
+    hold_samples = _lists_of_tensors_hold_samples(batch)
+    samples: Samples = (Mapping, Tensor) if hold_samples else (Mapping,)
     sizes = dict(_tensor_sizes(batch, "batch", samples))
     if not sizes:
         samples = ()
@@ -207,18 +208,16 @@ def _read_size(batch: Any) -> tuple[int, Samples]:
             f"the tensors of the batch disagree on the number of samples ({found}), so it cannot be cut along the "
             "first dimension"
         )
-    return next(iter(sizes.values())), samples
+    return next(iter(sizes.values())), None if hold_samples is None else samples
 
 
-def _lists_of_tensors_hold_samples(batch: Any) -> bool:
+def _lists_of_tensors_hold_samples(batch: Any) -> bool | None:
     """Whether lists of tensors within the batch hold one tensor a sample, such as images of several sizes.
 
     They do if they are as long as all else in the batch and first dimensions say something else (for images, the
-    number of channels). Where those say the same, it takes a dict a sample and tensors of several shapes; otherwise
-    a list of tensors is a container, such as two views of each sample.
-
-    Raises:
-        ValueError: Both would be possible.
+    number of channels). Where those say the same, it takes a dict a sample and tensors of several shapes; with such
+    dicts and one shape nobody knows (``None``). Otherwise a list of tensors is a container, such as two views of each
+    sample.
     """
     lists = [part for _, part in _sample_lists(batch, "batch", (Mapping, Tensor))]
     of_tensors = [part for part in lists if isinstance(part[0], Tensor) and part is not batch]
@@ -229,13 +228,7 @@ def _lists_of_tensors_hold_samples(batch: Any) -> bool:
     if len(by_row | of_dicts) > 1:
         return True
     are_ragged = any(len({tensor.shape[1:] for tensor in tensors}) > 1 for tensors in of_tensors)
-    if of_dicts and by_row and not are_ragged:
-        size = of_dicts.pop()
-        raise CannotCut(
-            f"the batch has {size} dicts, one for each sample, and a list of {size} tensors of one shape whose first "
-            f"dimension is {size} too, so it may be of one tensor a sample or of all samples in each"
-        )
-    return bool(of_dicts)
+    return None if of_dicts and by_row and not are_ragged else bool(of_dicts)
 
 
 def _tensor_sizes(item: Any, name: str, samples: Samples) -> Iterator[tuple[str, int]]:
@@ -282,6 +275,15 @@ def _parts(item: Any) -> list[tuple[str, Any]] | None:
     if _is_dataclass_instance(item):
         return [(f".{field.name}", getattr(item, field.name)) for field in dataclasses.fields(item)]
     return None
+
+
+def _cut_all(batch: Any, windows: list[slice], total: int, samples: Samples | None) -> list[Any]:
+    if samples is None:
+        raise CannotCut(
+            f"the batch has {total} dicts, one for each sample, and a list of {total} tensors of one shape whose "
+            f"first dimension is {total} too, so it may be of one tensor a sample or of all samples in each"
+        )
+    return [_cut(batch, window, total, samples) for window in windows]
 
 
 def _cut(item: Any, window: slice, total: int, samples: Samples) -> Any:

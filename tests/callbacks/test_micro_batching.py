@@ -231,6 +231,31 @@ def test_a_skipped_micro_batch_adds_nothing_and_a_skipped_batch_stays_skipped():
     assert trainer.global_step == 3
 
 
+def test_images_of_several_sizes_and_their_targets_are_split_by_samples():
+    class Detector(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                self.net = torch.nn.Conv2d(3, 4, 3)
+
+        def training_step(self, batch, batch_idx):
+            images, targets = batch
+            found = torch.stack([self.net(image).mean(dim=(1, 2)) for image in images])
+            return torch.nn.functional.mse_loss(found, torch.cat([target["boxes"] for target in targets]))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    samples = [(torch.randn(3, 8, 8 + index % 5), {"boxes": torch.randn(1, 4)}) for index in range(14)]
+
+    def run(*callbacks):
+        batches = DataLoader(samples, batch_size=7, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+        return train(Detector(), batches, steps=2, callbacks=callbacks)
+
+    assert_same_training(run(), run(MicroBatching(3)))
+
+
 def test_a_split_of_the_users_own_serves_batches_that_cannot_be_cut():
     class Ragged(TokenModel):
         def training_step(self, batch, batch_idx):

@@ -132,6 +132,7 @@ def test_two_views_of_each_sample_are_a_container_also_in_a_last_batch_of_two():
 def test_a_list_of_tensors_that_may_be_samples_or_parts_is_refused():
     with pytest.raises(ValueError, match=r"3 dicts.*one tensor a sample or of all samples in each; give `split=`"):
         micro_batches((images(3, same=True), boxes(3)), 1)
+    assert batch_size((images(3, same=True), boxes(3))) == 3
 
 
 def test_a_part_of_a_dataclass_has_nothing_cached_of_the_whole():
