@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.reporting import ReportingCallback, Returned
 from lightning_memopt.compression.container import save_compressed
-from lightning_memopt.compression.container.destination import check_destination
+from lightning_memopt.compression.container.destination import check_destination, check_types
 from lightning_memopt.compression.latency import Latency, compare_latency
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
@@ -70,8 +70,10 @@ class FitEndCallback(ReportingCallback):
         if self._gate is not None:
             self._gate = self._gate.resolved(trainer)
             require_validation(trainer, pl_module)
-        if self.export_path is not None and trainer.is_global_zero:
-            check_destination(self.export_path)
+        if self.export_path is not None:
+            check_types(pl_module)
+            if trainer.is_global_zero:
+                check_destination(self.export_path)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

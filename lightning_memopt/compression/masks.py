@@ -131,7 +131,8 @@ class Masks(Held):
         """Prune on until a share ``sparsity`` is; what is pruned stays so. The weights do not change yet."""
         weights = list(self.weights.values())
         for weight, pruned in choose_pruned(weights, sparsity, choice, lambda weight: self.of(weight.name)):
-            self._set(weight, pruned)
+            # Also where it is more than ``sparsity``, as after resuming with a lower one.
+            self._set(weight, pruned | self.of(weight.name).to(pruned.device))
 
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """Prune by masks of your own, on top of what is pruned.

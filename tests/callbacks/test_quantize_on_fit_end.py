@@ -15,6 +15,7 @@ from torchmetrics import Accuracy
 from lightning_memopt import DataParallelStrategy, PruneOnFitEnd, QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.packed import PackedWeight
+from tests.callbacks.learning import NotEvenStarted
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
@@ -312,6 +313,13 @@ def test_a_module_that_keeps_its_last_logits_is_copied(callback):
 class LogsAfterwards(pl.Callback):
     def on_validation_epoch_end(self, trainer, module):
         module.log("of_a_callback", 1.0)
+
+
+def test_a_type_that_no_file_holds_is_refused_before_the_first_step(tmp_path):
+    module = Classifier()
+    module.register_buffer("phases", torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(MisconfigurationException, match=r"`phases` holds torch\.complex128"):
+        _fit(QuantizeOnFitEnd("int8", export_path=tmp_path / "net"), module, NotEvenStarted())
 
 
 def test_a_metric_that_only_a_callback_logs_is_refused_before_the_first_step():

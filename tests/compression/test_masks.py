@@ -75,6 +75,13 @@ def test_pruning_again_to_the_same_target_prunes_nothing_more_and_to_a_higher_on
     assert masks.of("0.weight")[first].all() and masks.sparsity == pytest.approx(0.8)
 
 
+def test_a_lower_target_than_what_is_pruned_already_gives_nothing_back():
+    masks = prune_weights(_net(), 0.8)
+    first = masks.of("0.weight")
+    masks.prune(0.3, Choice())
+    assert torch.equal(masks.of("0.weight"), first)
+
+
 def test_pruned_channels_never_exceed_the_target_whatever_their_sizes():
     net = _net()
     masks = prune_weights(net, 0.5, pattern="outputs", scope="global")

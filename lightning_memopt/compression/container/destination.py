@@ -3,7 +3,21 @@
 import os
 from pathlib import Path
 
+from torch import nn
+
 from lightning_memopt.compression.container.files import check_replaceable
+from lightning_memopt.compression.container.save import named_tensors
+from lightning_memopt.compression.container.tensors import type_name
+
+
+def check_types(module: nn.Module) -> None:
+    """Raise where a tensor of ``module`` has a type that no file holds.
+
+    Raises:
+        ValueError: Names it.
+    """
+    for name, tensor in named_tensors(module):
+        type_name(name, tensor)
 
 
 def check_destination(path: str | Path) -> None:

@@ -51,6 +51,13 @@ def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module
         )
         _set(target, name, _as_before(old, tensors.read_tensor(name, record, data)))
     for alias, name in ties.items():
+        _check_shape(
+            target,
+            alias,
+            _get(target, alias),
+            tuple(_get(target, name).shape),
+            is_edited=alias.rpartition(".")[0] in manifest["edits"],
+        )
         _set(target, alias, _get(target, name))
     order_weights(target)
     return target.eval()
@@ -59,7 +66,7 @@ def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module
 def _check_names(target: nn.Module, records: set[str], ties: Mapping[str, Any]) -> None:
     present = {name for name, _ in named_tensors(target)}
     stored = {*records, *ties}
-    if present != stored or not all(name in records for name in ties.values()):
+    if present != stored or not all(isinstance(name, str) and name in records for name in ties.values()):
         missing, unexpected = sorted(present - stored), sorted(stored - present)
         raise CompressedFileError(
             f"The folder does not fit {type(target).__name__}: it lacks {missing[:5] or 'nothing'} and has "

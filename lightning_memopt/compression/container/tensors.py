@@ -17,8 +17,8 @@ SLACK = 64
 DTYPES = {
     name: getattr(torch, name)
     for name in (
-        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128",
-        "int64", "int32", "int16", "int8", "uint8", "bool",
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64",
+        "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
     )
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ def write_tensor(name: str, tensor: Tensor, data: dict[str, Tensor]) -> dict[str
             "packed": _KIND_OF[type(tensor)],
             "attributes": tensor.attributes,
             "shape": list(tensor.shape),
-            "dtype": _dtype_name(name, tensor),
+            "dtype": type_name(name, tensor),
             "parts": {part: _write_plain(f"{name}/{part}", value, data) for part, value in tensor.parts.items()},
         }
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -58,11 +58,16 @@ def _write_plain(name: str, tensor: Tensor, data: dict[str, Tensor]) -> dict[str
             raise ValueError(f"`{key}` is the name of two tensors of a compressed file; rename the module's own.")
         # A copy: safetensors refuses tensors that share memory.
         data[key] = value.clone(memory_format=torch.contiguous_format)
-    record = {"shape": list(encoded.shape), "dtype": _dtype_name(name, tensor)}
+    record = {"shape": list(encoded.shape), "dtype": type_name(name, tensor)}
     return record if is_dense else record | {"encoding": encoded.encoding, "tensors": sorted(encoded.tensors)}
 
 
-def _dtype_name(name: str, tensor: Tensor) -> str:
+def type_name(name: str, tensor: Tensor) -> str:
+    """What files call the type of ``tensor``.
+
+    Raises:
+        ValueError: They have none; ``name`` is that of the tensor.
+    """
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"`{name}` holds {tensor.dtype}, which a compressed file cannot; convert it first.")

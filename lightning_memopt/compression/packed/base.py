@@ -14,6 +14,12 @@ from lightning_memopt.compression.packed.attention import apart
 
 aten = torch.ops.aten
 
+_VIEWS = {
+    "view", "view_as", "unsqueeze", "squeeze", "t", "transpose", "swapaxes", "permute", "movedim", "expand", "expand_as",
+    "chunk", "split", "tensor_split", "unbind", "__iter__", "narrow", "select", "diagonal", "unfold",
+}  # fmt: skip
+"""Operations, by the names of functions and of methods, that return views."""
+
 TINY = torch.finfo(torch.float32).tiny
 """The smallest scale, of outputs that are all zero."""
 
@@ -161,6 +167,10 @@ class PackedWeight(Tensor):
             # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
             # the length) would be a view, and views of a wrapper do not exist in inference mode.
             args, kwargs = dense((args, kwargs))
+        elif torch.is_inference_mode_enabled() and getattr(function, "__name__", "") in _VIEWS:
+            args, kwargs = dense((args, kwargs))  # likewise
+        elif torch.is_inference_mode_enabled() and function is Tensor.detach:
+            return args[0].map_parts(Tensor.detach)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 

@@ -121,6 +121,8 @@ def _in(name, **values):
         (lambda m: m["tensors"].pop("0.bias"), r"lacks \['0.bias'\]"),
         (lambda m: m["tensors"].update({"__class__": {}}), "does not fit"),
         (lambda m: m["ties"].update({"0.bias": "__dict__"}), "does not fit"),
+        (lambda m: m["ties"].update({"0.bias": ["1.bias"]}), "does not fit"),
+        (lambda m: m["tensors"].pop("0.bias") and m["ties"].update({"0.bias": "1.weight"}), "`0.bias` has shape"),
         (lambda m: m["edits"].update({"0": {"attributes": {"_parameters": 1}}}), "not a plain attribute"),
         (lambda m: m["edits"].update({"0": {"attributes": {"in_features": [1]}}}), "no plain value"),
         (lambda m: m["edits"].update({"0": {"attributes": {"forward": 1}}}), "`0.forward` is not a plain attribute"),

@@ -323,3 +323,29 @@ def test_a_linear_map_takes_the_names_of_its_arguments_and_no_rows(packing):
     weight = cls.pack(torch.randn(48, 64), **options)
     assert F.linear(input=torch.randn(2, 64), weight=weight, bias=torch.zeros(48)).shape == (2, 48)
     assert F.linear(torch.randn(3, 0, 64), weight).shape == (3, 0, 48)
+
+
+VIEWS = {
+    "view": lambda w: w.view(-1),
+    "unsqueeze": lambda w: torch.unsqueeze(w, 0),
+    "t": lambda w: w.t(),
+    "T": lambda w: w.T,
+    "permute": lambda w: w.permute(1, 0),
+    "expand": lambda w: w.expand(2, *w.shape),
+    "chunk": lambda w: torch.cat(w.chunk(2)),
+    "unbind": lambda w: torch.stack(w.unbind()),
+    "iteration": lambda w: torch.stack(list(w)),
+    "narrow": lambda w: w.narrow(0, 1, 3),
+    "tied head": lambda w: torch.ones(2, 64) @ w.t(),
+    "detach": lambda w: w.detach().reshape(-1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_views_of_a_weight_are_those_of_the_dense_one_in_inference_mode_too(packing, view):
+    cls, options, *_ = PACKINGS[packing]
+    weight = cls.pack(torch.randn(64, 64), **options)
+    expected = VIEWS[view](weight.dequantize())
+    with torch.inference_mode():
+        torch.testing.assert_close(base.dense(VIEWS[view](weight)), expected, rtol=1e-5, atol=1e-4)
