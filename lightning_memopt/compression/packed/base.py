@@ -15,8 +15,8 @@ from lightning_memopt.compression.packed.attention import apart
 aten = torch.ops.aten
 
 _VIEWS = {
-    "view", "view_as", "unsqueeze", "squeeze", "t", "transpose", "swapaxes", "permute", "movedim", "expand", "expand_as",
-    "chunk", "split", "tensor_split", "unbind", "__iter__", "narrow", "select", "diagonal", "unfold",
+    "view", "view_as", "unsqueeze", "squeeze", "t", "transpose", "swapaxes", "permute", "movedim", "expand",
+    "expand_as", "chunk", "split", "tensor_split", "unbind", "__iter__", "narrow", "select", "diagonal", "unfold",
 }  # fmt: skip
 """Operations, by the names of functions and of methods, that return views."""
 
