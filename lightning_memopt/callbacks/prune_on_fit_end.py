@@ -48,8 +48,8 @@ class PruneOnFitEnd(FitEndCallback):
 
     Args:
         amount: Share of zeros among the weights to be pruned, a target: zeros that are there already count. For
-            ``"structured"`` the share of each group of channels, neurons and heads; half of them are about a quarter
-            of the weights.
+            ``"structured"`` the share of each group of channels, neurons and heads that the module had at first; half
+            of them are about a quarter of the weights.
         method: ``"magnitude"``, ``"random"``; ``"n:m"``: by magnitude within groups of 4 inputs, or of 8, whatever
             ``amount`` divides (0.5 is 2:4, 0.375 is 5:8); or ``"structured"`` (the ``prune`` extra), which is tried
             with the first batch on a copy in host memory.

@@ -15,6 +15,9 @@ from lightning_memopt.compression.units import Call, Slot, UnitGroup, find_units
 from lightning_memopt.models.compiled import uncompiled
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
+_FIRST_SIZES = "_units_at_first"
+"""The attribute in which a module remembers, with its copies, how many units its groups had."""
+
 
 @dataclass(frozen=True)
 class StructuredPruning:
@@ -55,15 +58,16 @@ def prune_structured(
 ) -> StructuredPruning:
     """Remove the least important channels, neurons, heads and features of the residual stream, in place.
 
-    Each group of units loses the share ``amount``: half the channels are a quarter of the weights between them. Heads
-    go whole, with the keys that they share, and where an attention is as wide as the stream it reads, the stream
-    keeps the same share as the heads. What the model gives out keeps its shape. The smaller module is run once; where
-    its code does not bear it, groups are halved until those are found that it does not run without, and these are put
-    back and named.
+    Each group of units loses the share ``amount`` of what it had at first, which ``module`` remembers: a target, and
+    the same again removes nothing more. Half the channels are a quarter of the weights between them. Heads go whole,
+    with the keys that they share, and where an attention is as wide as the stream it reads, the stream keeps the same
+    share as the heads. What the model gives out keeps its shape. The smaller module is run once; where its code does
+    not bear it, groups are halved until those are found that it does not run without, and these are put back and
+    named.
 
     Args:
         module: Any module whose run torch-pruning can follow.
-        amount: Share to remove, in (0, 1); at least one unit of a group stays.
+        amount: Share to be gone, in (0, 1); at least one unit of a group stays.
         call: Runs the module once and returns its outputs or its loss, with gradients:
             ``lambda module: module(batch)``.
         include: Only groups of which one of these modules holds outputs, itself or in a module within it: patterns of
@@ -87,6 +91,8 @@ def prune_structured(
         raise ValueError(f"amount={amount!r} is no share that can be removed; give a number between 0 and 1")
     before, call = _count(module), uncompiled(call)
     plan = plan_structured(module, amount, call, include=include, exclude=exclude, scores=scores)
+    if not plan.kept:  # all that can be removed has been
+        return StructuredPruning({}, plan.skipped, {}, before, before)
     trials = Trials(module, call)
     failed: dict[str, str] = {}
     kept = trials.most_that_run([], plan.kept, failed)
@@ -102,6 +108,8 @@ def prune_structured(
     reasons = {name: f"the code does not run with fewer of it ({error})" for name, error in failed.items()}
     configs = update_configs(module, kept, trials.runs)
     removed = {group.name: (group.size, int(mask.sum())) for group, mask in kept}
+    first = _first_sizes(module)
+    vars(module)[_FIRST_SIZES] = {name: size for name, (size, _) in removed.items()} | first
     return StructuredPruning(removed, plan.skipped | reasons | configs, reasons, before, _count(module))
 
 
@@ -135,32 +143,50 @@ def plan_structured(
         if group.reason is not None:
             plan.skipped[group.name] = group.reason
         groups.append(group)
+    first = _first_sizes(module)
     shares: dict[int, set[float]] = {}
     for group in groups:
         if group.kind == "heads" and group.heads is not None:
-            left = group.size if group.reason else max(1, round(group.size * (1 - amount)))
+            left = group.size if group.reason else _left(group, amount, first)
             shares.setdefault(group.heads.width, set()).add(left / group.size)
+    reached = False
     for group in groups:
         if group.reason is not None:
             continue
-        left = max(1, round(group.size * (1 - amount)))
+        left = _left(group, amount, first)
         if group.kind == "width" and group.size in shares:
             share = shares[group.size]
             left = round(group.size * max(share))
-            if len(share) > 1 or left == group.size:
+            if len(share) > 1 or (left == group.size and group.name not in first):
                 plan.skipped[group.name] = "attentions of its width keep all heads, or unequal numbers of them"
                 continue
         if left == group.size:
-            plan.skipped[group.name] = f"{amount:.0%} of {group.size} is less than one"
+            there = first.get(group.name)
+            reached |= there is not None
+            plan.skipped[group.name] = (
+                f"{amount:.0%} of {group.size} is less than one"
+                if there is None
+                else f"{amount:.0%} of the {there} that there were at first is gone"
+            )
             continue
         importance = _importance(group, scores or {})
         mask = torch.zeros(group.size, dtype=torch.bool)
         mask[importance.topk(left).indices] = True
         plan.kept.append((group, mask))
-    if not plan.kept:
+    if not plan.kept and not reached:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped.items())
         raise ValueError(f"nothing in {type(module).__name__} can be removed ({reasons or 'it has no layers'})")
     return plan
+
+
+def _first_sizes(module: nn.Module) -> dict[str, int]:
+    """How many units groups had before any were removed, by name."""
+    return vars(module).get(_FIRST_SIZES, {})
+
+
+def _left(group: UnitGroup, amount: float, first: Mapping[str, int]) -> int:
+    """How many units of a group are to be there."""
+    return min(group.size, max(1, round(first.get(group.name, group.size) * (1 - amount))))
 
 
 def _output_dimension(slot: Slot) -> int:

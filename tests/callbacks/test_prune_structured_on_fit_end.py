@@ -36,6 +36,21 @@ def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(n
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+def test_the_share_is_a_target_that_a_second_fit_has_reached(name):
+    pytest.importorskip("torch_pruning")
+    entry, module = ZOO[name], ZOO[name].build()
+    sizes = []
+    for amount in (0.25, 0.25, 0.5):
+        pruning = PruneOnFitEnd(amount, "structured")
+        train(module, entry.loader(2), steps=2, callbacks=[pruning])
+        sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+    assert sizes[0] == sizes[1] > sizes[2]
+    at_once = entry.build()
+    train(at_once, entry.loader(2), steps=2, callbacks=[PruneOnFitEnd(0.5, "structured")])
+    assert sizes[2] == sum(parameter.numel() for parameter in at_once.parameters())
+
+
 def test_what_became_smaller_is_timed_beside_what_it_was_where_there_is_an_example():
     pytest.importorskip("torch_pruning")
     module, pruning = ZOO["mlp"].build(), PruneOnFitEnd(0.5, "structured")
