@@ -84,9 +84,10 @@ def parallel_table(results: dict[str, Any]) -> str:
     environment = results["environment"]
     packages, ranks = environment["packages"], environment["ranks"]
     backends = sorted({row.get("backend", "gloo") for row in results["rows"].values()})
+    dates = _dates(results["rows"].values())
     provenance = (
         f"{ranks} ranks of one thread on {environment['cpu']}, {environment['cores']} cores, {', '.join(backends)}, "
-        f"torch {packages['torch']}, lightning {packages['lightning']}, rows measured {_dates(results)}. Time is the "
+        f"torch {packages['torch']}, lightning {packages['lightning']}, rows measured {dates}. Time is the "
         "median ratio of neighbouring steps."
     )
     idle = results["rows"].get("memopt_pp_idle", {})
@@ -121,7 +122,8 @@ def parity_table(results: dict[str, Any]) -> str:
                 cells.append(found["result"])
         lines.append(f"| {module} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
-    return "\n".join([*lines, "", f"torch {results['torch']}, gloo, {results['measured_at']}."]) + "\n"
+    dates = _dates(pair for row in modules.values() for pair in row.values())
+    return "\n".join([*lines, "", f"torch {results['torch']}, gloo, {dates}."]) + "\n"
 
 
 def compression_table(results: dict[str, Any]) -> str:
@@ -386,12 +388,13 @@ def _environment(results: dict[str, Any]) -> str:
     environment = results["environment"]
     where = environment.get("gpu", {}).get("name") or f"{environment['cpu']}, {environment['threads']} threads"
     packages = environment["packages"]
-    return f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {_dates(results)}."
+    dates = _dates(results["rows"].values())
+    return f"Measured on {where}, torch {packages['torch']}, lightning {packages['lightning']}, {dates}."
 
 
-def _dates(results: dict[str, Any]) -> str:
+def _dates(rows: Iterable[dict[str, Any]]) -> str:
     """From the oldest row to the newest, which may be of several runs."""
-    dates = sorted(row["measured_at"] for row in results["rows"].values())
+    dates = sorted(row["measured_at"] for row in rows)
     return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
 
 

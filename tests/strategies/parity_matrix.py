@@ -53,14 +53,17 @@ def main() -> int:
     for name in ZOO:
         row = known["modules"].setdefault(name, {})
         for strategy in options.only or CASES:
-            row[strategy] = try_pair(name, strategy)
+            row[strategy] = try_pair(name, strategy) | {"measured_at": _now()}
             good &= row[strategy]["result"] in ("same", "refused", "warned")
             print(f"{name:14} {strategy:20} {row[strategy]['result']} {row[strategy].get('why', '')}", flush=True)
         known["modules"][name] = {strategy: row[strategy] for strategy in CASES if strategy in row}
     known["torch"] = torch.__version__
-    known["measured_at"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     options.out.write_text(json.dumps(known, indent=1) + "\n")
     return 0 if good else 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 if __name__ == "__main__":
