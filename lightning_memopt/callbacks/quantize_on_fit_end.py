@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
@@ -29,7 +30,9 @@ from lightning_memopt.compression.sensitivity import scan_sensitivity
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.fake import holds_fakes
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
+from lightning_memopt.techniques.batches import copied
 
 
 class QuantizeOnFitEnd(FitEndCallback):
@@ -100,10 +103,12 @@ class QuantizeOnFitEnd(FitEndCallback):
         self.calibration_batches = calibration_batches
         self.back_off = back_off
         self.inplace = inplace
+        self._tried = False  # whether a training batch has gone through ``validation_step``
 
     @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_fit(trainer, pl_module)
+        self._tried = False
         if self.inplace and sends_weights_back(trainer):
             raise ValueError(
                 "the processes that this strategy spawns or forks send weights back to a module of plain weights, "
@@ -120,13 +125,21 @@ class QuantizeOnFitEnd(FitEndCallback):
             self._which.select(pl_module)  # by now the module has all its layers, but perhaps not whole
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if not self._calibrates or holds_fakes(pl_module) or getattr(trainer.strategy, "splits_module", False):
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._tried or not self._calibrates or holds_fakes(pl_module):
             return
+        self._tried = True
+        if getattr(trainer.strategy, "splits_module", False):
+            return  # no rank can run its part by itself
+        # The batch that is there, since a loader that is being iterated over may not bear to begin again.
+        is_there = {"_on_before_batch_transfer": _as_it_is, "_apply_batch_transfer_handler": _as_it_is}
         try:
-            with isolate_rng():
-                validate_now(trainer, pl_module, dataloaders=trainer.train_dataloader, batches=1)
+            with isolate_rng(), replaced(pl_module, **is_there):
+                batches: Any = [copied(batch)]
+                one: DataLoader[Any] = DataLoader(batches, batch_size=None, collate_fn=_as_it_is)
+                validate_now(trainer, pl_module, dataloaders=one)
         except Exception as error:
             raise MisconfigurationException(
                 f"{type(self).__name__}: {self.scheme!r} is calibrated with training batches, which go through "
@@ -199,3 +212,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         with observe_inputs(module) as ranges:
             validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=self.calibration_batches)
         return ranges
+
+
+def _as_it_is(batch: Any, *_: Any, **__: Any) -> Any:
+    return batch

@@ -1,7 +1,7 @@
 """Which submodule runs, in the forward and in the backward.
 
-Reads autograd's private introspection (``torch._C._current_graph_task_id``, ``torch._C._current_autograd_node``,
-``torch.autograd._get_sequence_nr``; tried with torch 2.13).
+Reads autograd's private introspection (``torch._C._current_autograd_node``, ``torch.autograd._get_sequence_nr``;
+tried with torch 2.13).
 """
 
 from bisect import bisect_right
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from lightning_memopt.models.in_backward import is_in_backward
 
 
 class ModuleStack:
@@ -37,7 +39,7 @@ class ModuleStack:
     @property
     def is_bw(self) -> bool:
         """Whether the backward runs."""
-        return torch._C._current_graph_task_id() != -1
+        return is_in_backward()
 
     @property
     def running(self) -> str:

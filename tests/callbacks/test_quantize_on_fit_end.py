@@ -345,8 +345,9 @@ def test_training_batches_that_validation_cannot_take_are_refused_before_the_fir
     assert trainer.global_step == 0
 
 
-def test_judging_on_one_batch_at_the_start_changes_no_training():
-    shuffled = DataLoader(_loader().dataset, batch_size=32, shuffle=True)
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}])
+def test_judging_on_one_batch_at_the_start_changes_no_training(workers):
+    shuffled = DataLoader(_loader().dataset, batch_size=32, shuffle=True, **workers)
     weights = []
     for callbacks in ([], [QuantizeOnFitEnd("int8_static", max_metric_drop=0.5, monitor="val_accuracy")]):
         torch.manual_seed(0)
