@@ -14,7 +14,11 @@ def add_parser(commands: Any) -> None:
         "load_compressed reads. A recipe: {prune: {amount: 0.8, scope: global}, quantize: int8}.",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint that Lightning saved")
-    parser.add_argument("--module", required=True, metavar="PACKAGE:CLASS", help="the class of its LightningModule")
+    parser.add_argument(
+        "--module",
+        metavar="PACKAGE:CLASS",
+        help="the class of its LightningModule; without it, that in the recipe (`module:`), or the recorded one",
+    )
     parser.add_argument("--recipe", required=True, metavar="YAML", help="what to do")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--onnx", metavar="FILE", help="write the module as ONNX too")
@@ -27,9 +31,11 @@ def run(options: argparse.Namespace) -> int:
     """Run the command: 0, or 2 with one line that says why it cannot be."""
     try:
         _compress(options)
-    except (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError, KeyError) as error:
+    except Exception as error:  # of the user's own code too, which runs here
         said = " ".join(str(error).split())
-        print(f"lightning-memopt compress: {said or type(error).__name__}", file=sys.stderr)
+        if not isinstance(error, ValueError | OSError):  # which name what is wrong; others may say a word
+            said = f"{type(error).__name__}: {said}"
+        print(f"lightning-memopt compress: {said}", file=sys.stderr)
         return 2
     return 0
 
@@ -40,6 +46,7 @@ def _compress(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from lightning_memopt.checkpoint_module import load_module
     from lightning_memopt.compression.container import save_compressed
     from lightning_memopt.compression.container.destination import check_destination
     from lightning_memopt.compression.executorch import export_executorch
@@ -48,7 +55,9 @@ def _compress(options: argparse.Namespace) -> None:
 
     recipe = Recipe.from_yaml(options.recipe)
     check_destination(options.out)
-    module = _load(options.module, options.checkpoint)
+    if options.report is not None:
+        _check_file("report", options.report)
+    module = load_module(options.checkpoint, options.module or recipe.module)
     inputs = getattr(module, "example_input_array", None)
     programs = [(option, path) for option in ("onnx", "executorch") if (path := getattr(options, option)) is not None]
     for option, path in programs:
@@ -60,14 +69,13 @@ def _compress(options: argparse.Namespace) -> None:
     for option, path in programs:
         (export_onnx if option == "onnx" else export_executorch)(module, inputs, path)
     if options.report is not None:
+        Path(options.report).parent.mkdir(parents=True, exist_ok=True)
         Path(options.report).write_text(report.to_json() + "\n")
     Console().print(report)
 
 
 def _check_program(option: str, path: str, module: Any, inputs: Any) -> None:
     """Raise, before anything is done, where the program cannot be written when all of it is."""
-    from pathlib import Path
-
     from lightning_memopt.compression.executorch import require_executorch
     from lightning_memopt.compression.onnx import require_onnx
 
@@ -76,37 +84,14 @@ def _check_program(option: str, path: str, module: Any, inputs: Any) -> None:
         raise ValueError(f"--{option} needs inputs to run on; give {type(module).__name__} an example_input_array")
     if option == "executorch" and isinstance(inputs, dict):
         raise ValueError(f"--executorch takes positional inputs; {type(module).__name__} has a dict of named ones")
+    _check_file(option, path)
+
+
+def _check_file(option: str, path: str) -> None:
+    from pathlib import Path
+
     if Path(path).is_dir():
         raise ValueError(f"--{option} {path} is a folder; name a file")
-
-
-def _load(name: str, checkpoint: str) -> Any:
-    """The module of the checkpoint; only tensors and plain values are unpickled."""
-    import os
-    from importlib import import_module
-    from pickle import UnpicklingError
-
-    import lightning.pytorch as pl
-
-    home, _, qualified = name.partition(":")
-    if not qualified:
-        raise ValueError(f"--module {name}: write package.module:Class")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's own class is found where the command is run
-    try:
-        cls: Any = import_module(home)
-    finally:
-        sys.path.pop(0)
-    for part in qualified.split("."):
-        cls = getattr(cls, part)
-    if not (isinstance(cls, type) and issubclass(cls, pl.LightningModule)):
-        raise ValueError(f"--module {name} is no LightningModule")
-    try:
-        return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
-    except (UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{checkpoint} is no whole checkpoint of tensors and plain values, and nothing else is loaded, since it "
-            f"could run code: {str(error).splitlines()[0] if str(error) else 'the file ends early'}"
-        ) from error
 
 
 def _call(module: Any, inputs: Any) -> Any:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 from uuid import uuid4
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
 
 from lightning_memopt.compression.report import CompressionReport
+from lightning_memopt.models.class_names import CLASS, NOTE, class_name
 
 Value = TypeVar("Value")
 
@@ -53,7 +56,7 @@ class Returned(Generic[Value]):
 
 
 class ReportingCallback(Callback):
-    """A callback that tells what it did to the module.
+    """A callback that tells what it did to the module, and in checkpoints of which class that is.
 
     Attributes:
         report: What it did; ``None`` before.
@@ -65,6 +68,12 @@ class ReportingCallback(Callback):
         self._mailbox = _Mailbox()
         # In the process that made it, and in no other: what it started may yet send.
         weakref.finalize(self, _remove, self._mailbox.folder, os.getpid())
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint.setdefault(NOTE, {})[CLASS] = class_name(type(pl_module))  # for `lightning-memopt compress`
 
     def _forget_results(self) -> None:
         """As a fit starts: what an earlier one left is not to be taken for the result of one that ends early."""

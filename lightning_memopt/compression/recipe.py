@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_memopt.compression.clustering import cluster_weights
+from lightning_memopt.compression.choose import Choice, check_sparsity
+from lightning_memopt.compression.clustering import check_clusters, cluster_weights
 from lightning_memopt.compression.masks import prune_weights
-from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.quantize import packing, quantize
 from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.report import CompressionReport, compression_report
 from lightning_memopt.compression.selection import WeightFilter
@@ -36,6 +37,8 @@ class Recipe:
         cluster: Arguments of :func:`~lightning_memopt.compression.clustering.cluster_weights`.
         quantize: Steps of ``scheme``, ``include`` and ``exclude``; several make a mixed recipe. Layers that an
             earlier step took are left to it.
+        module: The class that the recipe is for, as ``"package.module:Class"``: how ``lightning-memopt compress``
+            builds the module of a checkpoint that does not name it. ``None``: whichever it is given.
 
     Example:
         >>> Recipe.from_dict({"prune": {"amount": 0.5}, "quantize": "int8"}).quantize
@@ -45,29 +48,38 @@ class Recipe:
     prune: Mapping[str, Any] | None = None
     cluster: Mapping[str, Any] | None = None
     quantize: tuple[Mapping[str, Any], ...] = field(default=())
+    module: str | None = None
 
     @classmethod
     def from_dict(cls, content: Any) -> "Recipe":
         """Check what a file holds.
 
         Raises:
-            ValueError: It is no mapping, names an unknown step or argument, or asks for nothing.
+            ValueError: It is no mapping, names an unknown step or argument, asks for nothing, or for what no module
+                can be given.
         """
-        if not isinstance(content, Mapping) or not content:
+        named = [key for key in content if key != "module"] if isinstance(content, Mapping) else []
+        if not named:
             raise ValueError(f"a recipe names some of {', '.join(_KNOWN)}; this one is {content!r}")
-        if unknown := [str(key) for key in content if key not in _KNOWN]:
+        if unknown := [str(key) for key in named if key not in _KNOWN]:
             raise ValueError(f"{', '.join(unknown)} is no step of a recipe; there are {', '.join(_KNOWN)}")
         steps = content.get("quantize", [])
         steps = [steps] if isinstance(steps, str | Mapping) else steps
         if not isinstance(steps, list):
             raise ValueError(f"quantize is a scheme, a mapping, or a list of these, not {steps!r}")
-        if not steps and set(content) == {"quantize"}:
+        if not steps and named == ["quantize"]:
             raise ValueError("quantize is an empty list and the only step, so that the recipe asks for nothing")
-        return cls(
+        module = content.get("module")
+        if module is not None and not isinstance(module, str):
+            raise ValueError(f"module is a class as package.module:Class, not {module!r}")
+        recipe = cls(
             prune=_checked("prune", content["prune"]) if "prune" in content else None,
             cluster=_checked("cluster", content["cluster"]) if "cluster" in content else None,
             quantize=tuple(_checked("quantize", {"scheme": one} if isinstance(one, str) else one) for one in steps),
+            module=module,
         )
+        recipe._check_values()
+        return recipe
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
@@ -80,9 +92,25 @@ class Recipe:
         import yaml
 
         try:
-            return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+            content = yaml.safe_load(Path(path).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        prune = content.get("prune") if isinstance(content, Mapping) else None
+        if isinstance(prune, dict) and type(pattern := prune.get("pattern")) is int:
+            prune["pattern"] = ":".join(map(str, divmod(pattern, 60)))  # 2:4 without quotes is a time to YAML
+        return cls.from_dict(content)
+
+    def _check_values(self) -> None:
+        """Raise for what can be told without a module, so that no step is done before it."""
+        if self.prune is not None:
+            check_sparsity(self.prune["amount"])
+            if self.prune.get("method") != "structured":
+                how = {key: value for key, value in self.prune.items() if key in ("method", "pattern", "scope")}
+                Choice(**how).pattern.limit(self.prune["amount"])
+        if self.cluster is not None:
+            check_clusters(self.cluster["n"], self.cluster.get("init", "kmeans++"))
+        for step in self.quantize:
+            packing(step["scheme"])
 
     def apply(
         self, module: nn.Module, call: Call | None = None, *, input_ranges: Mapping[str, Range] | None = None
@@ -138,6 +166,11 @@ def _checked(step: str, arguments: Any) -> Mapping[str, Any]:
         raise ValueError(f"{', '.join(unknown)} is no argument of {step}; there are {', '.join(_KNOWN[step])}")
     if _NEEDED[step] not in arguments:
         raise ValueError(f"{step} lacks {_NEEDED[step]}")
+    for name in ("scheme", "method", "scope", "init"):
+        if not isinstance(arguments.get(name, ""), str):
+            raise ValueError(f"{name} of {step} is a word, not {arguments[name]!r}")
+    if not isinstance(seed := arguments.get("seed", 0), int):
+        raise ValueError(f"seed of {step} is a whole number, not {seed!r}")
     return dict(arguments)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,9 @@ import torch
 
 
 def load_object(path: str) -> Any:
-    """What ``"package.module:Name"`` names; the folder that the user is in is looked in too.
+    """What ``"package.module:Name"`` (or ``"package.module:Class.Name"``) names.
+
+    The folder that the user is in is looked in too.
 
     Raises:
         ValueError: There is no such module or no such name in it.
@@ -27,7 +30,7 @@ def load_object(path: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{module_name!r} cannot be imported ({error}); give a module of the Python path") from error
     try:
-        return getattr(module, name)
+        return attrgetter(name)(module)
     except AttributeError:
         public = [each for each in vars(module) if not each.startswith("_")]
         raise ValueError(f"{module_name} has no {name!r}; it has {', '.join(public[:12])}") from None

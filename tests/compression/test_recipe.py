@@ -86,11 +86,31 @@ def test_steps_are_done_in_order_and_zeros_survive_quantization():
         ({"prune": {"amount": 0.5, "speed": 1}}, "speed is no argument of prune"),
         ({"quantize": 8}, "quantize is a scheme"),
         ({"quantize": [{"include": "a"}]}, "quantize lacks scheme"),
+        ({"quantize": {"scheme": ["int8"]}}, "scheme of quantize is a word"),
+        ({"prune": {"amount": 0.5}, "quantize": "int3"}, "int3"),
+        ({"prune": {"amount": 0.5}, "cluster": {"n": 1}}, "n=1 is no number"),
+        ({"prune": {"amount": 1.5, "method": "structured"}}, "1.5 is no share"),
+        ({"prune": {"amount": 0.5, "seed": "x"}}, "seed of prune is a whole number"),
+        ({"module": "my.models:Net"}, "names some of prune"),
+        ({"module": 3, "quantize": "int8"}, "module is a class"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused_before_anything_is_done(content, said):
     with pytest.raises(ValueError, match=said):
         Recipe.from_dict(content)
+
+
+def test_a_pattern_that_yaml_takes_for_a_time_is_read_as_a_pattern(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("prune: {amount: 0.5, pattern: 2:4}")
+    assert Recipe.from_yaml(path).prune["pattern"] == "2:4"
+
+
+def test_a_report_goes_to_a_folder_that_is_made_and_not_over_one(checkpoint, tmp_path, capsys):
+    assert _run(checkpoint, "quantize: int8", tmp_path, "--report", str(tmp_path)) == 2
+    assert "is a folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert _run(checkpoint, "quantize: int8", tmp_path, "--report", str(tmp_path / "deep" / "report.json")) == 0
+    assert (tmp_path / "deep" / "report.json").exists()
 
 
 def test_the_command_writes_a_folder_that_computes_nearly_the_same(checkpoint, tmp_path, capsys):

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_memopt.compression.container.errors import CompressedFileError
 from lightning_memopt.compression.model_config import is_model_config
+from lightning_memopt.models.class_names import class_name
 
 Attributes = dict[str, Any]
 
@@ -41,7 +42,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
             edits[name] = {"attributes": {key: _to_json(value) for key, value in recorded.items()}}
         if sizes := _changed_config(part, others.get(name), seen):
             edits.setdefault(name, {"attributes": {}})["config"] = sizes
-    described = {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments, "edits": edits}
+    described = {"class": class_name(cls), "arguments": arguments, "edits": edits}
     other = _first_other(module, others)
     return described if other is None else {**described, "other": other}
 
