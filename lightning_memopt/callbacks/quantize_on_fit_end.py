@@ -1,6 +1,7 @@
 """Quantize once, when training is over."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from lightning_memopt.callbacks.fit_end import (
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
+from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import Range, observe_inputs
 from lightning_memopt.compression.report import compression_report
@@ -104,6 +106,33 @@ class QuantizeOnFitEnd(FitEndCallback):
         self.back_off = back_off
         self.inplace = inplace
         self._tried = False  # whether a training batch has gone through ``validation_step``
+        self._guard = ExitStack()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # `trainer.test(ckpt_path="best")` without a module takes the last one, which may be the quantized copy. Torch
+        # would put the biases of the checkpoint into it, and then fail at the first packed weight.
+        if stage != "fit" and any(isinstance(parameter, PackedWeight) for parameter in pl_module.parameters()):
+            self._guard.enter_context(replaced(pl_module, on_load_checkpoint=self._refuse_checkpoint))
+
+    def _refuse_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.clear()  # the trainer would keep it, and load it in its next run
+        raise MisconfigurationException(
+            f"{type(self).__name__}: the checkpoint has whole weights, and the module that this trainer had last, "
+            "and runs where none is named, has packed ones. Name the one to load it into: "
+            "`trainer.test(module, ckpt_path=...)`."
+        )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._guard.close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._guard.close()
 
     @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

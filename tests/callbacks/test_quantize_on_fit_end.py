@@ -116,6 +116,21 @@ def test_the_best_checkpoint_is_reloaded_and_tested_as_without_the_callback(tmp_
     assert trainer.current_epoch == 4
 
 
+@pytest.mark.parametrize("name_it", [False, True])
+def test_a_best_checkpoint_is_not_loaded_into_the_copy_that_predicted_last(name_it, tmp_path):
+    callback = QuantizeOnFitEnd("int8")
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
+    trainer, module = _fit(callback, None, checkpoint, enable_checkpointing=True)
+    with torch.no_grad():
+        callback.quantized.head.bias.add_(1)
+    wanted = trainer.predict(callback.quantized, _loader(1))[0]
+    with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd: .* Name the one to load it into"):
+        trainer.test(callback.quantized if name_it else None, _loader(1), ckpt_path="best", verbose=False)
+    assert torch.equal(trainer.predict(callback.quantized, _loader(1))[0], wanted)
+    trainer.test(module, _loader(1), ckpt_path="best", verbose=False)
+    assert "on_load_checkpoint" not in vars(callback.quantized)
+
+
 def test_validating_at_the_end_leaves_the_metrics_and_the_state_of_the_trainer_alone():
     seen = {}
 
