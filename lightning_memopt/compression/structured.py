@@ -10,13 +10,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from lightning_memopt.compression.cutting import Smaller, Trials
+from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.model_config import update_configs
 from lightning_memopt.compression.units import Call, Slot, UnitGroup, find_units
 from lightning_memopt.models.compiled import uncompiled
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
-
-_FIRST_SIZES = "_units_at_first"
-"""The attribute in which a module remembers, with its copies, how many units its groups had."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ def prune_structured(
     reasons = {name: f"the code does not run with fewer of it ({error})" for name, error in failed.items()}
     configs = update_configs(module, kept, trials.runs)
     removed = {group.name: (group.size, int(mask.sum())) for group, mask in kept}
-    first = _first_sizes(module)
-    vars(module)[_FIRST_SIZES] = {name: size for name, (size, _) in removed.items()} | first
+    remember_sizes(module, {name: size for name, (size, _) in removed.items()})
     return StructuredPruning(removed, plan.skipped | reasons | configs, reasons, before, _count(module))
 
 
@@ -143,7 +140,7 @@ def plan_structured(
         if group.reason is not None:
             plan.skipped[group.name] = group.reason
         groups.append(group)
-    first = _first_sizes(module)
+    first = first_sizes(module)
     shares: dict[int, set[float]] = {}
     for group in groups:
         if group.kind == "heads" and group.heads is not None:
@@ -177,11 +174,6 @@ def plan_structured(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped.items())
         raise ValueError(f"nothing in {type(module).__name__} can be removed ({reasons or 'it has no layers'})")
     return plan
-
-
-def _first_sizes(module: nn.Module) -> dict[str, int]:
-    """How many units groups had before any were removed, by name."""
-    return vars(module).get(_FIRST_SIZES, {})
 
 
 def _left(group: UnitGroup, amount: float, first: Mapping[str, int]) -> int:

@@ -1,12 +1,14 @@
 """Models that really become smaller, and still compute what is left of them."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_memopt.compression.container import load_compressed, save_compressed
 from lightning_memopt.compression.structured import plan_structured, prune_structured
 from lightning_memopt.demo.model import GPT
 from tests.zoo import ZOO
@@ -256,3 +258,18 @@ def test_a_frozen_module_is_pruned_and_stays_frozen():
     module = _cnn().requires_grad_(False).eval()
     prune_structured(module, 0.5, lambda m: m(IMAGES))
     assert not any(p.requires_grad for p in module.parameters()) and not module.training
+
+
+def test_a_module_that_is_loaded_knows_how_many_units_it_had_at_first(tmp_path):
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def call(net: nn.Module) -> torch.Tensor:
+        return net(torch.ones(1, 4))
+
+    net = make()
+    prune_structured(net, 0.5, call)
+    loaded = load_compressed(save_compressed(net, tmp_path / "net"), make)
+    assert prune_structured(loaded, 0.5, call).removed == {}
+    assert prune_structured(loaded, 0.75, call).removed == {"0": (8, 4)}
+    assert "units" not in json.loads((save_compressed(make(), tmp_path / "whole") / "manifest.json").read_text())

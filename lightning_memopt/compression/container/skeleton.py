@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_memopt.compression.container.errors import CompressedFileError
+from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.model_config import is_model_config
 from lightning_memopt.models.class_names import class_name
 
@@ -43,8 +44,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
         if sizes := _changed_config(part, others.get(name), seen):
             edits.setdefault(name, {"attributes": {}})["config"] = sizes
     described = {"class": class_name(cls), "arguments": arguments, "edits": edits}
-    other = _first_other(module, others)
-    return described if other is None else {**described, "other": other}
+    if (other := _first_other(module, others)) is not None:
+        described["other"] = other
+    if units := first_sizes(module):  # so that the share of structured pruning stays a target
+        described["units"] = units
+    return described
 
 
 def build(manifest: Mapping[str, Any], module: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
@@ -62,6 +66,10 @@ def build(manifest: Mapping[str, Any], module: nn.Module | Callable[[], nn.Modul
     _configure(skeleton)
     for name, edit in manifest["edits"].items():
         _edit(skeleton, name, edit)
+    if units := manifest.get("units"):
+        if not isinstance(units, dict) or not all(type(size) is int and size > 0 for size in units.values()):
+            raise CompressedFileError(f"The units that groups had at first are {units!r}, which are no numbers.")
+        remember_sizes(skeleton, units)
     return skeleton
 
 

@@ -160,3 +160,9 @@ def test_what_is_no_class_of_modules_is_not_called(folder, path, match):
     _change(folder, lambda manifest: manifest.update({"class": path}))
     with pytest.raises(CompressedFileError, match=match):
         load_compressed(folder)
+
+
+@pytest.mark.parametrize("units", [[8], {"0": "many"}, {"0": 0}, {"0": True}])
+def test_first_widths_that_are_no_numbers(folder, units):
+    _change(folder, lambda manifest: manifest.update(units=units))
+    _refused(folder, "which are no numbers")
