@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import refuse_behind_quantization
+from lightning_memopt.callbacks.fit_end import refuse_behind_quantization, time_example, validate_if_possible
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.callbacks.gradual_pruning import GradualPruning
 from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd
@@ -43,7 +43,9 @@ class ClusterWeights(HoldingCallback):
         seed: Of what is drawn for first centroids.
 
     Attributes:
-        report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`; ``None`` before.
+        report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with latencies
+            where the module has a tensor as ``example_input_array``, and, where clusters are found when training is
+            over, metrics before and after where it validates; ``None`` before.
 
     Raises:
         MisconfigurationException: An argument is out of range or, before the first step, no weight matches, or values
@@ -88,12 +90,19 @@ class ClusterWeights(HoldingCallback):
         if holds_fakes(pl_module):
             return
         before = measure_sizes(pl_module, packed=False)
+        metrics_before: dict[str, float] = {}  # none of values that trained, which were never others at the end
+        metrics_after: dict[str, float] = {}
         # The strategy has made the weights whole, and weight averaging, if any, has written them.
         if self._state:
             self._apply_at_end(pl_module)
         else:
+            metrics_before = validate_if_possible(trainer, pl_module)
             self._find(self._hold(self._select(pl_module).weights))
-        self.report = compression_report(before, pl_module, skipped=self._skipped)
+            metrics_after = validate_if_possible(trainer, pl_module)
+        self.report = compression_report(
+            before, pl_module, skipped=self._skipped, metrics_before=metrics_before, metrics_after=metrics_after,
+            latency=time_example(trainer, pl_module, pl_module),  # shared values take as long as others
+        )  # fmt: skip
 
     @property
     @override

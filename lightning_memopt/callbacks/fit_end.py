@@ -91,14 +91,6 @@ class FitEndCallback(ReportingCallback):
         if self._gate is not None and trainer.state.fn == TrainerFn.FITTING and is_known:
             self._gate.check(logged)
 
-    def _validate_if_possible(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        """The metrics of ``module``; none where it is trained without validation."""
-        try:
-            require_validation(trainer, module)
-        except MisconfigurationException:
-            return {}
-        return validate_now(trainer, module)
-
     def _export(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | Path | None:
         """Write what was not refused, and return where."""
         if self.export_path is None or self.refusal:
@@ -180,6 +172,15 @@ def validate_now(
             for name, value in metrics.items()
         }
     return metrics
+
+
+def validate_if_possible(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """The metrics of ``module``; none where it is trained without validation."""
+    try:
+        require_validation(trainer, module)
+    except MisconfigurationException:
+        return {}
+    return validate_now(trainer, module)
 
 
 def require_validation(trainer: pl.Trainer, module: pl.LightningModule, purpose: str = "judge by") -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_end import time_example
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.choose import Choice, Method, Scope
@@ -42,8 +43,8 @@ class GradualPruning(HoldingCallback):
 
     Attributes:
         sparsity: The share of zeros among the weights to be pruned; logged as ``"sparsity"``.
-        report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`; ``None`` before
-            the end.
+        report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with latencies
+            where the module has a tensor as ``example_input_array``; ``None`` before the end.
 
     Raises:
         MisconfigurationException: An argument is unknown or, before the first step, no weight can be pruned so.
@@ -123,6 +124,7 @@ class GradualPruning(HoldingCallback):
             pl_module,
             skipped=self._skipped,
             eligible_sparsity=self.sparsity,
+            latency=time_example(trainer, pl_module, pl_module),  # zeros take as long as what they replace
         )
 
     @property

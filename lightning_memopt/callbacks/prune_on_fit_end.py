@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import FitEndCallback, has_example, sends_weights_back, time_example
+from lightning_memopt.callbacks.fit_end import (
+    FitEndCallback,
+    has_example,
+    sends_weights_back,
+    time_example,
+    validate_if_possible,
+)
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
@@ -69,8 +75,8 @@ class PruneOnFitEnd(FitEndCallback):
 
     Attributes:
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before
-            and after where the module validates, and for ``"structured"`` latencies where it has a tensor as
-            ``example_input_array``; ``None`` before.
+            and after where the module validates, and latencies where it has a tensor as ``example_input_array``;
+            ``None`` before.
         refusal: Why the result was refused; empty where it was not.
         pruned: The smaller module, where ``"structured"`` pruned in processes that the strategy spawned or forked:
             their weights no longer fit the module that was given to ``fit``, so that one gets the trained weights,
@@ -143,16 +149,16 @@ class PruneOnFitEnd(FitEndCallback):
         if holds_fakes(pl_module):
             return
         before = measure_sizes(pl_module, packed=False)
-        metrics = self._validate_if_possible(trainer, pl_module)
-        # Zeros take as long as what they replace; what is removed takes no time.
-        original = copy_module(pl_module) if self._is_structured and has_example(pl_module) else None
+        metrics = validate_if_possible(trainer, pl_module)
+        # Zeros take as long as what they replace, so that the pruned module tells both times; removing changes it.
+        original = copy_module(pl_module) if self._is_structured and has_example(pl_module) else pl_module
         stays_whole = self._is_structured and sends_weights_back(trainer)
         module, optimizers = pl_module, trainer.optimizers
         if stays_whole or self._gate is not None:
             module, optimizers = copy_module(pl_module), []
             module.trainer = trainer
         skipped, sparsity = self._prune(module, optimizers)
-        after = self._validate_if_possible(trainer, module)
+        after = validate_if_possible(trainer, module)
         if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
             if self.refusal:
@@ -163,7 +169,7 @@ class PruneOnFitEnd(FitEndCallback):
             self.pruned = module
         self.report = compression_report(
             before, module, skipped=skipped, eligible_sparsity=sparsity, metrics_before=metrics, metrics_after=after,
-            latency=() if original is None else time_example(trainer, original, module),
+            latency=time_example(trainer, original, module),
             export_path=self._export(trainer, module if stays_whole else pl_module),
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from lightning_memopt.callbacks.fit_end import (
     require_validation,
     sends_weights_back,
     time_example,
+    validate_if_possible,
     validate_now,
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
@@ -180,13 +181,13 @@ class QuantizeOnFitEnd(FitEndCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if holds_fakes(pl_module):
             return
-        metrics = self._validate_if_possible(trainer, pl_module)
+        metrics = validate_if_possible(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy_module(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
         done = quantize(module, self.scheme, self._which, ranges)
         skipped, fallbacks = done.skipped, done.fallbacks
-        after = self._validate_if_possible(trainer, module)
+        after = validate_if_possible(trainer, module)
         if self._gate is not None:
             self.refusal = self._gate.refusal(metrics, after)
             if self.refusal and self.back_off and (found := self._backed_off(trainer, pl_module, ranges)):

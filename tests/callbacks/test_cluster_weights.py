@@ -6,10 +6,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_memopt import ClusterWeights, ConstantSparsity, GradualPruning
+from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
-from tests.parity import train
+from tests.parity import quiet_trainer, train
 from tests.resuming import SavesAt, Watch, fit_same_batches
 from tests.zoo import ZOO
 
@@ -122,3 +123,12 @@ def test_values_that_train_are_refused_where_weights_are_sharded():
 def test_what_cannot_be_is_refused_by_name(make, message):
     with pytest.raises(MisconfigurationException, match=f"ClusterWeights: {message}"):
         make()
+
+
+def test_at_the_end_the_report_has_the_metrics_of_the_modules_own_validation_before_and_after():
+    module, clustering, loader = ZOO["mlp"].build(), ClusterWeights(2), ZOO["mlp"].loader(3)
+    trainer = quiet_trainer(3, clustering)
+    trainer.fit(module, loader, loader)
+    before, after = clustering.report.metrics_before, clustering.report.metrics_after
+    assert before.keys() == after.keys() and before and before != after
+    assert after == pytest.approx(validate_now(trainer, module))

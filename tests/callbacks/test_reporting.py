@@ -8,9 +8,17 @@ import lightning.pytorch as pl
 import pytest
 from torch import nn
 
-from lightning_memopt import ClusterWeights, ConstantSparsity, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd
+from lightning_memopt import (
+    ClusterWeights,
+    ConstantSparsity,
+    GradualPruning,
+    PruneOnFitEnd,
+    QuantizationAwareTraining,
+    QuantizeOnFitEnd,
+)
 from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.report import compression_report
+from tests.parity import train
 from tests.zoo import ZOO
 
 
@@ -111,3 +119,22 @@ def test_a_folder_of_another_user_is_not_read():
 def test_all_callbacks_that_report_do_so_this_way():
     for cls in (ClusterWeights, GradualPruning, PruneOnFitEnd, QuantizeOnFitEnd):
         assert issubclass(cls, ReportingCallback)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        PruneOnFitEnd(0.5),
+        PruneOnFitEnd(0.5, "n:m"),
+        GradualPruning(ConstantSparsity(0.5, begin_step=1)),
+        ClusterWeights(4),
+        ClusterWeights(4, begin_step=1),
+        QuantizationAwareTraining("int8"),
+    ],
+)
+def test_reports_have_latencies_at_one_sample_and_at_all_where_there_is_an_example(callback):
+    module = ZOO["mlp"].build()
+    module.example_input_array = ZOO["mlp"].batch()[0]
+    train(module, ZOO["mlp"].loader(2), steps=2, callbacks=[callback])
+    assert [one.batch_size for one in callback.report.latency] == [1, len(module.example_input_array)]
+    assert all(one.before_seconds > 0 and one.after_seconds > 0 for one in callback.report.latency)
