@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -247,6 +247,8 @@ def _choice_of(method: Any, amount: float, pattern: Any, scope: Any, seed: int) 
             "method='saliency' needs gradients, which are gone when training is over. Use 'magnitude', or "
             "GradualPruning, which has them."
         )
+    if method not in get_args(EndMethod):
+        raise ValueError(f"method={method!r} is none of {', '.join(map(repr, get_args(EndMethod)))}.")
     if method == "n:m":
         method, pattern = "magnitude", _groups_of(amount) if pattern is None else pattern
     if method == "structured":

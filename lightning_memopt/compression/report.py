@@ -1,11 +1,13 @@
 """What compressing a module did: bytes, zeros, latency and metrics, before and after, and what was left alone."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_memopt.compression.latency import Latency
 from lightning_memopt.compression.sizes import ModuleSizes, measure_sizes, plain_parts
@@ -81,6 +83,33 @@ class CompressionReport(JsonReport):
     def disk_ratio(self) -> float:
         """Bytes on disk after by those of the plain ``state_dict``."""
         return self.disk_bytes_after / max(self.disk_bytes_before, 1)
+
+    @override
+    def to_json(self) -> str:
+        """The whole report as JSON; a metric that is no number, which JSON has none for, is text: ``"nan"``."""
+        before, after = (
+            {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+            for metrics in (self.metrics_before, self.metrics_after)
+        )
+        return JsonReport.to_json(replace(self, metrics_before=before, metrics_after=after))  # type: ignore[arg-type]
+
+    @override
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: ``text`` is not JSON or lacks a field.
+        """
+        report = super().from_json(text)
+        try:
+            before, after = (
+                {name: float(value) for name, value in metrics.items()}
+                for metrics in (report.metrics_before, report.metrics_after)
+            )
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"not a {cls.__name__}: {error}") from error
+        return replace(report, metrics_before=before, metrics_after=after)
 
     def plot(self, path: str | Path) -> Path:
         """Draw bytes before and after by module as a PNG (needs the ``plot`` extra) and return where it is.

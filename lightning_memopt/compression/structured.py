@@ -172,7 +172,11 @@ def plan_structured(
         plan.kept.append((group, mask))
     if not plan.kept and not reached:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped.items())
-        raise ValueError(f"nothing in {type(module).__name__} can be removed ({reasons or 'it has no layers'})")
+        no_groups = (
+            "no layers were found between what the run begins and ends with: there are none, or its code leaves "
+            "autograd, as by detach() or numpy(), so that it cannot be followed"
+        )
+        raise ValueError(f"nothing in {type(module).__name__} can be removed ({reasons or no_groups})")
     return plan
 
 

@@ -1,6 +1,7 @@
 """What a report says of a module before and after."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -94,6 +95,14 @@ def test_a_report_reads_back_what_it_wrote():
     )
     assert CompressionReport.from_json(report.to_json()) == report
     assert "val_acc" in str(report) and "0.9000" in str(report) and "batch of 2" in str(report)
+
+
+def test_metrics_that_are_no_numbers_are_written_as_json_that_anything_reads():
+    odd = {"loss": float("nan"), "ratio": float("-inf")}
+    text = compression_report(nn.Linear(4, 4), nn.Linear(4, 4), metrics_before=odd, metrics_after=odd).to_json()
+    assert "NaN" not in text and "Infinity" not in text
+    read = CompressionReport.from_json(text).metrics_after
+    assert math.isnan(read["loss"]) and read["ratio"] == float("-inf")
 
 
 def test_what_is_no_report_is_refused():

@@ -240,6 +240,9 @@ def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name
         prune_structured(_cnn(), 0.5, lambda m: m(IMAGES), exclude="decoder")
     with pytest.raises(ValueError, match="nothing in Linear can be removed"):
         prune_structured(nn.Linear(4, 2), 0.5, lambda m: m(torch.ones(1, 4)))
+    leaves_autograd = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="its code leaves autograd"):
+        prune_structured(leaves_autograd, 0.5, lambda m: m(torch.ones(1, 4)).detach() + m[1].bias.sum())
 
 
 def test_a_compiled_module_is_followed_as_it_is_written_and_compiled_again_as_it_is_then():
