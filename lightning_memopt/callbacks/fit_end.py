@@ -37,7 +37,7 @@ class FitEndCallback(ReportingCallback):
         max_metric_drop: How much worse ``monitor`` may become; ``None``: it is not judged.
         monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
         mode: ``"max"`` where more of it is better.
-        export_path: A folder to write the result to.
+        export_path: A folder to write the result to; not under ``fast_dev_run``.
 
     Attributes:
         refusal: Why the result was refused; empty where it was not.
@@ -93,7 +93,8 @@ class FitEndCallback(ReportingCallback):
 
     def _export(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | Path | None:
         """Write what was not refused, and return where."""
-        if self.export_path is None or self.refusal:
+        # `fast_dev_run` writes nothing anywhere, and one batch must not take the place of what a training exported.
+        if self.export_path is None or self.refusal or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         if trainer.is_global_zero:
             save_compressed(module, self.export_path)

@@ -71,7 +71,7 @@ class PruneOnFitEnd(FitEndCallback):
         monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
         mode: ``"max"`` where more of it is better.
         export_path: A folder to write the result to, for
-            :func:`~lightning_memopt.compression.container.load_compressed`.
+            :func:`~lightning_memopt.compression.container.load_compressed`; not under ``fast_dev_run``.
 
     Attributes:
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before

@@ -57,7 +57,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
         mode: ``"max"`` where more of it is better.
         inplace: Quantize the module itself.
-        export_path: A folder to write the result to.
+        export_path: A folder to write the result to; not under ``fast_dev_run``.
 
     Attributes:
         quantized: The quantized module; ``None`` before, and where it was refused.
