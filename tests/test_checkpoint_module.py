@@ -12,6 +12,7 @@ from lightning_memopt.checkpoint_module import load_module
 from lightning_memopt.checkpoints.sharded import REST
 from lightning_memopt.cli import main
 from lightning_memopt.models.class_names import class_name
+from tests.distributed import run_on_ranks
 
 LIGHTNINGS = "lightning.pytorch.cli.instantiate_module"
 
@@ -102,6 +103,38 @@ def test_callbacks_that_compress_note_the_class_in_checkpoints(tmp_path):
     trainer.fit(Net(32))
     assert _compress(trainer.checkpoint_callback.best_model_path, tmp_path) == 0
     assert type(load_compressed(tmp_path / "out")) is Net
+
+
+class OwnsScale(Net):
+    """Has a parameter of its own, so that FSDP2 shards the module itself, and gives it another class."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch * self.scale).square().mean()
+
+
+class Sees(pl.Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.seen = type(pl_module).__name__, checkpoint["lightning_memopt"]["class"]
+
+
+def _note_of_two(folder) -> tuple[str, str]:
+    sees = Sees()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="memopt_zero3", max_steps=1, callbacks=[PruneOnFitEnd(0.5), sees],
+        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(OwnsScale())
+    return sees.seen
+
+
+@pytest.mark.distributed
+def test_the_class_that_is_noted_is_the_users_where_shards_have_another(tmp_path):
+    wanted = ("FSDPOwnsScale", class_name(OwnsScale))
+    assert run_on_ranks(_note_of_two, 2, tmp_path, deadline_seconds=120) == [wanted, wanted]
 
 
 def test_a_recipe_may_name_the_class(saved, tmp_path):
