@@ -239,7 +239,11 @@ def _read_group(graph: Any, items: Any, names: Mapping[int, str]) -> UnitGroup:
                 units = {unit: unit for unit in range(group.size)}
             group.slots.append(_slot(owner, name, dependency.target.pruning_dim, units))
             continue
-        slots = list(_layer_slots(target, units, is_output))
+        try:
+            slots = list(_layer_slots(target, units, is_output))
+        except IndexError:  # the graph takes features for channels where a view has put another dimension in between
+            group.reason = f"which of them {names.get(id(target), '')!r} reads cannot be followed"
+            continue
         if not slots:
             group.reason = (
                 f"{names.get(id(target), '')!r} is a {type(target).__name__}, whose parts cannot be removed"

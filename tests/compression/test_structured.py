@@ -226,6 +226,24 @@ def test_what_the_code_does_not_run_without_is_left_and_named_and_the_rest_is_re
     assert [layer.weight.shape for layer in module.layers] == [(4, 4), (8, 4), (4, 8), (2, 4)]
 
 
+class Unsqueezed(nn.Module):
+    """Features of an embedding become positions of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.head = nn.Embedding(10, 32), nn.Conv1d(1, 16, 3), nn.Linear(16 * 30, 4)
+
+    def forward(self, ids):
+        return self.head(self.conv(self.table(ids)[:, None]).relu().flatten(1))
+
+
+def test_features_that_become_positions_are_left_and_named_and_the_channels_behind_them_removed():
+    module = Unsqueezed()
+    done = prune_structured(module, 0.5, lambda net: net(torch.arange(3)))
+    assert done.removed == {"conv": (16, 8)} and module.head.in_features == 8 * 30
+    assert done.skipped["table"] == "which of them 'conv' reads cannot be followed"
+
+
 def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name():
     class Untraceable(nn.Module):
         def forward(self, x):
