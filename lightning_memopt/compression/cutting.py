@@ -217,7 +217,7 @@ def _sizes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
             outputs = inputs = weight.shape[0]
             yield "groups", outputs
         yield from {"out_channels": outputs, "in_channels": inputs}.items()
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         yield "normalized_shape", tuple(weight.shape)
     elif isinstance(module, _NormBase):
         yield "num_features", len(weight)

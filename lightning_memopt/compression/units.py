@@ -232,17 +232,19 @@ def _read_group(graph: Any, items: Any, names: Mapping[int, str]) -> UnitGroup:
             group.reason = f"which of them {names.get(id(target), 'a parameter')!r} reads cannot be followed"
             continue
         units = {int(index): int(parent) for index, parent in zip(indices, parents, strict=True)}
-        if isinstance(target, nn.Parameter):
-            owner, name = _owner(graph.model, target)
-            if target.shape[dependency.target.pruning_dim] == group.size:
-                # Where rows are sliced off a table, the graph takes their number for one of features.
-                units = {unit: unit for unit in range(group.size)}
-            group.slots.append(_slot(owner, name, dependency.target.pruning_dim, units))
-            continue
+        is_parameter = isinstance(target, nn.Parameter)
+        if is_parameter and target.shape[dependency.target.pruning_dim] == group.size:
+            # Where rows are sliced off a table, the graph takes their number for one of features.
+            units = {unit: unit for unit in range(group.size)}
+        holder, key = _owner(graph.model, target) if is_parameter else (target, "")
         try:
-            slots = list(_layer_slots(target, units, is_output))
-        except IndexError:  # the graph takes features for channels where a view has put another dimension in between
-            group.reason = f"which of them {names.get(id(target), '')!r} reads cannot be followed"
+            if is_parameter:
+                slots = [_slot(holder, key, dependency.target.pruning_dim, units)]
+            else:
+                slots = list(_layer_slots(target, units, is_output))
+        except IndexError:  # the graph takes one dimension for another, behind a view or in an operator it knows not
+            name = ".".join(filter(None, (names.get(id(holder)), key)))
+            group.reason = f"which of them {name!r} reads cannot be followed"
             continue
         if not slots:
             group.reason = (
@@ -277,7 +279,7 @@ def _layer_slots(layer: nn.Module, units: Mapping[int, int], is_output: bool) ->
         for name, tensor in _own_tensors(layer):
             if tensor.numel() > 1 or (isinstance(layer, _NormBase) and tensor.ndim):
                 yield _slot(layer, name, 0, units)
-    elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm) and len(layer.normalized_shape) == 1:
         yield from (_slot(layer, name, 0, units) for name, _ in _own_tensors(layer))
     elif isinstance(layer, nn.Embedding):
         yield _slot(layer, "weight", 1, units)

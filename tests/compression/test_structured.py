@@ -244,6 +244,25 @@ def test_features_that_become_positions_are_left_and_named_and_the_channels_behi
     assert done.skipped["table"] == "which of them 'conv' reads cannot be followed"
 
 
+class Mixed(nn.Module):
+    """A parameter in an operator of which the dependency graph knows nothing, and a norm over features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 24), nn.RMSNorm(24), nn.Linear(24, 12)
+        self.mix, self.last = nn.Parameter(torch.randn(12, 6)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(torch.einsum("bti,io->bto", self.second(self.norm(self.first(x)).relu()), self.mix))
+
+
+def test_what_an_unknown_operator_reads_is_left_and_named_and_features_behind_an_rms_norm_are_removed():
+    module = Mixed()
+    done = prune_structured(module, 0.5, lambda net: net(torch.ones(2, 3, 8)))
+    assert done.removed == {"first": (24, 12)} and module.norm.normalized_shape == (12,)
+    assert done.skipped["second"] == "which of them 'mix' reads cannot be followed"
+
+
 def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name():
     class Untraceable(nn.Module):
         def forward(self, x):
