@@ -13,6 +13,8 @@ from lightning_memopt.models.class_names import CLASS, NOTE, is_importable
 from lightning_memopt.planning.load import load_object
 
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+_HEADERS = ("# lightning.pytorch==", "# pytorch_lightning==")
+"""How files begin that LightningCLI writes: other tools have a ``config.yaml`` with a ``model`` too."""
 _INSTANTIATORS = (_INSTANTIATOR, "pytorch_lightning.cli.instantiate_module")
 """Functions of Lightning's that a checkpoint of LightningCLI names to build its module; no others are called."""
 
@@ -105,9 +107,10 @@ def _config_of_cli(checkpoint: str) -> Mapping[str, Any]:
     if file is None:
         return {}
     try:
-        content = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        content = yaml.safe_load(text) if text.startswith(_HEADERS) else None
     except (yaml.YAMLError, UnicodeDecodeError):
-        return {}  # another program's
+        return {}
     model = content.get("model") if isinstance(content, dict) else None
     return model if isinstance(model, dict) else {}
 
@@ -119,5 +122,6 @@ def _arguments_of_cli(cls: type, hyper_parameters: Mapping[str, Any], config: Ma
         return {"_class_path": f"{cls.__module__}.{cls.__name__}"} if "_class_path" in hyper_parameters else {}
     if not config or config.get("class_path", cls.__name__).rpartition(".")[2] != cls.__name__:
         return {}
-    arguments = {**config.get("init_args", {}), **config.get("dict_kwargs", {})} if "class_path" in config else config
+    is_subclass = "class_path" in config
+    arguments = {**(config.get("init_args") or {}), **(config.get("dict_kwargs") or {})} if is_subclass else config
     return {**arguments, "_instantiator": _INSTANTIATOR}

@@ -167,6 +167,14 @@ def test_what_a_checkpoint_names_is_not_run_where_it_is_no_part_of_lightning_and
         load_module(saved(lightning_memopt={"class": class_name(NotBuilt)}))
 
 
+def test_a_config_that_is_not_of_lightnings_cli_says_nothing_of_how_the_module_is_built(saved, tmp_path):
+    path = saved(hyper_parameters=None, state_dict=Net().state_dict())
+    (tmp_path / "config.yaml").write_text("trainer: {}\nmodel: {_target_: my.Net, width: 3}\n")
+    assert load_module(path, class_name(Net)).net[0].out_features == 8
+    with pytest.raises(ValueError, match="does not name its class"):
+        load_module(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
