@@ -141,6 +141,12 @@ class ParallelMesh:
         """The stages that this rank's batches pass through."""
         return self.whole["pipeline"]
 
+    @property
+    def pipelines(self) -> list[list[int]]:
+        """The global ranks of each pipeline of the world, from the first stage on."""
+        ranks: list[list[int]] = self.whole.mesh.flatten(1).T.tolist()
+        return ranks
+
     @cached_property
     def shards(self) -> DeviceMesh:
         """What FSDP2 shards over: one dimension, or two, of which the first replicates."""

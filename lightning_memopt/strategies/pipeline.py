@@ -178,6 +178,7 @@ class PipelineParallelStrategy(MemoptStrategy):
             micro_batch,
             (name, ()),
             group=mesh.get_group(),
+            pipelines=self.mesh.pipelines,
             device=self.root_device,
             schedule=self.schedule,
             split=self.split,

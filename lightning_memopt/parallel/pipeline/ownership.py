@@ -1,6 +1,6 @@
 """What a rank holds of a module: freeing the rest, and keeping alike what several stages hold."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,15 +33,22 @@ def free_in_place(module: nn.Module, tensors: set[Tensor]) -> dict[Tensor, Tenso
 class SharedParameters:
     """Parameters that several ranks of the pipeline hold (tied weights): one gradient, the sum of theirs.
 
-    All ranks of the pipeline make it together.
+    All ranks of the world make it together.
 
     Args:
         names: Of each such parameter, the ranks of the pipeline that hold it, in the model's order.
         module: The model.
         group: The ranks of the pipeline.
+        pipelines: The global ranks of each pipeline of the world, which all hold alike.
     """
 
-    def __init__(self, names: Mapping[str, tuple[int, ...]], module: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        names: Mapping[str, tuple[int, ...]],
+        module: nn.Module,
+        group: dist.ProcessGroup,
+        pipelines: Sequence[Sequence[int]],
+    ) -> None:
         self._rank = dist.get_rank(group)
         self._module = module
         self._names = dict(names)
@@ -49,9 +56,13 @@ class SharedParameters:
         for ranks in dict.fromkeys(self._names.values()):
             if len(ranks) == dist.get_world_size(group):
                 self._groups[ranks] = group
-            elif self._rank in ranks:
-                world = [dist.get_global_rank(group, rank) for rank in ranks]
-                self._groups[ranks] = dist.new_group(world, use_local_synchronization=True)
+                continue
+            # By every rank of the world, its own or not: NCCL splits the world's communicator, and waits for all.
+            for pipeline in pipelines:
+                sharing = [pipeline[rank] for rank in ranks]
+                made = dist.new_group(sharing)
+                if dist.get_rank() in sharing:
+                    self._groups[ranks] = made
 
     def counts(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the first of those that hold it."""

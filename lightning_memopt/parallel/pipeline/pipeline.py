@@ -37,7 +37,7 @@ StepOfBatch = Callable[[int, bool], Any]
 class Pipeline:
     """Cuts ``module`` into stages and frees what this rank does not hold.
 
-    All ranks of the pipeline make it together, with the same module and samples.
+    All ranks of the world make it together, those of one pipeline with the same module and samples.
 
     Args:
         module: The model, whole on every rank.
@@ -45,6 +45,7 @@ class Pipeline:
         sample: A micro-batch.
         key: What else than ``sample`` its shapes depend on, as in :meth:`train`.
         group: The ranks of the pipeline.
+        pipelines: The global ranks of each pipeline of the world, this one's too.
         device: Where this rank computes.
         schedule: See :mod:`~lightning_memopt.parallel.pipeline.schedules`.
         split: See :data:`~lightning_memopt.parallel.pipeline.splitting.Split`.
@@ -66,6 +67,7 @@ class Pipeline:
         key: Hashable = None,
         *,
         group: dist.ProcessGroup,
+        pipelines: Sequence[Sequence[int]],
         device: torch.device,
         schedule: Schedule = "1f1b",
         split: Split = "auto",
@@ -94,7 +96,7 @@ class Pipeline:
         self.partition = partition(found, split, count)
         held = holders(module, found, self.partition, self._stubs)
         self._stages = [stage for stage in range(count) if rank_of_stage(schedule, stage, self._ranks) == self._rank]
-        self._share(held)
+        self._share(held, pipelines)
         self._free(held)
         self._buffers = SharedBuffers(module, group)
         self._chain = Chain(module.get_submodule(name) for name in links)
@@ -148,7 +150,7 @@ class Pipeline:
         stages, _ = self._prepare(call, key, micro_batches, step, trains=False)
         indices = torch.arange(len(micro_batches)).split(1)
         with torch.no_grad():
-            self._run(lambda: run_forward(stages, len(micro_batches), indices))
+            self._run(lambda: run_forward(self.schedule, stages, self._ranks, indices))
 
     def undo(self, gather: bool) -> None:
         """Put the module back; with ``gather`` with all values, for which all ranks must call it together."""
@@ -169,13 +171,13 @@ class Pipeline:
         self._shadow, self._copies = shadow_of(self.module, stands_for)
         prepare(self._shadow)
 
-    def _share(self, held: dict[Tensor, set[int]]) -> None:
+    def _share(self, held: dict[Tensor, set[int]], pipelines: Sequence[Sequence[int]]) -> None:
         shared = {}
         for name, parameter in self.module.named_parameters():
             ranks = {rank_of_stage(self.schedule, stage, self._ranks) for stage in held[parameter]}
             if len(ranks) > 1:
                 shared[name] = tuple(sorted(ranks))
-        self._shared = SharedParameters(shared, self.module, self.group)
+        self._shared = SharedParameters(shared, self.module, self.group, pipelines)
 
     def _free(self, held: dict[Tensor, set[int]]) -> None:
         mine = set(self._stages)
@@ -215,7 +217,7 @@ class Pipeline:
 
     def _make_stage(self, stage: int) -> Stage:
         parameters = [self.module.get_parameter(name) for name in self._parameters_of_stage[stage]]
-        return Stage(
+        made = Stage(
             StageModule(stage, self._forward, parameters),
             stage,
             len(self.partition),
@@ -226,6 +228,11 @@ class Pipeline:
             [self._metas(self._of_batch[0], stage + 1)],
             splits_backward=self.schedule == "zbv",
         )
+        # torch's schedules set it, and evaluation runs without one.
+        made.stage_index_to_group_rank = {
+            index: rank_of_stage(self.schedule, index, self._ranks) for index in range(len(self.partition))
+        }
+        return made
 
     def _metas(self, shapes: Shapes, stage: int) -> list[Tensor]:
         """Stubs like what ``stage`` receives; behind the last one is the loss."""

@@ -82,27 +82,77 @@ def _is_loss(output: Tensor, _: Tensor) -> Tensor:
     return output
 
 
-def run_forward(stages: Sequence[Stage], count: int, indices: Sequence[Tensor]) -> None:
+def forward_steps(schedule: Schedule, ranks: int, count: int) -> list[dict[int, tuple[int, int]]]:
+    """When the forwards of a batch run: of each step in time, by rank, the stage and the micro-batch.
+
+    Each rank runs its stages one after another, each of them on all micro-batches, as early as what it receives allows.
+
+    Args:
+        schedule: Says which stages a rank has.
+        ranks: Ranks of the pipeline.
+        count: Micro-batches.
+
+    Example:
+        >>> forward_steps("1f1b", ranks=2, count=2)
+        [{0: (0, 0)}, {0: (0, 1), 1: (1, 0)}, {1: (1, 1)}]
+    """
+    steps: list[dict[int, tuple[int, int]]] = []
+    made: dict[tuple[int, int], int] = {}  # by stage and micro-batch: the first step in which the next may run
+    free = [0] * ranks
+    for stage in range(ranks * STAGES_EACH[schedule]):  # a stage waits for earlier ones alone, on its rank or another
+        rank = rank_of_stage(schedule, stage, ranks)
+        for number in range(count):
+            when = max(free[rank], made.get((stage - 1, number), 0))
+            free[rank] = made[stage, number] = when + 1
+            steps += [{} for _ in range(when + 1 - len(steps))]
+            steps[when][rank] = stage, number
+    return steps
+
+
+def run_forward(schedule: Schedule, stages: Sequence[Stage], ranks: int, indices: Sequence[Tensor]) -> None:
     """Forward only, for any number of stages on a rank, which torch's own schedule for it is not.
 
-    Stage by stage in order, so that what a stage waits for never waits for it.
+    What is made in a step of :func:`forward_steps` is sent and received at its end, all of it together. NCCL runs what
+    passes between two ranks in the order in which each asked for it: a rank that sends before it receives, facing one
+    that does too, waits for ever.
+
+    Args:
+        schedule: Says which rank has which stages.
+        stages: This rank's.
+        ranks: Ranks of the pipeline.
+        indices: The numbers of the micro-batches, each as a tensor.
     """
     on_rank = {stage.stage_index: stage for stage in stages}
-    sent: list[list[dist.Work]] = []
+    rank = rank_of_stage(schedule, stages[0].stage_index, ranks)
     for stage in stages:
         stage.has_backward = False
         stage.clear_runtime_states()
         stage.prepare_forward_only()
-        follows = on_rank.get(stage.stage_index + 1)
-        for number in range(count):
-            if not stage.is_first and stage.stage_index - 1 not in on_rank:
-                _wait_batch_p2p(_batch_p2p(stage.get_fwd_recv_ops(number)))
+    received: dict[tuple[int, int], list[dist.Work]] = {}
+    sent: list[list[dist.Work]] = []
+    for step in forward_steps(schedule, ranks, len(indices)):
+        operations: list[dist.P2POp] = []
+        if rank in step:
+            index, number = step[rank]
+            _finish(received.pop((index, number), []))
+            stage = on_rank[index]
             output = stage.forward_one_chunk(number, (), {"index": indices[number]}, save_forward_output=False)
-            if follows is not None:
-                follows.set_local_fwd_input(output, number)
+            if index + 1 in on_rank:
+                on_rank[index + 1].set_local_fwd_input(output, number)
             else:
-                sent.append(_batch_p2p(stage.get_fwd_send_ops(number)))
-    for work in sent:
-        _wait_batch_p2p(work)
+                operations += stage.get_fwd_send_ops(number)
+        arrives = [(i + 1, n) for other, (i, n) in step.items() if other != rank and i + 1 in on_rank]
+        for index, number in arrives:
+            operations += on_rank[index].get_fwd_recv_ops(number)
+        works = _batch_p2p(operations)
+        received.update(dict.fromkeys(arrives, works))
+        sent.append(works)
+    for works in sent:
+        _finish(works)
     for stage in stages:
         stage.clear_runtime_states()
+
+
+def _finish(works: list[dist.Work]) -> None:
+    _wait_batch_p2p(works)
+    works.clear()  # gloo's would wait for another one the second time
