@@ -49,11 +49,14 @@ class Fault:
     rank: int | tuple[int, ...] = 1
     struck: bool = False
 
-    def strike(self, place: str, batch: int, rank: int) -> None:
+    def strike(self, place: str, batch: int, module: pl.LightningModule) -> None:
         ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
-        if place == self.place and batch == BATCH and rank in ranks and not self.struck:
+        if place == self.place and batch == BATCH and module.global_rank in ranks and not self.struck:
             self.struck = True  # once, however many micro-batches there are
-            time.sleep(0.5)  # for the others to hear that it got here
+            watch = module.trainer.strategy._watch
+            heard = watch._own.count + 2  # for the others to hear that it got here, however busy the machine is
+            while watch._own.count < heard:
+                time.sleep(0.01)
             self.act()
 
 
@@ -87,7 +90,7 @@ class Module(pl.LightningModule):
 
     def strike(self, place: str) -> None:
         if self.fault is not None:
-            self.fault.strike(place, self.batch, self.global_rank)
+            self.fault.strike(place, self.batch, self)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.batch = batch_idx
