@@ -112,7 +112,14 @@ class RankWatch:
         self._thread.start()
 
     def enter(self, phase: str) -> None:
-        """Say what this rank does from now on."""
+        """Say what this rank does from now on.
+
+        Raises:
+            RankFailure: A rank has failed. A collective that NCCL aborted returns as if it were done, and a step
+                taken, or a checkpoint saved, with what it left would be wrong.
+        """
+        if self._thread is not None and self.failure is not None:
+            raise self.failure
         self.progress += 1
         if phase != self.phase:
             self.phase = phase
@@ -133,7 +140,7 @@ class RankWatch:
             stuck = find_stuck(dict(self._beats), self._since(self._moved), self.interval)
             self._judge(stuck or self._current().failure(f"communication failed, and every rank is alive: {error}"))
         self._wait_for_others(self.grace_seconds)
-        return self.failure if is_echo(error) else None
+        return self.failure if is_echo(error) and error is not self.failure else None
 
     def stop(self) -> None:
         """End the watch: this rank needs the others no more. Rank 0, which may hold the store, waits for theirs."""
