@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def gather_values(value: Hashable) -> list[Any]:
@@ -47,11 +47,26 @@ def check_same_module(module: nn.Module) -> None:
 
 
 @torch.no_grad()
+def broadcast_in_place(tensor: Tensor, src: int, group: dist.ProcessGroup | None = None) -> None:
+    """Give every rank of ``group`` the values that the global rank ``src`` has; all of them together.
+
+    Args:
+        tensor: On any device, as NCCL takes those on GPUs alone, and with any strides.
+        src: Whose values.
+        group: All ranks by default.
+    """
+    devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    sent = tensor.detach().to(tensor.device if tensor.device.type in devices else devices[0]).contiguous()
+    dist.broadcast(sent, src, group)
+    if sent.data_ptr() != tensor.data_ptr() or sent.device != tensor.device:
+        tensor.copy_(sent)
+
+
 def broadcast_module_states(module: nn.Module) -> None:
     """Give every rank the parameters and buffers of rank 0, as DDP does, so that shards are of one model."""
     for tensor in chain(module.parameters(), module.buffers()):
         if not tensor.is_meta:
-            dist.broadcast(tensor, src=0)
+            broadcast_in_place(tensor, src=0)
 
 
 def find_batch_norms(module: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from lightning_memopt.parallel.agreement import gather_values
+from lightning_memopt.parallel.agreement import broadcast_in_place, gather_values
 from lightning_memopt.parallel.shards import shards_of_whole, whole_of_shards
 
 WRITER = 0
@@ -121,7 +121,7 @@ def complete_in_place(module: nn.Module) -> None:
         if all(ranks) or not any(ranks):
             continue
         value = torch.empty_like(tensor, device=device).detach() if tensor.is_meta else tensor.detach()
-        dist.broadcast(value, src=ranks.index(True))
+        broadcast_in_place(value, src=ranks.index(True))
         if tensor.is_meta:
             whole: Any = value
             if isinstance(tensor, nn.Parameter):

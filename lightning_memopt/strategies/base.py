@@ -9,7 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,6 +33,7 @@ from lightning_memopt.parallel.agreement import (
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
+from lightning_memopt.parallel.moving import move_in_place
 from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.even_batches import EvenBatches
@@ -161,6 +164,7 @@ class MemoptStrategy(WatchedStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING and self.splits_module:
             self.parallelize()
+            move_in_place(self.lightning_module, self.root_device)
 
     @override
     def configure_ddp(self) -> None:
@@ -168,8 +172,25 @@ class MemoptStrategy(WatchedStrategy):
             super().configure_ddp()
             return
         assert self.lightning_module is not None
+        for submodule in self.lightning_module.modules():
+            if isinstance(submodule, nn.SyncBatchNorm) and submodule.process_group is None:
+                submodule.process_group = self.data_group  # only ranks with other batches call it at the same time
         broadcast_module_states(self.lightning_module)
         self.parallelize()
+        move_in_place(self.lightning_module, self.root_device)
+
+    @override
+    def model_to_device(self) -> None:
+        """Leave what is to be taken apart where it is: parts go to the device as they are made, never the whole."""
+        module = self.lightning_module
+        assert module is not None
+        # Evaluation by itself gives all ranks one module by a function of Lightning's, where it is.
+        stays = module.trainer.state.fn == TrainerFn.FITTING or "cpu:" in dist.get_backend_config()
+        if not (self.splits_module and stays):
+            super().model_to_device()
+            return
+        _move_torchmetrics_to_device(module, self.root_device)
+        _update_properties(module, device=self.root_device)
 
     @property
     @override

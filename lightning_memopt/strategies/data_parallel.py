@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -85,15 +84,6 @@ class DataParallelStrategy(MemoptStrategy):
         super().parallelize()
 
     @override
-    def model_to_device(self) -> None:
-        if self.offload:
-            # Sharding moves each block to the device and its shards back, so the whole model is never there.
-            assert self.lightning_module is not None
-            _move_torchmetrics_to_device(self.lightning_module, self.root_device)
-        else:
-            super().model_to_device()
-
-    @override
     def _register_ddp_hooks(self) -> None:
         if self.compression is not None:
             assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
@@ -102,7 +92,7 @@ class DataParallelStrategy(MemoptStrategy):
     @override
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
-        # The norm of offloaded gradients is summed over ranks in CPU memory.
+        # The norm of offloaded gradients is summed over ranks in CPU memory, where evaluation finds the module too.
         return f"cpu:gloo,cuda:{backend}" if self.offload and backend == "nccl" else backend
 
     @override

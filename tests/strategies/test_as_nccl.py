@@ -1,7 +1,9 @@
 """What NCCL asks for and gloo does not: tried over gloo, made to ask for it too."""
 
+from contextlib import suppress
 from typing import Any
 
+import lightning.pytorch.loops.utilities as loop_utilities
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lightning_memopt.parallel.pipeline import schedules
 from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, forward_steps, rank_of_stage
 from tests.distributed import run_on_ranks
 from tests.strategies.parity import can_split_backward
-from tests.strategies.users import Net, losses_of, small_loader, trainer_with
+from tests.strategies.users import MAKE, Net, losses_of, small_loader, trainer_with
 
 
 class TiesEnds(Net):
@@ -78,3 +80,60 @@ def test_every_stage_runs_once_on_every_micro_batch_after_the_stage_before_it(sc
     assert len(when) == sum(map(len, steps)) == 5 * (1 + max(stage for stage, _ in when))
     assert all(rank_of_stage(schedule, stage, 3) == rank for step in steps for rank, (stage, _) in step.items())
     assert all(when[stage - 1, number] < time for (stage, number), time in when.items() if stage)
+
+
+class SeesMoves(Validates):
+    """Takes down that the whole of it is moved while it is set up."""
+
+    moved = False
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.moved = True
+        return super().to(*args, **kwargs)
+
+    def on_fit_start(self) -> None:
+        assert not self.moved
+        assert self.device == self.trainer.strategy.root_device
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp", "pp"])
+def test_no_device_holds_all_of_a_module_before_it_is_taken_apart(strategy: str) -> None:
+    run_on_ranks(lambda: trainer_with(MAKE[strategy]()).fit(SeesMoves(), small_loader(), small_loader()), 2)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "tp", "pp"])
+def test_evaluation_in_inference_mode_trains_and_validates_as_one_device(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(ranks: int, made: Any = "auto") -> dict[str, float]:
+        # Lightning evaluates over gloo alone without it.
+        monkeypatch.setattr(loop_utilities, "_distributed_is_initialized", lambda: False)
+        trainer = trainer_with(made, devices=ranks, max_epochs=2)
+        trainer.fit(module := Validates(), small_loader(), small_loader())
+        return {**trainer.validate(module, small_loader())[0], "fit": float(trainer.callback_metrics["val_loss"])}
+
+    plain = run_on_ranks(lambda: fit(1), 1)[0]
+    for seen in run_on_ranks(lambda: fit(2, MAKE[strategy]()), 2):
+        assert seen == pytest.approx(plain, rel=1e-5)
+
+
+class Normalizes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(32))
+
+    def on_train_start(self) -> None:
+        norm = self.net[1]
+        assert isinstance(norm, nn.SyncBatchNorm)
+        self.together = dist.get_process_group_ranks(norm.process_group)
+        self.trainer.should_stop = True
+
+
+def test_statistics_are_of_the_ranks_with_other_batches_alone() -> None:
+    def fit(**sizes: int) -> list[int]:
+        trainer = trainer_with(memopt.HybridStrategy(**sizes), devices=4, sync_batchnorm=True)
+        with suppress(ValueError):  # of torch's: this is for GPUs
+            trainer.fit(module := Normalizes(), small_loader())
+        return module.together
+
+    assert run_on_ranks(lambda: fit(tensor=2, shard=2), 4) == [[0, 2], [1, 3], [0, 2], [1, 3]]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_memopt.parallel.agreement import broadcast_in_place
 from lightning_memopt.parallel.pipeline.stubs import find_places
 
 
@@ -114,7 +115,6 @@ class SharedBuffers:
         ]
         self._states = self._read_states()
 
-    @torch.no_grad()
     def share(self) -> None:
         """Give all stages what the last of those that wrote a buffer since the last call has; all ranks together."""
         written = [before != now for before, now in zip(self._states, self._read_states(), strict=True)]
@@ -122,11 +122,9 @@ class SharedBuffers:
         dist.all_gather_object(everyone, written, group=self._group)
         for name, by_rank in zip(self._names, zip(*everyone, strict=True), strict=True):
             if any(by_rank):
-                buffer = self._module.get_buffer(name)
-                value = buffer.detach().contiguous()
                 source = max(rank for rank, is_written in enumerate(by_rank) if is_written)
-                dist.broadcast(value, dist.get_global_rank(self._group, source), group=self._group)
-                buffer.copy_(value)
+                source = dist.get_global_rank(self._group, source)
+                broadcast_in_place(self._module.get_buffer(name), source, self._group)
         self._states = self._read_states()
 
     def _read_states(self) -> list[Hashable]:

@@ -194,7 +194,9 @@ def run_silently(module: nn.Module, run: Step) -> Step:
     """``run`` with gradients recorded and random state restored, since it is no step of the training."""
 
     def silent() -> Any:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        # On the device that is used, whose numbers dropout draws, and on no other, where asking alone takes memory.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             return run()
 
     return silent

@@ -85,7 +85,7 @@ def _is_loss(output: Tensor, _: Tensor) -> Tensor:
 def forward_steps(schedule: Schedule, ranks: int, count: int) -> list[dict[int, tuple[int, int]]]:
     """When the forwards of a batch run: of each step in time, by rank, the stage and the micro-batch.
 
-    Each rank runs its stages one after another, each of them on all micro-batches, as early as what it receives allows.
+    Each rank runs its stages one after another, each on all micro-batches, as early as what it receives allows.
 
     Args:
         schedule: Says which stages a rank has.
@@ -112,9 +112,9 @@ def forward_steps(schedule: Schedule, ranks: int, count: int) -> list[dict[int, 
 def run_forward(schedule: Schedule, stages: Sequence[Stage], ranks: int, indices: Sequence[Tensor]) -> None:
     """Forward only, for any number of stages on a rank, which torch's own schedule for it is not.
 
-    What is made in a step of :func:`forward_steps` is sent and received at its end, all of it together. NCCL runs what
-    passes between two ranks in the order in which each asked for it: a rank that sends before it receives, facing one
-    that does too, waits for ever.
+    What is made in a step of :func:`forward_steps` is sent and received at its end, all of it together. NCCL runs
+    what passes between two ranks in the order in which each asked for it: a rank that sends before it receives,
+    facing one that does too, waits for ever.
 
     Args:
         schedule: Says which rank has which stages.
