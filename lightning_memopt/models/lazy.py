@@ -13,8 +13,12 @@ def find_uninitialized(module: nn.Module) -> str | None:
     return None
 
 
-def refuse_uninitialized(module: nn.Module) -> None:
+def refuse_uninitialized(module: nn.Module, why: str = "its memory is not known") -> None:
     """Raise ``ValueError`` for a module of which :func:`find_uninitialized` finds something.
+
+    Args:
+        module: Any.
+        why: What follows from it, for the message.
 
     Example:
         >>> refuse_uninitialized(nn.Sequential(nn.Linear(4, 4)))
@@ -22,6 +26,6 @@ def refuse_uninitialized(module: nn.Module) -> None:
     if name := find_uninitialized(module):
         owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
         raise ValueError(
-            f"`{name}` has no shape before the first forward (it is of a {owner}), so its memory is not known; run a "
-            "batch through it first, such as at the end of `__init__`"
+            f"`{name}` has no shape before the first forward (it is of a {owner}), so {why}; run a batch through it "
+            "first, such as at the end of `__init__`"
         )

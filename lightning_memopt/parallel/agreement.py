@@ -51,15 +51,32 @@ def broadcast_in_place(tensor: Tensor, src: int, group: dist.ProcessGroup | None
     """Give every rank of ``group`` the values that the global rank ``src`` has; all of them together.
 
     Args:
-        tensor: On any device, as NCCL takes those on GPUs alone, and with any strides.
+        tensor: On any device, where NCCL takes those on GPUs alone, and of any strides and type.
         src: Whose values.
         group: All ranks by default.
     """
     devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
     sent = tensor.detach().to(tensor.device if tensor.device.type in devices else devices[0]).contiguous()
-    dist.broadcast(sent, src, group)
+    dist.broadcast(sent.view(-1).view(torch.uint8), src, group)  # NCCL does not know 16-bit integers
     if sent.data_ptr() != tensor.data_ptr() or sent.device != tensor.device:
         tensor.copy_(sent)
+
+
+def separate_elements(module: nn.Module) -> None:
+    """Give buffers of which several elements are one in memory (``expand``) memory for each, to be written into.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.register_buffer("mask", torch.ones(1).expand(4))
+        >>> separate_elements(module)
+        >>> module.mask.stride()
+        (1,)
+    """
+    for buffer in module.buffers():
+        if buffer.layout == torch.strided and any(
+            step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)
+        ):
+            buffer.data = buffer.data.contiguous()
 
 
 def broadcast_module_states(module: nn.Module) -> None:

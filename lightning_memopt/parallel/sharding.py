@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from lightning_memopt.parallel.units import (
     check_can_shard,
@@ -152,6 +153,10 @@ def shard_module(
             # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
             plan.append((root, several_backwards))
     ignored = set(held_elsewhere)
+    for parameter in module.parameters():
+        # FSDP2 takes no other strides, which weights of convolutions in `channels_last` have.
+        if parameter not in ignored and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.contiguous()
     for part, frees in plan:
         if not ignored.issuperset(part.parameters()) or part in roots:
             fully_shard(

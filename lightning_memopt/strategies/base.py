@@ -24,11 +24,13 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.parallel.agreement import (
     broadcast_module_states,
     check_same_module,
     find_batch_norms,
     gather_values,
+    separate_elements,
 )
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
@@ -151,9 +153,11 @@ class MemoptStrategy(WatchedStrategy):
         self._failed = False
         _materialize_distributed_module(self.lightning_module, self.root_device)
         try:
+            refuse_uninitialized(self.lightning_module, "it cannot be dealt out to ranks")
             check_same_module(self.lightning_module)
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        separate_elements(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             if self.splits_module and self.world_size > 1:
                 refuse_averaging(type(self).__name__, trainer)

@@ -207,6 +207,58 @@ def test_networks_in_a_list_that_are_stepped_by_hand_train_as_on_one_device(stra
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+class HasLazyLayers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = nn.LazyLinear(32)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "tp", "pp"])
+def test_layers_without_shapes_are_refused_by_name_and_train_once_a_batch_ran_through_them(strategy: str) -> None:
+    def run_one_batch() -> HasLazyLayers:
+        module = HasLazyLayers()
+        torch.manual_seed(0)
+        module(torch.zeros(1, 16))
+        return module
+
+    def fit() -> list[float]:
+        with pytest.raises(MisconfigurationException, match=r"Strategy: `net.2.weight` .*LazyLinear.* run a batch"):
+            losses_of(HasLazyLayers(), 2, MAKE[strategy]())
+        return losses_of(run_one_batch(), 2, MAKE[strategy]())
+
+    plain = run_on_ranks(lambda: losses_of(run_one_batch()), 1)[0]
+    for losses in run_on_ranks(fit, 2):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+class HasOddTensors(Net):
+    """Buffers and parameters that share elements, are transposed, or are of types that few collectives know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((1,), 0.5).expand(4))
+        self.register_buffer("order", torch.arange(6).view(2, 3).t())
+        self.register_buffer("phases", torch.zeros(2, dtype=torch.complex64))
+        self.mixer = nn.Linear(16, 16, bias=False)
+        self.mixer.weight = nn.Parameter(torch.randn(16, 16).t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(self.mixer(x)) * self.mask
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "tp", "pp"])
+def test_odd_tensors_reach_every_rank(strategy: str) -> None:
+    def fit() -> list[float]:
+        module = HasOddTensors()
+        if strategy != "ddp":  # torch's has no 16-bit integers
+            module.register_buffer("short", torch.arange(6, dtype=torch.int16))
+        return losses_of(module, 2, MAKE[strategy]())
+
+    plain = run_on_ranks(lambda: losses_of(HasOddTensors()), 1)[0]
+    for losses in run_on_ranks(fit, 2):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
 class Backwards(Sampler):
     """The user's own order."""
 
