@@ -24,6 +24,7 @@ from lightning_memopt.planning.first_batch import batch_of
 from lightning_memopt.planning.plan import Plan, PlanResult, describe_failure, plan
 from lightning_memopt.planning.space import Layout
 from lightning_memopt.planning.written import result_as_dict
+from lightning_memopt.techniques.batches import copied
 
 WRONG_BY = 0.05
 """Relative error of a predicted peak from which on it is planned again."""
@@ -85,9 +86,11 @@ class MemoryPlan(Callback):
                 "rank holds. Use Trainer(strategy='memopt_auto'), which chooses the strategy too."
             )
 
+        # Taken once: while the loop iterates over the loader, another pass would begin it again.
+        batch = batch_of(trainer.fit_loop._data_source.dataloader(), has_begun=True)
+
         def again(budget: int | str | None) -> PlanResult:
-            batch = batch_of(trainer.fit_loop._data_source.dataloader())
-            return self.make_plan(trainer, pl_module, batch, budget, layouts=[Layout()])
+            return self.make_plan(trainer, pl_module, copied(batch), budget, layouts=[Layout()])
 
         self._again, self.measured_bytes = again, None
         self.follow(trainer, pl_module, again(self.budget))

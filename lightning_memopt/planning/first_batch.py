@@ -1,22 +1,60 @@
 """A batch like the first of a loader, which is not advanced."""
 
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from typing import Any
 
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_memopt.techniques.batches import copied
 
-def batch_of(loaders: Any) -> Any:
-    """A batch like the first that ``loaders`` (a loader, or a collection of them) will give."""
-    return tree_map(_first, loaders, is_leaf=_is_loader)
+
+def batch_of(loaders: Any, has_begun: bool = False) -> Any:
+    """A batch like the first that ``loaders`` (a loader, or a collection of them) will give.
+
+    Args:
+        loaders: Of a stream that cannot begin twice the batch is put back.
+        has_begun: The first pass may begin now, so what the batch of any stream was taken from is that. Not so before
+            ranks meet, where a stream that deals out its samples to them does not know them yet.
+    """
+    return tree_map(partial(_first, has_begun=has_begun), loaders, is_leaf=_is_loader)
 
 
 def _is_loader(item: Any) -> bool:
     return hasattr(item, "__iter__") and not isinstance(item, list | tuple | dict)
 
 
-def _first(loader: Any) -> Any:
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
-        count = min(loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
+def _first(loader: Any, has_begun: bool) -> Any:
+    is_indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if is_indexed and loader.batch_size:
+        count = min(loader.batch_size, len(loader.dataset))
         return loader.collate_fn([loader.dataset[index] for index in range(count)])
-    return next(iter(loader))
+    stays = not is_indexed and not isinstance(loader, CombinedLoader) and (has_begun or _is_one_stream(loader))
+    batches = iter(loader)
+    first = next(batches)
+    if stays:
+        with suppress(TypeError):  # an iterator of Python's own keeps its class, and loses the batch
+            _begin_with(loader, chain([first], batches))
+    return copied(first)
+
+
+def _is_one_stream(loader: Any) -> bool:
+    """Whether each pass goes on where the one before was left."""
+    dataset = getattr(loader, "dataset", None)
+    return isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)
+
+
+def _begin_with(loader: Any, batches: Iterator[Any]) -> None:
+    """Let the next pass over ``loader`` be ``batches``; it stays an instance of its class, as Lightning asks."""
+    cls = type(loader)
+
+    def begin(self: Any) -> Iterator[Any]:
+        self.__class__ = cls
+        return batches
+
+    own = {"__iter__": begin, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    loader.__class__ = type(cls.__name__, (cls,), own)

@@ -66,7 +66,8 @@ class AutoStrategy(DataParallelStrategy):
             if trainer.datamodule is not None:  # type: ignore[attr-defined]
                 trainer.datamodule.prepare_data()  # type: ignore[attr-defined]
                 trainer.datamodule.setup("fit")  # type: ignore[attr-defined]
-            batch = batch_of(trainer.fit_loop._data_source.dataloader())
+            alone = self.num_processes * self.num_nodes == 1
+            batch = batch_of(trainer.fit_loop._data_source.dataloader(), has_begun=alone)
         return self.memory_plan.make_plan(
             trainer, module, batch, self.memory_plan.budget, devices=self.num_processes, nodes=self.num_nodes
         )

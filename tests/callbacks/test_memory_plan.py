@@ -7,11 +7,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_memopt as memopt
 from lightning_memopt.cli import main
 from lightning_memopt.memory.command import PLANNED
+from tests.distributed import run_on_ranks
 from tests.planning.a_cpu import A_CPU
 from tests.planning.test_plan import TIGHT, Deep, _batch
 
@@ -50,6 +51,46 @@ def test_a_run_under_a_plan_stays_within_its_budget_trains_the_same_and_can_be_r
     assert reported["error"] == plan.result.best.peak_bytes / plan.measured_bytes - 1
     assert main(["report", str(tmp_path)]) == 0
     assert "auto, " in capsys.readouterr().out
+
+
+class Once(IterableDataset):
+    """A stream that can be read once."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.rows = iter([dataset[index] for index in range(len(dataset))])
+
+    def __iter__(self):
+        return self.rows
+
+
+class SeesSums(Deep):
+    sums: list[float]
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.sums.append(float(batch[0].sum()))
+
+
+@pytest.mark.parametrize("plans", ["callback", "strategy"])
+def test_a_stream_that_can_be_read_once_loses_no_batch_to_the_plan(plans, tmp_path):
+    dataset = TensorDataset(*_batch(32, 64))
+    options = {
+        "callback": lambda: {"callbacks": [memopt.MemoryPlan("1GiB", device=A_CPU)]},
+        "strategy": lambda: {"strategy": memopt.AutoStrategy("1GiB", device=A_CPU)},
+    }[plans]
+
+    def fit() -> tuple[list[float], bool]:
+        module, loader = SeesSums(2, 64), DataLoader(Once(dataset), batch_size=8)
+        module.sums = []
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, **options(),
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        return module.sums, type(loader) is DataLoader
+
+    sums, is_loader = run_on_ranks(fit, 1)[0] if plans == "strategy" else fit()
+    assert sums == [float(x.sum()) for x, _ in DataLoader(dataset, batch_size=8)]
+    assert is_loader
 
 
 @pytest.mark.slow
