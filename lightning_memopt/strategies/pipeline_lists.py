@@ -25,21 +25,35 @@ class AppendedToLists:
     def __init__(self, module: pl.LightningModule) -> None:
         self._module = module
         self._of_micro_batches: list[dict[str, list[Any]]] = []
+        self._made: dict[str, list[Any]] = {}  # lists that steps of this batch made
 
     @contextmanager
     def step(self, is_last: bool) -> Iterator[None]:
         """Around a run of the step on one micro-batch; ``is_last``: on the last stage."""
+        before = set(vars(self._module))
         lists = {name: (value, len(value)) for name, value in vars(self._module).items() if isinstance(value, list)}
         appended = {}
         try:
             yield
         finally:
+            for name in [name for name, value in self._made.items() if vars(self._module).get(name) is not value]:
+                self._forget(name)
+            for name in set(vars(self._module)) - before:
+                if isinstance(value := getattr(self._module, name), list):
+                    self._made[name] = value
+                    lists[name] = value, 0
             for name, (value, length) in lists.items():
                 if len(value) > length:
                     appended[name] = value[length:]
                     del value[length:]
             if is_last:
                 self._of_micro_batches.append(detached(appended))
+
+    def _forget(self, name: str) -> None:
+        """Of a list that each step makes anew, and so does not append to."""
+        del self._made[name]
+        for appended in self._of_micro_batches:
+            appended.pop(name, None)
 
     def merged(self, sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> dict[str, list[Any]]:
         """On the last stage: what was appended to each list, as for the whole batch where that can be made of it.
@@ -60,8 +74,10 @@ class AppendedToLists:
         }
 
     def extend(self, appended: dict[str, list[Any]]) -> None:
-        """Append to the lists what the last stage has merged."""
+        """Append to the lists what the last stage has merged; where no step made one, it is made."""
         for name, items in appended.items():
+            if not hasattr(self._module, name):
+                setattr(self._module, name, [])
             getattr(self._module, name).extend(items)
 
 

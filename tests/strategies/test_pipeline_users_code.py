@@ -216,6 +216,29 @@ def test_what_steps_append_to_lists_is_on_every_rank_of_a_pipeline_as_on_one_dev
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+class MakesLists(Net):
+    """Makes a list in its first step, and another one in each."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not hasattr(self, "losses"):
+            self.losses = []
+        self.losses.append(loss.detach())
+        self.pair = [1, 2]
+        return loss
+
+
+def test_lists_that_steps_make_are_on_every_rank_and_hold_one_item_a_batch() -> None:
+    def fit(ranks: int, strategy: Any) -> list[float]:
+        trainer_with(strategy, devices=ranks).fit(module := MakesLists(), small_loader(3))
+        assert getattr(module, "pair", [1, 2]) == [1, 2]
+        return [float(loss) for loss in module.losses]
+
+    plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
+    for losses in run_on_ranks(lambda: fit(2, memopt.PipelineParallelStrategy()), 2, deadline_seconds=30):
+        assert losses == pytest.approx(plain, rel=1e-4)
+
+
 class LogsEarlyValue(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.log("norm", self.net[0].weight.norm())
