@@ -184,7 +184,8 @@ class MemoryPlan(Callback):
         assert self.result is not None and self._chosen is not None
         # Of all ranks: stages of a pipeline differ, and where no group is given its ranks are one.
         everyone = dist.group.WORLD if dist.is_initialized() else None
-        largest = trainer.strategy.reduce(torch.tensor(float(peak_bytes)), group=everyone, reduce_op="max")
+        peak = torch.tensor(float(peak_bytes), device=trainer.strategy.root_device)
+        largest = trainer.strategy.reduce(peak, group=everyone, reduce_op="max")
         self.measured_bytes = int(largest)
         predicted_bytes = self._chosen.peak_bytes - self._chosen.by_category.get("workspace", 0)
         error = predicted_bytes / self.measured_bytes - 1
