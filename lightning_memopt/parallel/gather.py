@@ -51,8 +51,9 @@ def gather_module_state(module: nn.Module, keep: bool) -> dict[str, Any]:
 
     Args:
         module: A module of which ranks hold shards or parts; what is plain and theirs is taken as it is.
-        keep: Whether this rank wants it (the writer). Others get the same names with tensors on the meta device: what
-            the user's hooks do to names, types and shapes they can do on every rank.
+        keep: Whether this rank wants it (the writer). Others get the same names, with the tensors that they have
+            whole and the rest on the meta device: what the user's hooks do to names, types and shapes they can do on
+            every rank, and to values where the module is whole, as after training.
     """
     state = module.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones are recognized
     tensors = {id(value): value for value in state.values() if isinstance(value, Tensor)}
@@ -61,7 +62,12 @@ def gather_module_state(module: nn.Module, keep: bool) -> dict[str, Any]:
         for (key, value), owner in zip(tensors.items(), find_owners(tensors.values()), strict=True)
     }
     if not keep:
-        whole = {key: torch.empty(like.shape, dtype=like.dtype, device="meta") for key, like in tensors.items()}
+        whole = {
+            key: torch.empty(held.shape, dtype=held.dtype, device="meta")
+            if isinstance(held, DTensor)
+            else held.detach()
+            for key, held in tensors.items()
+        }
     for name, value in state.items():
         state[name] = whole.get(id(value), value)
     return state

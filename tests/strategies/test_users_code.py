@@ -49,6 +49,23 @@ def test_a_hook_edits_the_state_dict_of_a_checkpoint_on_every_rank(strategy: str
         assert all(value.device.type == "cpu" and value.dtype == torch.half for value in state.values())
 
 
+class ReadsWeights(Net):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["norms"] = {name: float(value.norm()) for name, value in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "tp", "pp"])
+def test_a_hook_reads_the_weights_that_are_saved_after_training_on_every_rank(strategy: str, tmp_path: Path) -> None:
+    def fit_and_save() -> None:
+        trainer = trainer_with(MAKE[strategy]())
+        trainer.fit(ReadsWeights(), small_loader())
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+
+    run_on_ranks(fit_and_save, 2, deadline_seconds=40)
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert saved["norms"] == {name: float(value.norm()) for name, value in saved["state_dict"].items()}
+
+
 AVERAGING: dict[str, Callable[[], pl.Callback]] = {
     "StochasticWeightAveraging": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
     "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.9),
