@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import threading
 from dataclasses import replace
 
+import pytest
 import torch.distributed as dist
 
 from lightning_memopt.parallel.verdict import (
@@ -16,6 +18,7 @@ from lightning_memopt.parallel.verdict import (
     is_echo,
     own_process,
 )
+from lightning_memopt.parallel.watch import RankWatch
 from tests.distributed import run_on_ranks
 
 
@@ -84,3 +87,13 @@ def test_only_errors_of_communication_echo_another_ranks() -> None:
 def test_the_error_can_be_pickled_and_says_rank_host_phase_and_cause() -> None:
     failure = pickle.loads(pickle.dumps(RankFailure(3, "node7", "backward of batch 17", "it raised")))
     assert str(failure).startswith("Rank 3 (host node7) failed in backward of batch 17: it raised.")
+
+
+def test_no_phase_is_begun_where_a_rank_has_failed() -> None:
+    # A collective that NCCL aborted returns as if it were done, so no error of its own would keep the step from it.
+    watch = RankWatch()
+    watch.enter("backward of batch 2")
+    watch._thread, watch.failure = threading.current_thread(), RankFailure(1, "here", "backward of batch 2", "gone")
+    with pytest.raises(RankFailure, match=r"Rank 1 .*gone"):
+        watch.enter("optimizer step of batch 2")
+    assert watch.phase == "backward of batch 2"
