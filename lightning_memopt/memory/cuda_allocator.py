@@ -17,14 +17,29 @@ class CudaAllocator:
     """
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.init()  # whose statistics cannot be reset before; a trainer may not have touched the device yet
         self._device = device
-        self._before = 0
-        self._max_allocated = torch.cuda.memory_allocated(device)
+        self.open()
+
+    def open(self) -> None:
+        """Let what is reconciled begin here."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = self._max_allocated = torch.cuda.memory_allocated(self._device)
+        self._reserved = 0
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let what is reconciled end here, unless it has ended before."""
+        if not self._is_closed:
+            self._max_allocated = max(self._max_allocated, torch.cuda.max_memory_allocated(self._device))
+            self._reserved = torch.cuda.memory_reserved(self._device)
+            self._is_closed = True
 
     def begin(self) -> None:
         """An operator is about to run."""
-        # Between operators nothing allocates but what bypasses the dispatcher; the peak since the last reset has it.
-        self._max_allocated = max(self._max_allocated, torch.cuda.max_memory_allocated(self._device))
+        if not self._is_closed:
+            # Between operators only what bypasses the dispatcher allocates; the peak since the last reset has it.
+            self._max_allocated = max(self._max_allocated, torch.cuda.max_memory_allocated(self._device))
         torch.cuda.reset_peak_memory_stats(self._device)
         self._before = torch.cuda.memory_allocated(self._device)
 
@@ -33,9 +48,8 @@ class CudaAllocator:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
     def reconcile(self, ledger: Ledger) -> str:
-        """A sentence that sets the tracked peak beside the allocator's."""
-        allocated = max(self._max_allocated, torch.cuda.max_memory_allocated(self._device))
-        reserved = torch.cuda.memory_reserved(self._device)
+        """A sentence that sets the tracked peak beside the allocator's, once it is closed."""
+        allocated, reserved = self._max_allocated, self._reserved
         tracked = ledger.report(source="measured", device="cuda", notes=()).peak_bytes
         return (
             f"the CUDA allocator's peak was {format_bytes(allocated)}, {format_bytes(allocated - tracked)} more than "

@@ -38,6 +38,8 @@ class track_memory:
         known_kernels: Of runs on fake tensors: what was found of kernels before, to which is added.
         gpu_granularity: Of runs on fake tensors that stand for a GPU's: its allocator hands out multiples of so many
             bytes; what the CPU's kernels take inside themselves is left out.
+        device: Whose memory is counted, where what is passed in is yet to be moved there; by default, where the first
+            parameter or else the first tensor is.
 
     Raises:
         ValueError: An argument is no module, optimizer, tensor or container.
@@ -58,8 +60,10 @@ class track_memory:
         timeline_points: int = 1000,
         known_kernels: dict[str, Need] | None = None,
         gpu_granularity: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._timeline_points = timeline_points
+        self._given_device = device
         self._known_kernels = known_kernels
         self._gpu_granularity = gpu_granularity
         self._take(tracked)
@@ -86,7 +90,7 @@ class track_memory:
             device.type, workspace=self._workspace, probe=self._cuda, granularity=self._gpu_granularity or 1
         )
         self._label()
-        self._events = None if is_cuda or is_fake else AllocatorEvents()
+        self._events = AllocatorEvents() if device.type == "cpu" and not is_fake else None
         if self._events is not None and not self._events.start():
             self._events = None
             self._notes.append(
@@ -113,6 +117,7 @@ class track_memory:
         settle(self._tracker.ledger, allocations)
         self._tracker.ledger.undo_observer_effect()
         if self._cuda is not None:
+            self._cuda.close()
             self._notes.append(self._cuda.reconcile(self._tracker.ledger))
 
     @property
@@ -147,11 +152,15 @@ class track_memory:
         self._tracker.forget_labels()
         self._label()
         self._tracker.open_books()
+        if self._cuda is not None:
+            self._cuda.open()
 
     def end_report(self) -> None:
         """Let the report end here; what follows in the block is left out."""
         assert self._tracker is not None
         self._tracker.close_books()
+        if self._cuda is not None:
+            self._cuda.close()
 
     def _take(self, tracked: tuple[Any, ...]) -> None:
         leaves = [leaf for argument in tracked for leaf in _leaves(argument)]
@@ -170,6 +179,8 @@ class track_memory:
             self._tracker.label(tensor, "other", "")
 
     def _device(self) -> torch.device:
+        if self._given_device is not None:
+            return self._given_device
         for module in self._modules:
             for parameter in module.parameters():
                 return parameter.device

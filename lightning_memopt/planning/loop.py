@@ -63,8 +63,9 @@ class _MeasureStep(Callback):
     ends the fit.
     """
 
-    def __init__(self, tracker: track_memory, log: OperatorLog | None, prepares: bool) -> None:
-        self._tracker = tracker
+    tracker: track_memory
+
+    def __init__(self, log: OperatorLog | None, prepares: bool) -> None:
         self._log = log
         self._prepares = prepares
         self._steps_before: int | None = None
@@ -87,13 +88,13 @@ class _MeasureStep(Callback):
     ) -> None:
         if self._steps_before is None and (self._prepares or trainer.global_step > 0):
             self._steps_before = trainer.global_step
-            self._tracker.restart(module, list(trainer.optimizers), batch)
+            self.tracker.restart(module, list(trainer.optimizers), batch)
             if self._log is not None:
                 self._log.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if not self.is_done and self._steps_before is not None and trainer.global_step > self._steps_before:
-            self._tracker.end_report()
+            self.tracker.end_report()
             if self._log is not None:
                 self._log.stop()
             self.is_done = True
@@ -132,17 +133,19 @@ def run_second_step(
     Raises:
         ValueError: The loop does not step an optimizer.
     """
-    tracking = track_memory(
-        module,
-        _trackable(batch),
-        timeline_points=timeline_points,
-        known_kernels=known_kernels,
-        gpu_granularity=gpu_granularity,
-    )
-    with quiet_lightning(), tracking as tracker:
-        watcher = _MeasureStep(tracker, log, prepares)
+    with quiet_lightning():
+        watcher = _MeasureStep(log, prepares)
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
-        with replaced(module, configure_callbacks=partial(_measurable_callbacks, module.configure_callbacks)):
+        watcher.tracker = tracker = track_memory(
+            module,
+            _trackable(batch),
+            timeline_points=timeline_points,
+            known_kernels=known_kernels,
+            gpu_granularity=gpu_granularity,
+            device=trainer.strategy.root_device,  # where the fit moves the module, which may be elsewhere yet
+        )
+        own_callbacks = partial(_measurable_callbacks, module.configure_callbacks)
+        with tracker, replaced(module, configure_callbacks=own_callbacks):
             trainer.fit(module, _SameBatch(batch))
     if not watcher.is_done:
         raise ValueError(

@@ -53,6 +53,7 @@ def measure_memory(
         callbacks: Techniques and other callbacks; copies of them are used.
         plugins: Precision plugins; copies of them are used.
         **trainer_options: Arguments of ``pl.Trainer``, such as ``accumulate_grad_batches`` or ``gradient_clip_val``.
+            ``accelerator="gpu"`` measures the GPU's memory; the default is the CPU's.
 
     Returns:
         The report of the second optimizer step. ``by_category`` of the peak is in bytes.

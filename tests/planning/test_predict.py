@@ -142,6 +142,39 @@ def _images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
 
 
+def test_what_is_measured_is_the_memory_of_the_device_that_the_trainer_moves_the_module_to():
+    # The meta device stands for a GPU: its tensors have sizes, and are not on the CPU.
+    class Elsewhere(pl.accelerators.CPUAccelerator):
+        def setup_device(self, device: torch.device) -> None:
+            pass
+
+    class OneWay(pl.strategies.SingleDeviceStrategy):
+        def teardown(self) -> None:  # without moving the module back
+            pass
+
+        def reduce(self, tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            return torch.ones(())  # of which Lightning asks whether the loader is empty
+
+    class OneLayer(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    options = {"accelerator": Elsewhere(), "strategy": OneWay(device=torch.device("meta"))}
+    report = memopt.measure_memory(OneLayer(), torch.ones(8, 64), **options)
+    on_cpu = memopt.measure_memory(OneLayer(), torch.ones(8, 64))
+    assert report.device == "meta"
+    assert on_cpu.device == "cpu"
+    for category in ("parameters", "gradients"):
+        assert report.by_category[category] == on_cpu.by_category[category] > 0
+
+
 def test_a_step_that_reads_a_value_is_refused_with_the_operator_and_the_line():
     with pytest.raises(
         ValueError, match=r"_ReadsValues cannot be predicted: .*test_predict.py:\d+ .*_local_scalar_dense"
