@@ -32,6 +32,9 @@ def build_fake(make: Callable[[], Any], mode: FakeTensorMode) -> Any:
         with explain_reads_of_values("the function that makes the module cannot run on fake tensors", instead), mode:
             return make()
     except (ReadsValues, RuntimeError) as refusal:
+        if "Couldn't swap" in str(refusal):  # torch cannot cast fake parameters in place, as `.bfloat16()` does
+            with torch.device("meta"):
+                return fake_copy(mode, make())
         # A parameter without a shape (of `nn.LazyLinear`) cannot be fake; when the module is made it may have one.
         if not isinstance(refusal, ReadsValues) and "UninitializedParameter" not in str(refusal):
             raise

@@ -116,6 +116,13 @@ def test_parameters_on_the_meta_device_are_predicted_as_if_they_were_real():
     assert meta.peak_bytes == pytest.approx(real.peak_bytes, rel=0.001)
 
 
+def test_a_function_that_makes_a_module_and_casts_it_is_predicted_as_the_module_itself():
+    entry = ZOO["encoder"]
+    batch = entry.batch()
+    made = memopt.predict_memory(lambda: entry.build().bfloat16(), batch)
+    assert made.peak_bytes == memopt.predict_memory(entry.build().bfloat16(), batch).peak_bytes
+
+
 def test_a_module_that_has_been_fitted_can_be_predicted():
     entry = ZOO["mlp"]
     module = entry.build()
