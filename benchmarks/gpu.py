@@ -15,7 +15,8 @@ Without a GPU it says so and runs a toy size on the CPU, to show that it works.
 import argparse
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,17 +26,20 @@ import torch
 import workload
 from environment import environment_record, now
 from results_file import OtherEnvironmentError, ResultsFile
-from rows import ROWS
+from rows import ROWS, Row
 from verdict import memory_ratio, summarize
 from workers import Channel, WorkerError, in_worker
 
 import lightning_memopt as memopt
+from lightning_memopt.planning.predict import predict_step
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 NAMES = [name for name, row in ROWS.items() if row.vocabulary == 256] + ["chunked_loss"]
 STEPS = 6
 FILL = 0.9
 """Share of the GPU that the plain run may be predicted to use: the allocator needs room to round and to split."""
+GRANULARITY = 512
+"""CUDA's caching allocator hands out multiples of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def main() -> int:
         except WorkerError as error:
             record = {"error": str(error)}
             good = False
-        record = {"title": ROWS[name].title, "limit": "", **record, "measured_at": now()}
+        record = {"title": _row(name, on_gpu).title, "limit": "", **record, "measured_at": now()}
         if name == "plain":
             plain = record
         if results:
@@ -146,7 +150,7 @@ def _measure(channel: Channel, name: str, size: LlamaSize, on_gpu: bool) -> None
     """Body of a worker: predict, measure and train one row."""
     workload.be_quiet()
     batch = size.batch()
-    predicted = memopt.predict_memory(_build(name, size), batch, **_trainer_options(name, on_gpu=False))
+    predicted_bytes = _predicted_peak(name, size, on_gpu)
     memory = summarize(memopt.measure_memory(_build(name, size), batch, **_trainer_options(name, on_gpu)))
     watch = Watch()
     options = _trainer_options(name, on_gpu)
@@ -156,7 +160,7 @@ def _measure(channel: Channel, name: str, size: LlamaSize, on_gpu: bool) -> None
         memory |= {"peak_bytes": watch.peak_bytes, "reserved_bytes": watch.reserved_bytes}
     channel.send(
         {
-            "memory": memory | {"predicted_peak_bytes": predicted.peak_bytes},
+            "memory": memory | {"predicted_peak_bytes": predicted_bytes},
             "seconds": median(watch.seconds),
             "losses": watch.losses,
         }
@@ -164,7 +168,18 @@ def _measure(channel: Channel, name: str, size: LlamaSize, on_gpu: bool) -> None
 
 
 def _trainer_options(name: str, on_gpu: bool) -> dict[str, Any]:
-    return {"accelerator": "gpu" if on_gpu else "cpu", "devices": 1} | ROWS[name].options()
+    return {"accelerator": "gpu" if on_gpu else "cpu", "devices": 1} | _row(name, on_gpu).options()
+
+
+def _row(name: str, on_gpu: bool) -> Row:
+    """The row as the CPU's table has it, but that a GPU offloads to the host's memory and not to a disk."""
+    if name != "offload" or not on_gpu:
+        return ROWS[name]
+    return replace(
+        ROWS[name],
+        title="ActivationOffload to pinned memory",
+        options=lambda: {"callbacks": [memopt.ActivationOffload("cpu")]},
+    )
 
 
 def _build(name: str, size: LlamaSize) -> pl.LightningModule:
@@ -206,14 +221,18 @@ def _line(name: str, record: dict[str, Any]) -> str:
 def _largest_batch(gpu_bytes: int) -> int:
     """The largest power of two whose plain run is predicted to fit."""
     best = 1
-    while _predicted_plain_peak(LlamaSize(2 * best)) <= FILL * gpu_bytes:
+    while _predicted_peak("plain", LlamaSize(2 * best), on_gpu=True) <= FILL * gpu_bytes:
         best *= 2
     return best
 
 
-def _predicted_plain_peak(size: LlamaSize) -> int:
-    return memopt.predict_memory(
-        _build("plain", size), size.batch(), **_trainer_options("plain", on_gpu=False)
+def _predicted_peak(name: str, size: LlamaSize, on_gpu: bool) -> int:
+    # On fake tensors, which take no time to fill with random numbers, and write no files in the row that offloads.
+    return predict_step(
+        partial(_build, name, size),
+        size.batch(),
+        gpu_granularity=GRANULARITY if on_gpu else None,
+        **_trainer_options(name, on_gpu=False),
     ).peak_bytes
 
 

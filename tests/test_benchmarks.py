@@ -1,5 +1,6 @@
 """The benchmarks: tables are what the results say, results grow row by row, and the scripts run at toy size."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -122,6 +123,15 @@ def test_without_a_gpu_its_benchmark_says_so_and_runs_at_toy_size(tmp_path):
     assert "No CUDA GPU here" in ran.stdout
     rows = json.loads(path.read_text())["rows"]
     assert rows["checkpointing_full"]["loss_difference"] == 0
+
+
+def test_on_a_gpu_activations_are_offloaded_to_pinned_memory_and_predicted_without_one(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    (offload,) = gpu._trainer_options("offload", on_gpu=True)["callbacks"]
+    assert offload._arguments[0] == "cpu"
+    on_cpu, on_gpu = (gpu._predicted_peak("offload", gpu.TOY, on_gpu=on_gpu) for on_gpu in (False, True))
+    assert on_cpu < on_gpu < 1.02 * on_cpu  # blocks of 512 bytes, and AdamW steps all tensors at once
 
 
 @pytest.mark.slow
