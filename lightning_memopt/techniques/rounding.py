@@ -33,6 +33,7 @@ class RandomBits:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._generators: dict[str, torch.Generator] = {}
+        self._loaded: dict[str, torch.Tensor] = {}
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
         """16 random bits, as int32, for each element of ``tensor``."""
@@ -40,20 +41,25 @@ class RandomBits:
         return torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, device=tensor.device, generator=generator)
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        if str(device) not in self._generators:
-            self._generators[str(device)] = torch.Generator(device).manual_seed(self.seed)
-        return self._generators[str(device)]
+        name = str(device)
+        if name not in self._generators:
+            self._generators[name] = torch.Generator(device).manual_seed(self.seed)
+            # Rank 0 saves the state of its own GPU, from which the other ranks go on on theirs.
+            alike = [state for other, state in self._loaded.items() if torch.device(other).type == device.type]
+            if alike:
+                self._generators[name].set_state(self._loaded.get(name, alike[0]))
+        return self._generators[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The seed and the state of the generator of each device."""
-        return {"seed": self.seed, "states": {name: g.get_state() for name, g in self._generators.items()}}
+        drawn = {name: generator.get_state() for name, generator in self._generators.items()}
+        return {"seed": self.seed, "states": self._loaded | drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.seed = state["seed"]
         self._generators.clear()
-        for name, generator_state in state["states"].items():
-            self._generator(torch.device(name)).set_state(generator_state.cpu())
+        self._loaded = {name: generator_state.cpu() for name, generator_state in state["states"].items()}
 
 
 def round_stochastically(tensor: torch.Tensor, bits: RandomBits) -> torch.Tensor:

@@ -44,6 +44,16 @@ def test_rounding_leaves_the_global_random_numbers_alone_and_continues_from_a_sa
     assert not torch.equal(round_stochastically(tensor, bits), ahead)
 
 
+def test_a_rank_goes_on_from_the_state_that_another_saved_of_its_own_device():
+    bits, tensor = RandomBits(3), torch.ones(100)
+    bits.like(tensor)
+    saved = bits.state_dict()
+    expected = bits.like(tensor)
+    resumed = RandomBits(3)
+    resumed.load_state_dict({**saved, "states": {"cpu:1": saved["states"]["cpu"]}})  # as cuda:0 is to cuda:1
+    assert torch.equal(resumed.like(tensor), expected)
+
+
 def _parameter(dtype=torch.bfloat16, size=1000):
     generator = torch.Generator().manual_seed(0)
     return nn.Parameter((1 + torch.rand(size, generator=generator)).to(dtype))
