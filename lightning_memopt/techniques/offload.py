@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_memopt.models.lazy import refuse_uninitialized
-from lightning_memopt.techniques.offload_storage import FakeBytes, FileCopy, HostCopy, StoredBytes
+from lightning_memopt.techniques.offload_storage import CopyStream, FakeBytes, FileCopy, HostCopy, StoredBytes
 
 Destination = Literal["cpu", "disk"]
 MIN_BYTES = 2**20
@@ -90,7 +90,7 @@ class ActivationStore:
         self._folder: Path | None = None
         self._files = 0
         self._closing = False
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, CopyStream] = {}
         self._stored: weakref.WeakValueDictionary[tuple[int, int], StoredBytes] = weakref.WeakValueDictionary()
 
     def hooks(self, module: nn.Module) -> AbstractContextManager[None]:
@@ -157,9 +157,9 @@ class ActivationStore:
             return FileCopy(tensor, self._new_file(), self.stored_bytes)
         return HostCopy(tensor, self._stream(tensor.device))
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+    def _stream(self, device: torch.device) -> CopyStream:
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
+            self._streams[device] = CopyStream(torch.cuda.Stream(device))
         return self._streams[device]
 
     def _new_file(self) -> Path:

@@ -3,6 +3,7 @@
 import mmap
 import os
 import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.models.mapped import mark_as_mapped
+
+UNDER_WAY_BYTES = 256 * 2**20
+"""What copies to the host that have not ended may hold on the device: some 10 ms of a PCIe link."""
 
 
 class OffloadError(OSError):
@@ -91,6 +95,31 @@ class FileCopy(StoredBytes):
         return mapped.untyped_storage()
 
 
+class CopyStream:
+    """The stream on which tensors of one CUDA device are copied to the host.
+
+    The host runs ahead of the device, and what is being copied cannot be given away: unless the host waits for old
+    copies, a forward takes from the device all the memory that it offloads.
+
+    Args:
+        stream: A stream of its own.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self._under_way: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._bytes = 0
+
+    def add(self, copied: torch.cuda.Event, size_bytes: int) -> None:
+        """Note a copy that has begun, and wait for the oldest while those before it hold too much."""
+        while self._bytes > UNDER_WAY_BYTES:
+            oldest, oldest_bytes = self._under_way.popleft()
+            oldest.synchronize()
+            self._bytes -= oldest_bytes
+        self._under_way.append((copied, size_bytes))
+        self._bytes += size_bytes
+
+
 class HostCopy(StoredBytes):
     """A copy in pinned memory, made on a stream of its own while the forward goes on.
 
@@ -100,8 +129,9 @@ class HostCopy(StoredBytes):
     (https://github.com/meta-pytorch/torchtune/issues/1867).
     """
 
-    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    def __init__(self, tensor: torch.Tensor, copies: CopyStream) -> None:
         super().__init__(tensor)
+        stream = copies.stream
         with torch.no_grad():
             source = _bytes_of(tensor)
         self._host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
@@ -110,6 +140,7 @@ class HostCopy(StoredBytes):
             self._host.copy_(source, non_blocking=True)
         source.record_stream(stream)
         self._copied = stream.record_event()
+        copies.add(self._copied, self.nbytes)
 
     def _load(self) -> torch.UntypedStorage:
         torch.cuda.current_stream(self.device).wait_event(self._copied)

@@ -13,7 +13,7 @@ from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.techniques.checkpointing import checkpoint_activations
 from lightning_memopt.techniques.offload import offload_activations
-from lightning_memopt.techniques.offload_storage import OffloadError
+from lightning_memopt.techniques.offload_storage import UNDER_WAY_BYTES, CopyStream, OffloadError
 from tests.zoo import ZOO
 
 
@@ -192,6 +192,35 @@ def test_a_graph_that_is_dropped_without_backward_leaves_no_files(tmp_path: Path
     del loss
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_host_waits_for_old_copies_so_that_those_under_way_hold_little_on_the_device() -> None:
+    ended: list[int] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            ended.append(self.number)
+
+    copies = CopyStream(None)
+    waited = []
+    for number in range(4):
+        copies.add(Event(number), UNDER_WAY_BYTES)
+        waited.append(list(ended))
+    assert waited == [[], [], [0], [0, 1]]
+
+
+@pytest.mark.gpu
+def test_what_is_offloaded_serves_again_while_the_forward_goes_on(cuda: torch.device) -> None:
+    net = nn.Sequential(*(layer for _ in range(32) for layer in (nn.Linear(512, 512), nn.GELU()))).to(cuda)
+    x = torch.randn(32768, 512, device=cuda)  # 64 MiB, as each of the 64 tensors that are saved
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(cuda)
+    with offload_activations(net, to="cpu"):
+        net(x).sum().backward()
+    assert torch.cuda.max_memory_reserved(cuda) < 2 * 2**30
 
 
 @pytest.mark.gpu
