@@ -12,7 +12,8 @@ from lightning_memopt.techniques.host_random import HostRandomState
 class StepSnapshot:
     """What one training step of ``module`` changes: random state, buffers, gradients.
 
-    The random state is that of torch (CPU and the current CUDA device), Python and NumPy. Buffers are copied where
+    The random state is that of torch (CPU and the current CUDA device), Python and NumPy, and of generators that are
+    attributes of the module or of its submodules. Buffers are copied where
     they are, pending gradients to host memory: there may be as many of them as parameters, and device memory is what
     is short.
 
@@ -29,7 +30,7 @@ class StepSnapshot:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._restore_random_state = _random_state()
+        self._restore_random_state = _random_state(module)
         self._buffers = [
             (owner, name, buffer, buffer.clone())
             for owner in module.modules()
@@ -58,10 +59,10 @@ def _to_host(gradient: Tensor) -> Tensor:
     return gradient.detach().to("cpu", copy=True)
 
 
-def _random_state() -> Callable[[], None]:
+def _random_state(module: nn.Module) -> Callable[[], None]:
     """Take the state of each generator; the function returned brings it back."""
     generators: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
-    host = HostRandomState()
+    host = HostRandomState(module)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generators.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
 

@@ -136,11 +136,14 @@ class Drawing(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(2)
+        self.own = torch.Generator().manual_seed(0)
         self.register_buffer("replaced", torch.zeros(2))
 
     def forward(self, x):
         self.replaced = self.replaced + 1  # a new tensor under the same name
-        return self.norm(x) * torch.rand(1) * random.random() * numpy.random.rand()
+        return (
+            self.norm(x) * torch.rand(1, generator=self.own) * torch.rand(1) * random.random() * numpy.random.rand()
+        )
 
 
 def test_a_snapshot_brings_back_random_state_buffers_and_gradients_more_than_once():
@@ -151,7 +154,8 @@ def test_a_snapshot_brings_back_random_state_buffers_and_gradients_more_than_onc
     snapshot = StepSnapshot(model)
     draws = []
     for _ in range(3):
-        draws.append((torch.rand(2).tolist(), random.random(), numpy.random.rand()))
+        own = torch.rand(2, generator=model.own).tolist()
+        draws.append((torch.rand(2).tolist(), random.random(), numpy.random.rand(), own))
         model(torch.randn(4, 2)).sum().backward()
         snapshot.restore()
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

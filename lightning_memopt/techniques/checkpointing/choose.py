@@ -137,7 +137,7 @@ class Profiles:
         signature = _signature(call)
         if signature not in self._by_signature:
             try:
-                with host_random_kept():  # torch's generators are not asked by fake tensors
+                with host_random_kept(call.module):  # torch's global ones are not asked by fake tensors
                     self._by_signature[signature] = profile_region(call.module, call.args, call.kwargs)
             except Exception as error:
                 # Recomputing all of it is always right; a module that branches on values must not end the training.

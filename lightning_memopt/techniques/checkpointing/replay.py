@@ -1,12 +1,12 @@
 """Run a region a second time and leave everything but its activations as the first time left it.
 
-torch's random state and autocast are put back by ``torch.utils.checkpoint``. This adds Python's and NumPy's, and the
-buffers: BatchNorm's running statistics and counters, the power iteration of spectral normalization, anything that a
-forward writes.
+torch's random state and autocast are put back by ``torch.utils.checkpoint``. This adds Python's and NumPy's, that of
+generators which the region holds, and the buffers: BatchNorm's running statistics and counters, the power iteration
+of spectral normalization, anything that a forward writes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class WrittenBuffers:
     """The buffers of a region that its forward changes: BatchNorm's, and those seen to change in a call."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self._all = _named_buffers(module)
         # BatchNorm's kernels write the running statistics without counting a version.
         self._written: set[tuple[nn.Module, str]] = {
@@ -99,21 +100,21 @@ class Replayable:
         self._buffers = buffers
         self._on_replay = on_replay
         self._before: _Buffers | None = None
-        self._random: HostRandomState | None = None  # where the run drew from Python's or NumPy's generator
+        self._random: HostRandomState | None = None  # where the run drew from generators that torch leaves alone
 
     def __call__(self, *leaves: Any) -> Any:
         """Run the region on the leaves of its arguments and return what it returns."""
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self._before is None:
             before = self._buffers.before()
-            random = HostRandomState()
+            random = HostRandomState(self._buffers.module)
             out = self._run(*args, **kwargs)
             self._before = self._buffers.learn(before)
-            if HostRandomState() != random:
+            if random.has_own or not random.is_now():
                 self._random = random
             return out
         self._on_replay()
-        with _swapped(self._before), nullcontext() if self._random is None else host_random_kept(self._random):
+        with _swapped(self._before), self._drawing_again():
             try:
                 return self._run(*args, **kwargs)
             except RuntimeError as error:
@@ -125,6 +126,9 @@ class Replayable:
                     "policy keeps of it; use the policy 'full', which keeps none, or leave the block out with "
                     "`modules=`"
                 ) from error
+
+    def _drawing_again(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._random is None else host_random_kept(self._buffers.module, self._random)
 
 
 @contextmanager

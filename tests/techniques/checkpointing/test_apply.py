@@ -161,6 +161,37 @@ def test_what_a_block_draws_from_python_and_numpy_is_replayed_and_both_go_on_as_
     torch.testing.assert_close(checkpointed, plain)
 
 
+class DrawsFromItsOwn(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks, self.dice, self.rng = torch.Generator(), random.Random(), np.random.default_rng()
+
+    def seed(self, number: int) -> None:
+        self.masks.manual_seed(number)
+        self.dice.seed(number)
+        self.rng.bit_generator.state = np.random.default_rng(number).bit_generator.state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.rand(x.shape, generator=self.masks) < 0.7
+        return super().forward(x * mask * self.dice.random() * self.rng.random())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_block_draws_from_generators_of_its_own_is_replayed_and_they_go_on_as_in_plain_training(policy, x):
+    def train(module: nn.Module) -> tuple[Any, ...]:
+        for number, block in enumerate(module.blocks):
+            block.seed(number)
+        gradients = [_step(module, x) for _ in range(3)]
+        return gradients, [(b.masks.get_state(), b.dice.random(), b.rng.random()) for b in module.blocks]
+
+    module = Stack()
+    module.blocks = nn.ModuleList(DrawsFromItsOwn() for _ in range(6))
+    plain = train(module)
+    with checkpoint_activations(module, **POLICIES[policy]):
+        checkpointed = train(module)
+    torch.testing.assert_close(checkpointed, plain)
+
+
 @pytest.mark.parametrize("policy", ["selective", "budget"])
 def test_a_gradient_penalty_is_refused_by_name_where_products_are_kept_and_works_where_none_are(policy, stack, x):
     def penalize() -> None:
