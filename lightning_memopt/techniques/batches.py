@@ -208,7 +208,26 @@ def _read_size(batch: Any) -> tuple[int, Samples | None]:
             f"the tensors of the batch disagree on the number of samples ({found}), so it cannot be cut along the "
             "first dimension"
         )
-    return next(iter(sizes.values())), None if hold_samples is None else samples
+    size = next(iter(sizes.values()))
+    _refuse_one_item_a_sample(batch, size)
+    return size, None if hold_samples is None else samples
+
+
+def _refuse_one_item_a_sample(batch: Any, size: int) -> None:
+    """Refuse what a collate function that changes nothing returns: cut as batches, its images would lose channels.
+
+    Several loaders give a list of batches that looks the same, but of fewer loaders than samples.
+    """
+    if not isinstance(batch, list | tuple) or _is_named_tuple(batch) or not 1 < size < len(batch):
+        return
+    for kind in (Mapping, list | tuple):
+        if all(isinstance(item, kind) and len(item) == len(batch[0]) for item in batch):
+            raise CannotCut(
+                f"the batch is a {type(batch).__name__} of {len(batch)} {type(batch[0]).__name__}s, in each of which "
+                f"tensors have {size} rows, so it may be of one {type(batch[0]).__name__} a sample, or of as many "
+                f"batches of {size} samples",
+                f"collate samples to tensors, or {_GIVE_SPLIT}",
+            )
 
 
 def _lists_of_tensors_hold_samples(batch: Any) -> bool | None:

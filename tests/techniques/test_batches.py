@@ -135,6 +135,27 @@ def test_a_list_of_tensors_that_may_be_samples_or_parts_is_refused():
     assert batch_size((images(3, same=True), boxes(3))) == 3
 
 
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        ([(image, torch.tensor(1)) for image in images(8)], "tuple"),
+        ([[image, image[:, :4]] for image in images(8)], "list"),
+        ([{"image": image, "label": 1} for image in images(8)], "dict"),
+    ],
+    ids=["images and labels", "images and masks", "dicts"],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_list_of_one_pair_a_sample_is_refused_rather_than_cut_along_channels(batch, kind, size):
+    sentence = rf"list of 8 {kind}s, in each of which tensors have 3 rows, .*give `split=`"
+    with pytest.raises(ValueError, match=sentence):
+        micro_batches(batch, size)
+
+
+def test_a_list_of_a_batch_from_each_of_several_loaders_is_cut_in_each():
+    parts = micro_batches([(torch.ones(3, 4), torch.ones(3)), (torch.zeros(3, 2), torch.zeros(3))], 2)
+    assert [[len(tensor) for pair in part for tensor in pair] for part in parts] == [[2] * 4, [1] * 4]
+
+
 def test_a_part_of_a_dataclass_has_nothing_cached_of_the_whole():
     @dataclass
     class Batch:
