@@ -1,8 +1,8 @@
 """Lightning's side of gradient accumulation."""
 
 import math
+import operator
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lightning_memopt.callbacks.accumulation_checks import (
     loader_batch_size,
     replicas,
 )
-from lightning_memopt.models.instance_patch import replaced, with_property
+from lightning_memopt.models.instance_patch import Patches, replaced, with_property
 from lightning_memopt.techniques.accumulation import (
     GradientWindow,
     Schedule,
@@ -95,7 +95,7 @@ class GradientAccumulation(Callback):
         self._target_batch_size = target_batch_size
         self._by = by
         self._normalize = normalize
-        self._undo = ExitStack()
+        self._undo = Patches()
         self._start: int | None = None  # batches of the epoch before this window
         self._factor = 1
         self._announced: int | None = None
@@ -244,11 +244,11 @@ class GradientAccumulation(Callback):
             self._unit = (
                 torch.where(self._unit > 0, self._unit, 1) if isinstance(self._unit, Tensor) else self._unit or 1
             )
-        sum_over_devices: Callable[[Any], Any]
+        sum_over_devices: Any
         if self._normalize == "batch":  # all devices have equally many batches, which Lightning requires
-            sum_over_devices = lambda number: number * devices  # noqa: E731
+            sum_over_devices = partial(operator.mul, devices)
         else:
-            sum_over_devices = partial(reduce, how="sum") if devices > 1 else lambda number: number
+            sum_over_devices = partial(reduce, how="sum") if devices > 1 else operator.pos
         return GradientWindow(
             [parameter for parameter in pl_module.parameters() if parameter.requires_grad],
             self._unit * self._factor,

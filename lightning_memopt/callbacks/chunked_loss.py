@@ -1,6 +1,5 @@
 """The final linear layer and its loss without the full logits, for models that compute them as usual."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from typing_extensions import override
 
+from lightning_memopt.models.instance_patch import Patches
 from lightning_memopt.techniques.lazy_logits import lazy_logits
 
 
@@ -40,7 +40,7 @@ class ChunkedLoss(Callback):
                 "such as 'model.lm_head', or nothing for a Hugging Face model."
             )
         self.head = head
-        self._patches = ExitStack()
+        self._patches = Patches()
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

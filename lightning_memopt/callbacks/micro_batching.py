@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_memopt.callbacks.micro_batch_metrics import LogsOfMicroBatches, MetricSnapshot
 from lightning_memopt.models.fake import is_fake
-from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.batches import Split, batch_size, micro_batches
 from lightning_memopt.techniques.counting import Count, counter
@@ -103,7 +103,7 @@ class MicroBatching(Callback):
         self._is_auto = size == "auto"
         self._size = WHOLE_BATCH if size == "auto" else size
         self._split = split
-        self._undo = ExitStack()
+        self._undo = Patches()
 
     @property
     def size(self) -> int | None:

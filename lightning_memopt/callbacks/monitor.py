@@ -5,7 +5,6 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lightning_memopt.memory.postmortem import examine, write_post_mortem
 from lightning_memopt.memory.report import CATEGORIES, MemoryReport, format_bytes
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.models.fake import is_fake
-from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import find_uninitialized
 from lightning_memopt.models.out_of_memory import is_out_of_memory
 
@@ -96,7 +95,7 @@ class MemoryMonitor(Callback):
         self._samples_of_this_run = 0
         self._last: MemoryReport | None = None
         self._reserve: mmap.mmap | None = None
-        self._undo_patch = ExitStack()
+        self._undo_patch = Patches()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -175,6 +174,10 @@ class MemoryMonitor(Callback):
         self._undo_patch.close()
         self._release_reserve()
         self._folder = None  # an error in a later validation or test is not this run's
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies measure nothing that is under way, and the original keeps the memory that it set aside.
+        return {**self.__dict__, "_tracker": None, "_reserve": None}
 
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         tensors: list[torch.Tensor] = []

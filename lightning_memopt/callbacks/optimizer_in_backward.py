@@ -1,7 +1,6 @@
 """Lightning's side of stepping the optimizer in the backward."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_memopt.models.fake import holds_fakes
-from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
 from lightning_memopt.techniques.per_parameter import check_steps_alone
@@ -44,7 +43,7 @@ class OptimizerInBackward(Callback):
     """
 
     def __init__(self) -> None:
-        self._undo = ExitStack()
+        self._undo = Patches()
         self._stepping: bool | None = None
 
     @override

@@ -1,8 +1,15 @@
 """Replace methods and properties of one object, and put them back."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+
+class Patches(ExitStack):
+    """What its owner has to undo. Its copies have nothing to undo: patches stay on what they were made on."""
+
+    def __reduce__(self) -> tuple[type["Patches"], tuple[()]]:
+        return type(self), ()
 
 
 @contextmanager
@@ -28,9 +35,17 @@ def with_property(target: Any, name: str, read: Callable[[], Any]) -> Iterator[N
     """Within the block ``target``, this one object, has ``read()`` for what its class has a property for.
 
     A property is looked up in the class alone, so the object gets a class of its own, under the name of the first.
+    Its copies, and what is pickled, are of the first.
     """
-    cls = type(target)
-    target.__class__ = type(cls.__name__, (cls,), {name: property(lambda _: read()), "__module__": cls.__module__})
+    cls: Any = type(target)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        reduced: Any = cls.__reduce_ex__(self, protocol)
+        _, (_, *arguments), *state = reduced
+        return cls.__new__, (cls, *arguments), *state
+
+    members = {name: property(lambda _: read()), "__reduce_ex__": reduce, "__module__": cls.__module__}
+    target.__class__ = type(cls.__name__, (cls,), members)
     try:
         yield
     finally:
