@@ -13,6 +13,7 @@ Without a GPU it says so and runs a toy size on the CPU, to show that it works.
 """
 
 import argparse
+import gc
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -152,6 +153,9 @@ def _measure(channel: Channel, name: str, size: LlamaSize, on_gpu: bool) -> None
     batch = size.batch()
     predicted_bytes = _predicted_peak(name, size, on_gpu)
     memory = summarize(memopt.measure_memory(_build(name, size), batch, **_trainer_options(name, on_gpu)))
+    if on_gpu:  # what the measurement left with the allocator is not the run's
+        gc.collect()
+        torch.cuda.empty_cache()
     watch = Watch()
     options = _trainer_options(name, on_gpu)
     options["callbacks"] = [*options.get("callbacks", ()), watch]
