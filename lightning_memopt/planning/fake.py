@@ -23,8 +23,8 @@ def fake_copy(mode: FakeTensorMode, original: Any) -> Any:
     memo: dict[int, Any] = {}
     for tensor in _tensors(original):
         if stays_real(tensor):
-            memo[id(tensor)] = tensor.clone()
-        elif tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+            memo[id(tensor)] = tensor.clone().cpu()
+        elif tensor.device.type != "cpu" or isinstance(tensor, FakeTensor):
             memo[id(tensor)] = _fake_like(mode, tensor)
     with FakeCopyMode(mode):
         return copy.deepcopy(original, memo)

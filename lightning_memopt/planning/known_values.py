@@ -15,7 +15,7 @@ aten = torch.ops.aten
 def stays_real(tensor: torch.Tensor) -> bool:
     """Whether a tensor keeps its values in a fake run: token ids, labels, masks and counters do."""
     is_countable = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-    is_real = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
+    is_real = not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
     return is_countable and is_real and tensor.numel() <= _MAX_ELEMENTS
 
 

@@ -116,6 +116,14 @@ def test_parameters_on_the_meta_device_are_predicted_as_if_they_were_real():
     assert meta.peak_bytes == pytest.approx(real.peak_bytes, rel=0.001)
 
 
+@pytest.mark.gpu
+def test_a_module_and_a_batch_on_a_gpu_are_predicted_as_on_the_cpu(cuda):
+    entry = ZOO["encoder"]
+    expected = memopt.predict_memory(entry.build(), entry.batch()).peak_bytes
+    batch = {name: tensor.to(cuda) for name, tensor in entry.batch().items()}
+    assert memopt.predict_memory(entry.build().to(cuda), batch).peak_bytes == expected
+
+
 def test_a_function_that_makes_a_module_and_casts_it_is_predicted_as_the_module_itself():
     entry = ZOO["encoder"]
     batch = entry.batch()
