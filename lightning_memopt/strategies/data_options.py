@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 SHARDS = ("none", "optimizer", "gradients", "parameters")
 
 
-def check_arguments(shard: str, offload: bool, compression: str | None) -> None:
+def check_arguments(shard: str, offload: bool, compression: str | None, hook: Callable[..., Any] | None) -> None:
     """Refuse values that are not known and pairs that mean nothing together.
 
     Raises:
@@ -35,6 +35,11 @@ def check_arguments(shard: str, offload: bool, compression: str | None) -> None:
         raise MisconfigurationException(
             f"DataParallelStrategy(compression={compression!r}) with shard={shard!r}: only the gradients of replicas "
             "(shard='none') are compressed; a mixed-precision plugin gathers sharded parameters in 16 bits."
+        )
+    if hook is not None and (compression or shard != "none"):
+        raise MisconfigurationException(
+            f"DataParallelStrategy(ddp_comm_hook=...) with shard={shard!r} and compression={compression!r}: one hook "
+            "takes the gradients, and only those of replicas; leave it out, or the other two."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -33,7 +34,8 @@ class DataParallelStrategy(MemoptStrategy):
         offload: Keep what is sharded in CPU memory and step the optimizer there (``memopt_zero..._offload``).
         compression: Send gradients as ``"bf16"`` or ``"fp16"``; with ``shard="none"`` only.
         **options: What Lightning's ``DDPStrategy`` takes: ``cluster_environment``, ``checkpoint_io``,
-            ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``.
+            ``precision_plugin``, ``process_group_backend``, ``timeout``, ``start_method``, and for replicas
+            ``ddp_comm_hook``.
 
     Raises:
         MisconfigurationException: Bad arguments; or, before the first step, a module that cannot be sharded.
@@ -54,7 +56,7 @@ class DataParallelStrategy(MemoptStrategy):
         compression: Literal["bf16", "fp16"] | None = None,
         **options: Any,
     ) -> None:
-        check_arguments(shard, offload, compression)
+        check_arguments(shard, offload, compression, options.get("ddp_comm_hook"))
         super().__init__(**options)
         self.shard = shard
         self.offload = offload
@@ -85,9 +87,10 @@ class DataParallelStrategy(MemoptStrategy):
 
     @override
     def _register_ddp_hooks(self) -> None:
-        if self.compression is not None:
-            assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
-            self.model.register_comm_hook(None, compression_hooks()[self.compression])
+        # Lightning's own does nothing but on GPUs; hooks run over gloo as well.
+        assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
+        hook = self._ddp_comm_hook if self.compression is None else compression_hooks()[self.compression]
+        _register_ddp_comm_hook(self.model, self._ddp_comm_state, hook, self._ddp_comm_wrapper)
 
     @override
     def _get_process_group_backend(self) -> str:

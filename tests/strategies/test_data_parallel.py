@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -285,6 +286,22 @@ def test_compressed_gradients_train_nearly_the_same(compression, tolerance):
     np.testing.assert_allclose(compressed, plain, rtol=tolerance)
 
 
+def test_a_hook_of_the_users_own_reduces_the_gradients_of_replicas():
+    seen = []
+
+    def hook(state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        seen.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    def losses() -> tuple[list[np.ndarray], bool]:
+        hooked = DataParallelStrategy(ddp_comm_hook=hook)
+        return [fit_zoo(MLP, 2, 10, strategy=strategy).losses for strategy in ("memopt_ddp", hooked)], bool(seen)
+
+    (plain, hooked), was_called = run_on_ranks(losses, 2)[0]
+    assert was_called
+    np.testing.assert_allclose(hooked, plain, rtol=1e-6)
+
+
 # Data
 
 
@@ -460,6 +477,8 @@ def test_a_module_that_cannot_be_sharded_is_refused_by_name_on_all_ranks_and_lef
         ({"offload": True}, "nothing to offload"),
         ({"compression": "int4"}, "compression='int4'.*'bf16', 'fp16'"),
         ({"compression": "bf16", "shard": "parameters"}, "only the gradients of replicas"),
+        ({"ddp_comm_hook": allreduce_hook, "shard": "optimizer"}, "ddp_comm_hook.*only those of replicas"),
+        ({"ddp_comm_hook": allreduce_hook, "compression": "bf16"}, "one hook takes the gradients"),
     ],
 )
 def test_bad_arguments_are_refused_where_they_are_given(arguments, said):
