@@ -39,12 +39,16 @@ class LogsOfMicroBatches:
     step; its epoch value needs nothing, since each micro-batch updated it. Synchronization over devices happens once,
     when all micro-batches are through.
 
+    Args:
+        of_batch: Gives of a metric another one that computes its value for the batch, if there is one.
+
     Attributes:
         weight: What the micro-batch that is running weighs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_batch: Callable[[Metric], Metric | None] = lambda _: None) -> None:
         self.weight: float | Tensor = 1
+        self._of_batch = of_batch
         self._entries: dict[tuple[str, str], _Entry] = {}
 
     @torch.compiler.disable
@@ -60,8 +64,11 @@ class LogsOfMicroBatches:
     ) -> None:
         """In place of the log method of Lightning's result collection."""
         entry = self._entries.setdefault((fx, name), _Entry(value, reduce_fx, options))
-        step_value = value._forward_cache if isinstance(value, Metric) else value.detach()
-        entry.values.append(step_value)
+        if isinstance(value, Metric):
+            of_batch = self._of_batch(value)
+            entry.values.append(value._forward_cache if of_batch is None else of_batch)
+        else:
+            entry.values.append(value.detach())
         entry.weights.append(self.weight if batch_size is None else batch_size)
         if batch_size is not None:
             entry.batch_size = (entry.batch_size or 0) + batch_size
@@ -109,6 +116,8 @@ class _Entry:
         self.batch_size: int | None = None
 
     def reduced(self) -> Any:
+        if isinstance(self.values[-1], Metric):
+            return self.values[-1].compute()
         if len(self.values) == 1 or not all(isinstance(value, Tensor) for value in self.values):
             return self.values[-1]
         how = self.reduce_fx if isinstance(self.reduce_fx, str) else self.reduce_fx.__name__

@@ -24,6 +24,7 @@ from lightning_memopt.parallel.pipeline.schedules import STAGES_EACH, number_of_
 from lightning_memopt.parallel.pipeline.stubs import is_stub
 from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.strategies.pipeline_lists import AppendedToLists, can_be_sent
+from lightning_memopt.strategies.pipeline_metrics import MetricsOfBatch
 from lightning_memopt.techniques.batches import (
     CannotCut,
     batch_size,
@@ -55,7 +56,8 @@ class PipelineSteps:
         self._captured: Tensor | None = None
         self._captures = False
         self._metrics = {name: part for name, part in self._module.named_modules() if isinstance(part, Metric)}
-        self._stale: set[Metric] = set()
+        self._of_batch = MetricsOfBatch(self._metrics.values())
+        self._stale: set[int] = set()  # ids of metrics, whose hashes are of their states
         self._compared: set[tuple[str, int]] = set()
         self._random_state: bytes | None = None
 
@@ -73,6 +75,7 @@ class PipelineSteps:
     def metrics(self) -> Iterator[None]:
         """Within the block metrics compute on every rank from what the last stage gave them."""
         with ExitStack() as stack:
+            stack.enter_context(self._of_batch.followed())
             for metric in self._metrics.values():
                 stack.enter_context(replaced(metric, compute=partial(self._compute, metric, metric.compute)))
             yield
@@ -95,6 +98,7 @@ class PipelineSteps:
 
         def step(index: int, is_last: bool) -> Tensor:
             logs.weight = weights[index]
+            self._of_batch.begin_micro_batch()
             with appended.step(is_last):
                 output = run(self._for_stage(pieces[index]), *rest)
             if is_last:
@@ -142,6 +146,7 @@ class PipelineSteps:
 
         def step(index: int, is_last: bool) -> Tensor:
             logs.weight = weights[index]
+            self._of_batch.begin_micro_batch()
             with appended.step(is_last):
                 result = self._step_of(optimization, kwargs | {"batch": self._for_stage(pieces[index])})
             assert is_last and result.closure_loss is not None
@@ -202,7 +207,7 @@ class PipelineSteps:
         weights: Sequence[float | Tensor],
     ) -> Any:
         """Give every rank what the last stage returned, logged and appended, and whether it is the last step."""
-        self._stale = set(self._metrics.values())
+        self._stale = set(map(id, self._metrics.values()))
         lists: dict[str, list[Any]] = {}
 
         def told() -> tuple[Any, ...]:
@@ -246,8 +251,8 @@ class PipelineSteps:
 
     def _compute(self, metric: Metric, compute: Callable[[], Any]) -> Any:
         """In place of a metric's: with the states that it has on the last stage."""
-        if not self._pipeline.is_running and metric in self._stale:
-            self._stale.discard(metric)
+        if not self._pipeline.is_running and id(metric) in self._stale:
+            self._stale.discard(id(metric))
             names = (*metric._defaults, "_update_count")
             states = self._from_last_stage(lambda: {name: getattr(metric, name) for name in names})
             for name, value in states.items():
@@ -257,7 +262,8 @@ class PipelineSteps:
 
     @contextmanager
     def _logging(self) -> Iterator[LogsOfMicroBatches]:
-        logs = LogsOfMicroBatches()
+        self._of_batch.begin_batch()
+        logs = LogsOfMicroBatches(self._of_batch.twin)
         results = self._trainer._results
         with nullcontext() if results is None else replaced(results, log=logs.log):
             yield logs

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics import Accuracy, MeanMetric
+from torchmetrics import Accuracy, F1Score, MeanMetric, MetricCollection, PearsonCorrCoef
 
 import lightning_memopt as memopt
 from tests.distributed import run_on_ranks
@@ -134,6 +134,52 @@ def test_logs_metrics_callbacks_and_outputs_are_those_of_one_device_on_every_ran
         np.testing.assert_allclose(seen["computed"], one_device["computed"], rtol=1e-3, atol=1e-4)
         assert seen["tested"][0]["test_loss"] == pytest.approx(one_device["tested"][0]["test_loss"], rel=1e-4)
         np.testing.assert_allclose(seen["predicted"], one_device["predicted"], rtol=1e-3, atol=1e-4)
+
+
+class Measures(Classifier):
+    """Logs metrics of which a batch's value is no mean of its parts' on steps, one of them called twice in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        of_classes = {"num_classes": 4, "average": "macro"}
+        self.metrics = MetricCollection([Accuracy("multiclass", **of_classes), F1Score("multiclass", **of_classes)])
+        self.twice = Accuracy("multiclass", **of_classes)
+        self.correlation = PearsonCorrCoef()  # updates twice in a forward
+        self.losses = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.metrics(logits, y)
+        self.twice(-logits, y)
+        self.twice(logits, y)
+        self.correlation(logits[:, 0], y.float())
+        self.losses(loss)
+        self.log_dict(self.metrics, on_step=True, on_epoch=True)
+        for name in ("twice", "correlation", "losses"):
+            self.log(name, getattr(self, name), on_step=True, on_epoch=name != "losses")
+        return {"loss": loss, "logits": logits.detach()}
+
+
+def test_metrics_of_steps_are_those_of_the_whole_batch():
+    def logged(ranks: int, **options: Any) -> list[dict[str, float]]:
+        torch.manual_seed(0)
+        seen = _Seen()
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", devices=ranks, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False, callbacks=[seen], use_distributed_sampler=False,
+            limit_val_batches=0, **options,
+        )  # fmt: skip
+        module = Measures()
+        module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=0.02)
+        trainer.fit(module, _loaders()[0])
+        return seen.logged
+
+    plain = run_on_ranks(lambda: logged(1), 1)[0]
+    for seen in run_on_ranks(lambda: logged(2, strategy=memopt.PipelineParallelStrategy(microbatches=4)), 2):
+        for ours, theirs in zip(seen, plain, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 class SeesBatches(Callback):
