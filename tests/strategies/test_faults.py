@@ -1,11 +1,12 @@
 """A rank is killed, raises, hangs or is told to stop: the others end in time, and say which rank and why."""
 
+import operator
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memopt import full_state_dict, latest_checkpoint
+from lightning_memopt.parallel.verdict import Beat
+from lightning_memopt.parallel.watch import RankWatch
 from lightning_memopt.strategies.data_parallel import DataParallelStrategy
 from lightning_memopt.strategies.hybrid import HybridStrategy
 from lightning_memopt.strategies.pipeline import PipelineParallelStrategy
@@ -40,6 +43,19 @@ BATCH = 2
 DEADLINE_SECONDS = 40
 
 
+def wait_until_heard(watch: RankWatch) -> None:
+    """Until the others know where this rank is, however busy the machine is: it tells, and then each reads."""
+    end = time.monotonic() + 5  # some of the others may be gone by now
+    for ranks in ([watch.rank], sorted(watch._beats)):
+        heard = [count + 2 for count in _signs_of(watch, ranks)]
+        while time.monotonic() < end and any(map(operator.lt, _signs_of(watch, ranks), heard)):
+            time.sleep(0.01)
+
+
+def _signs_of(watch: RankWatch, ranks: Iterable[int]) -> list[int]:
+    return [Beat.decode(stored).count for stored in watch._store.multi_get(list(map(str, ranks)))]
+
+
 @dataclass
 class Fault:
     """What happens to which ranks, and where: the name of a hook, or of what the module computes."""
@@ -53,10 +69,7 @@ class Fault:
         ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
         if place == self.place and batch == BATCH and module.global_rank in ranks and not self.struck:
             self.struck = True  # once, however many micro-batches there are
-            watch = module.trainer.strategy._watch
-            heard = watch._own.count + 2  # for the others to hear that it got here, however busy the machine is
-            while watch._own.count < heard:
-                time.sleep(0.01)
+            wait_until_heard(module.trainer.strategy._watch)
             self.act()
 
 
