@@ -216,6 +216,11 @@ class RankWatch:
     def _end(self) -> None:
         """Get this rank to raise, or end its process."""
         assert self.failure is not None
+        sentence = f"[rank {self.rank}] {type(self.failure).__name__}: {self.failure}"
+        is_own = self.failure.rank == self.rank
+        if not is_own:
+            # Before the rank that raised hears that this one knows, and ends: launchers end all with the first.
+            print(sentence, file=sys.stderr, flush=True)
         with suppress(RuntimeError):
             self._beat()  # so that rank 0 knows that this one knows
         if not self._handled.is_set():
@@ -224,7 +229,8 @@ class RankWatch:
             self._handled.wait(self.grace_seconds)
         if self._handled.is_set() and self._stopped.wait(self.silent_seconds):
             return
-        print(f"[rank {self.rank}] {type(self.failure).__name__}: {self.failure}", file=sys.stderr, flush=True)
+        if is_own:
+            print(sentence, file=sys.stderr, flush=True)
         self._wait_for_others(self.grace_seconds)
         os._exit(1)
 

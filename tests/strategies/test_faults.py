@@ -2,6 +2,7 @@
 
 import operator
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,6 +197,8 @@ def test_the_others_end_with_the_cause_of_a_rank_that_raised(name: str, faulty: 
     endings = fit_with(name, Fault("forward", fail, rank=faulty), tmp_path)
     for other in others_than(faulty, endings):
         assert other.failed_with(f"Rank {faulty} ", "forward of batch 2", "ValueError: a bad sample"), other
+        # It says so at once, and not only in a traceback, before which launchers may end it.
+        assert re.search(rf"^\[rank \d\] RankFailure: Rank {faulty} ", other.said, re.MULTILINE), other
     itself = endings[faulty]
     assert itself.failed_with("ValueError: a bad sample") and not itself.failed_with("RankFailure"), itself
 
