@@ -70,7 +70,7 @@ class SeesSums(Deep):
         self.sums.append(float(batch[0].sum()))
 
 
-@pytest.mark.parametrize("plans", ["callback", "strategy"])
+@pytest.mark.parametrize("plans", ["callback", pytest.param("strategy", marks=pytest.mark.distributed)])
 def test_a_stream_that_can_be_read_once_loses_no_batch_to_the_plan(plans, tmp_path):
     dataset = TensorDataset(*_batch(32, 64))
     options = {
