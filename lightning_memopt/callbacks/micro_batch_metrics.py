@@ -65,7 +65,7 @@ class LogsOfMicroBatches:
         """In place of the log method of Lightning's result collection."""
         entry = self._entries.setdefault((fx, name), _Entry(value, reduce_fx, options))
         if isinstance(value, Metric):
-            of_batch = self._of_batch(value)
+            of_batch = self._of_batch(value) if options.get("on_step") else None
             entry.values.append(value._forward_cache if of_batch is None else of_batch)
         else:
             entry.values.append(value.detach())

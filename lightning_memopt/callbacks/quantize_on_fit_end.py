@@ -1,7 +1,6 @@
 """Quantize once, when training is over."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ from lightning_memopt.compression.sensitivity import scan_sensitivity
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.fake import holds_fakes
-from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.selectors import Selector
 from lightning_memopt.techniques.batches import copied
 
@@ -107,7 +106,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         self.back_off = back_off
         self.inplace = inplace
         self._tried = False  # whether a training batch has gone through ``validation_step``
-        self._guard = ExitStack()
+        self._guard = Patches()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -24,12 +24,17 @@ def batch_of(loaders: Any, has_begun: bool = False) -> Any:
     return tree_map(partial(_first, has_begun=has_begun), loaders, is_leaf=_is_loader)
 
 
+def can_be_indexed(loader: Any) -> bool:
+    """Whether samples can be read without a pass over the loader having begun."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
 def _is_loader(item: Any) -> bool:
     return hasattr(item, "__iter__") and not isinstance(item, list | tuple | dict)
 
 
 def _first(loader: Any, has_begun: bool) -> Any:
-    is_indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    is_indexed = can_be_indexed(loader)
     if is_indexed and loader.batch_size:
         count = min(loader.batch_size, len(loader.dataset))
         return loader.collate_fn([loader.dataset[index] for index in range(count)])

@@ -89,8 +89,10 @@ class DataParallelStrategy(MemoptStrategy):
     def _register_ddp_hooks(self) -> None:
         # Lightning's own does nothing but on GPUs; hooks run over gloo as well.
         assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
-        hook = self._ddp_comm_hook if self.compression is None else compression_hooks()[self.compression]
-        _register_ddp_comm_hook(self.model, self._ddp_comm_state, hook, self._ddp_comm_wrapper)
+        if self.compression is not None:
+            self.model.register_comm_hook(None, compression_hooks()[self.compression])
+        else:
+            _register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
 
     @override
     def _get_process_group_backend(self) -> str:

@@ -8,10 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memopt.models.instance_patch import replaced
-from lightning_memopt.planning.first_batch import batch_of
+from lightning_memopt.planning.first_batch import batch_of, can_be_indexed
 from lightning_memopt.techniques.batches import copied
 
 _LOOPS = {
@@ -39,7 +38,7 @@ def sample_batch(trainer: pl.Trainer, patches: ExitStack) -> tuple[str, Any] | N
     if combined is None or not combined.flattened:
         return None
     is_fit = loop_name == "fit_loop"
-    if all(_can_be_indexed(loader) for loader in (combined.flattened if is_fit else combined.flattened[:1])):
+    if all(can_be_indexed(loader) for loader in (combined.flattened if is_fit else combined.flattened[:1])):
         with isolate_rng():
             batch = batch_of(combined.iterables if is_fit else combined.flattened[0])
     else:
@@ -50,10 +49,6 @@ def sample_batch(trainer: pl.Trainer, patches: ExitStack) -> tuple[str, Any] | N
         batch = copied(batch)  # hooks and the step may change it, and it is to be used again
     with isolate_rng():
         return step, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _can_be_indexed(loader: Any) -> bool:
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def _peek_in_fit(fetcher: Any) -> Any:

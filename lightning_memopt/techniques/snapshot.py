@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_memopt.techniques.host_random import HostRandomState
+from lightning_memopt.techniques.host_random import HostRandomState, generators_of
 
 
 class StepSnapshot:
@@ -62,7 +62,7 @@ def _to_host(gradient: Tensor) -> Tensor:
 def _random_state(module: nn.Module) -> Callable[[], None]:
     """Take the state of each generator; the function returned brings it back."""
     generators: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
-    host = HostRandomState(module)
+    host = HostRandomState(generators_of(module))
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generators.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from lightning_memopt.techniques.host_random import HostRandomState, host_random_kept
+from lightning_memopt.techniques.host_random import HostRandomState, generators_of, host_random_kept
 
 ALWAYS_COPIED = 2**16
 """Bytes up to which a buffer is copied before each call, as warm-ups and observers first write on a later one."""
@@ -33,10 +33,14 @@ class _Seen(NamedTuple):
 
 
 class WrittenBuffers:
-    """The buffers of a region that its forward changes: BatchNorm's, and those seen to change in a call."""
+    """The buffers of a region that its forward changes: BatchNorm's, and those seen to change in a call.
+
+    Attributes:
+        generators: Random generators that the region holds.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.generators = generators_of(module)
         self._all = _named_buffers(module)
         # BatchNorm's kernels write the running statistics without counting a version.
         self._written: set[tuple[nn.Module, str]] = {
@@ -107,10 +111,10 @@ class Replayable:
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self._before is None:
             before = self._buffers.before()
-            random = HostRandomState(self._buffers.module)
+            random = HostRandomState(self._buffers.generators)
             out = self._run(*args, **kwargs)
             self._before = self._buffers.learn(before)
-            if random.has_own or not random.is_now():
+            if self._buffers.generators or not random.is_now():
                 self._random = random
             return out
         self._on_replay()
@@ -128,7 +132,7 @@ class Replayable:
                 ) from error
 
     def _drawing_again(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._random is None else host_random_kept(self._buffers.module, self._random)
+        return nullcontext() if self._random is None else host_random_kept(self._buffers.generators, self._random)
 
 
 @contextmanager
