@@ -1,4 +1,4 @@
-"""What PyTorch's quantization by export makes of modules of the zoo, beside ``"int8_static"``: a table on stdout.
+"""What PyTorch's quantization by export makes of modules of the zoo, beside ``"int8_static"``.
 
     python -m benchmarks.pt2e
 
@@ -7,8 +7,12 @@ Sizes and numbers only, which no other work on the machine changes; ``benchmarks
 
 import copy
 import io
+import json
 import warnings
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from lightning_memopt.compression.quantize import module_bytes, quantize
 from lightning_memopt.compression.ranges import observe_inputs
 from tests.zoo import ZOO
 
+RESULTS = Path(__file__).parent / "results" / "pt2e.json"
 FORWARDS: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
     "mlp": ("0", lambda module, x: module(x)),
     "cnn": ("0", lambda module, x: module.head(module.blocks(module.stem(x)))),
@@ -41,8 +46,8 @@ class WithForward(nn.Module):
         return self._forward(self.module, x)
 
 
-def row(name: str) -> str:
-    """One line of the table."""
+def row(name: str) -> list[str]:
+    """One row of the table."""
     key, forward = FORWARDS[name]
     module, batch = ZOO[name].build().eval(), ZOO[name].batch()
     x = batch[key] if isinstance(batch, dict) else batch[int(key)]
@@ -67,7 +72,7 @@ def row(name: str) -> str:
             f"{_decibels(wanted, graph(x)):.0f}, {_decibels(wanted, ours(x)):.0f}",
             ", ".join(done.fallbacks) or "none",
         ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def _by_export(net: nn.Module, x: Tensor) -> tuple[Any, int, int]:
@@ -111,13 +116,18 @@ def _decibels(wanted: Tensor, found: Tensor) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Write the table."""
     warnings.filterwarnings("ignore")
     titles = ["module", "exports as it is", "products of integers", "bytes, PT2E", "state on disk, PT2E",
               "bytes, `int8_static`", "dB, both", "fallbacks of `int8_static`"]  # fmt: skip
-    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-    for name in FORWARDS:
-        print(row(name), flush=True)
+    results = {
+        "torch": torch.__version__,
+        "torchao": version("torchao"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "titles": titles,
+        "rows": [row(name) for name in FORWARDS],
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -298,6 +298,32 @@ def kernels_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _provenance(results)]) + "\n"
 
 
+def tensor_shares_table(results: dict[str, Any]) -> str:
+    """Bytes of parameters on a rank of tensor parallelism against one device.
+
+    Args:
+        results: What ``tensor_shares.py`` wrote.
+    """
+    lines = [f"| module | bytes on one device | on each of {results['ranks']} ranks | |", "|---|---:|---:|---:|"]
+    for name, row in results["rows"].items():
+        whole, part = row["whole_bytes"], row["rank_bytes"]
+        lines.append(f"| {name} | {whole:,} | {part:,} | {part / whole:.1%} |")
+    return "\n".join([*lines, "", f"Exact, torch {results['torch']} (`python -m benchmarks.tensor_shares`)."]) + "\n"
+
+
+def pt2e_table(results: dict[str, Any]) -> str:
+    """PyTorch's quantization by export beside ``"int8_static"``.
+
+    Args:
+        results: What ``pt2e.py`` wrote.
+    """
+    lines = [f"| {' | '.join(results['titles'])} |", f"|{'---|' * len(results['titles'])}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in results["rows"]]
+    return (
+        "\n".join([*lines, "", f"torch {results['torch']}, torchao {results['torchao']}, {results['date']}."]) + "\n"
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
@@ -312,6 +338,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "planner_published": published_table,
     "planning_time": planning_time_table,
     "monitor_overhead": monitor_table,
+    "tensor_shares": tensor_shares_table,
+    "pt2e": pt2e_table,
 }
 """How each results file is drawn, by its name."""
 
