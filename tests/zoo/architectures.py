@@ -147,8 +147,8 @@ _LIST = [
         "opt", "OPTForCausalLM", "OPTConfig", _masked, ffn_dim=64, word_embed_proj_dim=32, use_cache=False, **_TEXT
     ),
     _entry(
-        "bloom", "BloomForCausalLM", "BloomConfig", _masked, vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4,
-        use_cache=False,
+        "bloom", "BloomForCausalLM", "BloomConfig", _masked, vocab_size=VOCABULARY, hidden_size=32, n_layer=3,
+        n_head=4, use_cache=False,
     ),
     _entry("falcon", "FalconForCausalLM", "FalconConfig", _causal, **_TEXT, use_cache=False),
     _entry(
@@ -190,8 +190,8 @@ _LIST = [
     _entry("bart", "BartForConditionalGeneration", "BartConfig", _translated, **_TWO_SIDES),
     _entry("marian", "MarianMTModel", "MarianConfig", _translated, **_TWO_SIDES),
     _entry(
-        "whisper", "WhisperForConditionalGeneration", "WhisperConfig", _heard, num_mel_bins=8, max_source_positions=20,
-        max_target_positions=32, suppress_tokens=None, begin_suppress_tokens=None, **_TWO_SIDES,
+        "whisper", "WhisperForConditionalGeneration", "WhisperConfig", _heard, num_mel_bins=8,
+        max_source_positions=20, max_target_positions=32, suppress_tokens=None, begin_suppress_tokens=None, **_TWO_SIDES,
     ),
     _entry("convnext", "ConvNextForImageClassification", "ConvNextConfig", _image, num_stages=3, **_STAGES),
     _entry(
