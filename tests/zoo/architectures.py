@@ -191,7 +191,8 @@ _LIST = [
     _entry("marian", "MarianMTModel", "MarianConfig", _translated, **_TWO_SIDES),
     _entry(
         "whisper", "WhisperForConditionalGeneration", "WhisperConfig", _heard, num_mel_bins=8,
-        max_source_positions=20, max_target_positions=32, suppress_tokens=None, begin_suppress_tokens=None, **_TWO_SIDES,
+        max_source_positions=20, max_target_positions=32, suppress_tokens=None, begin_suppress_tokens=None,
+        **_TWO_SIDES,
     ),
     _entry("convnext", "ConvNextForImageClassification", "ConvNextConfig", _image, num_stages=3, **_STAGES),
     _entry(
