@@ -324,6 +324,27 @@ def pt2e_table(results: dict[str, Any]) -> str:
     )
 
 
+def splits_table(results: dict[str, Any]) -> str:
+    """How even stages are by counted and by measured cost.
+
+    Args:
+        results: What ``splits.py`` wrote.
+    """
+    kinds = {"counted": '`"auto"`', "measured": '`"measured"`', "clocked": "best there is"}
+    lines = [
+        f"| model | stages | {' | '.join(kinds.values())} | to measure |",
+        "|---|---:|" + "---:|" * (len(kinds) + 1),
+    ]
+    for name, row in results["rows"].items():
+        about = f"{name}: {row['about'][0].lower()}{row['about'][1:].rstrip('.')}"
+        for stages in (key for key in row if key.startswith("stages_")):
+            cells = " | ".join(f"{row[stages][kind]:.2f}" for kind in kinds)
+            lines.append(
+                f"| {about} | {stages.removeprefix('stages_')} | {cells} | {row['seconds_to_measure']:.1f} s |"
+            )
+    return "\n".join([*lines, "", _environment(results)]) + "\n"
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "single_device": techniques_table,
     "gpu": techniques_table,
@@ -340,6 +361,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "monitor_overhead": monitor_table,
     "tensor_shares": tensor_shares_table,
     "pt2e": pt2e_table,
+    "splits": splits_table,
 }
 """How each results file is drawn, by its name."""
 

@@ -41,8 +41,9 @@ class PipelineParallelStrategy(MemoptStrategy):
         schedule: ``"1f1b"`` keeps the activations of as many micro-batches as there are stages; ``"gpipe"`` of all;
             ``"interleaved_1f1b"`` and ``"zbv"`` put two stages on a rank, which idles less and communicates more.
         microbatches: How many a batch is split into. ``"auto"``: four for each rank, or as many as there are samples.
-        split: ``"auto"`` balances the stages by their cost, counted in a run without data; or the names of the
-            modules that stages after the first begin with; or a number of stages.
+        split: ``"auto"`` balances the stages by their cost, counted in a run without data; ``"measured"`` by the time
+            that their operators take on rank 0's device; or the names of the modules that stages after the first
+            begin with; or a number of stages.
         normalize: What the loss is a mean over: ``"samples"``, or ``"tokens"`` as for ``GradientAccumulation``.
         count: With ``normalize="tokens"``: a function that counts a batch's tokens, as a number or a tensor.
         mask_key: With ``normalize="tokens"``, instead of ``count``: the mask, or the labels (-100 is ignored).
@@ -90,10 +91,10 @@ class PipelineParallelStrategy(MemoptStrategy):
             )
         is_names = isinstance(split, list | tuple) and split and all(isinstance(part, str) for part in split)
         is_number = isinstance(split, int) and not isinstance(split, bool) and split > 0
-        if split != "auto" and not is_names and not is_number:
+        if split not in ("auto", "measured") and not is_names and not is_number:
             raise MisconfigurationException(
-                f"{name}(split={split!r}) is no split; give 'auto', a number of stages, or a list of the names of "
-                "the modules that stages after the first begin with."
+                f"{name}(split={split!r}) is no split; give 'auto', 'measured', a number of stages, or a list of the "
+                "names of the modules that stages after the first begin with."
             )
         if normalize not in ("samples", "tokens"):
             raise MisconfigurationException(

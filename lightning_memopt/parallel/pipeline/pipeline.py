@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.parallel.agreement import gather_values
 from lightning_memopt.parallel.gather import complete_in_place
 from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, StageRun, read_shapes, shapes_of_stages
 from lightning_memopt.parallel.pipeline.chain import Chain
+from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.ownership import SharedBuffers, SharedParameters, free_in_place
 from lightning_memopt.parallel.pipeline.probe import find_links, run_silently, survey
 from lightning_memopt.parallel.pipeline.recompute import Recomputation
@@ -92,7 +95,11 @@ class Pipeline:
             return call(self._shadow, sample)
 
         links = find_links(self._shadow, run_silently(self._shadow, run))
-        found = survey(self._shadow, links, self._mode, run_silently(self._shadow, run))
+        # Where a run is predicted nothing can be timed.
+        times = OperatorTimes(device) if split == "measured" and active_fake_mode() is None else None
+        found = survey(self._shadow, links, self._mode, run_silently(self._shadow, run), times)
+        if times is not None:  # by one rank for all, which must cut alike
+            found.costs = gather_values(tuple(times.costs(len(found.costs))) if dist.get_rank() == 0 else None)[0]
         self.partition = partition(found, split, count)
         held = holders(module, found, self.partition, self._stubs)
         self._stages = [stage for stage in range(count) if rank_of_stage(schedule, stage, self._ranks) == self._rank]

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.parallel.pipeline.boundary import Boundary, has_no_data, read_boundary
 from lightning_memopt.parallel.pipeline.chain import Chain
+from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.recompute import is_checkpointed_reentrantly
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
 from lightning_memopt.parallel.refusal import StepRefused
@@ -35,7 +36,7 @@ class Survey:
 
     Attributes:
         names: The links of the chain, in the order of their calls.
-        costs: Of each position, in multiply-adds.
+        costs: Of each position, in multiply-adds of the forward, or in seconds of forward and backward.
         uses: Of each parameter that the step used, the positions.
         uncut: Links before which the step cannot be cut, and why.
         is_whole: Whether the step ran to its end; it may stop behind the last link, where it looks at values.
@@ -95,13 +96,22 @@ def _order_of_calls(modules: Iterable[nn.Module], run: Step) -> tuple[list[nn.Mo
     return order, ended_with
 
 
-def survey(module: nn.Module, links: list[str], mode: StubMode, run: Step) -> Survey:
+def survey(
+    module: nn.Module, links: list[str], mode: StubMode, run: Step, times: OperatorTimes | None = None
+) -> Survey:
     """Run a step on a shadow of which every parameter is a stub.
+
+    Args:
+        module: The shadow.
+        links: What it may be cut before.
+        mode: Of its stubs.
+        run: Runs a step on it.
+        times: Is told of its operators, to time them afterwards.
 
     Raises:
         ValueError: The step fails on stubs before its last link; says where.
     """
-    observer = _Surveyor(module, links)
+    observer = _Surveyor(module, links, times)
     chain = Chain(module.get_submodule(name) for name in links)
     chain.observer, mode.listener = observer, observer.heard
     try:
@@ -127,7 +137,8 @@ def _why_not(error: Exception) -> str:
 
 
 class _Surveyor:
-    def __init__(self, module: nn.Module, links: list[str]) -> None:
+    def __init__(self, module: nn.Module, links: list[str], times: OperatorTimes | None) -> None:
+        self._times = times
         self.found = Survey(links, costs=[0.0] * (len(links) + 1))
         self.position = 0
         self._names = {parameter: name for name, parameter in module.named_parameters()}
@@ -177,7 +188,10 @@ class _Surveyor:
                 self._alive.append(value)
         cost = flop_registry.get(func._overloadpacket)
         flops = cost(*args, **kwargs, out_val=result) if cost is not None else 0
-        self.found.costs[self.position] += flops + ELEMENT_COST * elements
+        counted = flops + ELEMENT_COST * elements
+        self.found.costs[self.position] += counted
+        if self._times is not None:
+            self._times.heard(self.position, func, args, kwargs, counted)
 
     def _mark(self, cuts: Iterable[int], allowed: set[int], how: str) -> None:
         for cut in cuts:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lightning_memopt.models.ties import find_tied_parameters
 from lightning_memopt.parallel.pipeline.probe import Survey
 
-Split = Literal["auto"] | int | Sequence[str]
-"""``"auto"``, a number of stages, or the names of the modules that stages after the first begin with."""
+Split = Literal["auto", "measured"] | int | Sequence[str]
+"""``"auto"`` and a number of stages balance what is counted, ``"measured"`` what is timed; or the names of the
+modules that stages after the first begin with."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Partition:
     Attributes:
         names: The links of the chain.
         starts: The link that each stage begins with; the first stage's is 0, and has all that comes before it too.
-        costs: Of each stage, in multiply-adds of the forward.
+        costs: Of each stage, in the unit of the survey's.
     """
 
     names: tuple[str, ...]
@@ -53,7 +54,7 @@ def number_of_stages(split: Split, ranks: int, each: int) -> int:
         ValueError: Another number than the ranks and the schedule need.
     """
     wanted = ranks * each
-    if split == "auto":
+    if isinstance(split, str):
         return wanted
     given = split if isinstance(split, int) else len(split) + 1
     if given % ranks or (each == 1 and given != ranks) or given < wanted or (each == 2 and given != wanted):
