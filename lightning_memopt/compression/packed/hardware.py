@@ -1,6 +1,7 @@
 """Which products this hardware is fast at."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,8 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+
+def sums_in_32_bits(capabilities: Mapping[str, Any], environment: Mapping[str, str]) -> bool:
+    """Whether oneDNN adds products of bytes in 32 bits: VNNI and AMX do, unless the user told it not to use them.
+
+    Args:
+        capabilities: Of the processor.
+        environment: Of the process; ``ONEDNN_MAX_CPU_ISA`` caps what oneDNN uses (``DNNL_MAX_CPU_ISA`` before it).
+    """
+    cap = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    has = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return has and cap not in ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+
+
 _CPU = torch.cpu.get_capabilities()
-_SUMS_IN_32_BITS = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+_SUMS_IN_32_BITS = sums_in_32_bits(_CPU, os.environ)
 _BF16_ON_CPU = any(_CPU.get(name) for name in ("avx512_bf16", "amx_bf16"))
 _BYTES_ON_CPU = bool(_CPU.get("avx2")) and torch.backends.mkldnn.is_available()
 

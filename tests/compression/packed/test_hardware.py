@@ -30,6 +30,14 @@ def test_integers_are_multiplied_exactly_and_the_largest_do_not_overflow(way, ex
     assert torch.equal(product.long(), a @ b)
 
 
+def test_sums_are_not_trusted_to_instructions_that_the_user_keeps_onednn_from():
+    has = {"avx2": True, "avx512_vnni": True}
+    assert hardware.sums_in_32_bits(has, {}) and not hardware.sums_in_32_bits({"avx2": True}, {})
+    assert not hardware.sums_in_32_bits(has, {"ONEDNN_MAX_CPU_ISA": "avx2"})
+    assert not hardware.sums_in_32_bits(has, {"DNNL_MAX_CPU_ISA": "AVX512_CORE"})
+    assert hardware.sums_in_32_bits(has, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"})
+
+
 @pytest.mark.parametrize("options", [([1, 1], [1, 1], [1, 1]), ([2, 1], [0, 2], [1, 2])])
 def test_images_of_integers_are_convolved_exactly_at_the_borders_too(way, options):
     images = torch.full((2, 30, 8, 9), hardware.largest_input(CPU))
