@@ -36,9 +36,11 @@ from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.parallel.moving import move_in_place
+from lightning_memopt.parallel.operators import teach_operators
 from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.even_batches import EvenBatches
+from lightning_memopt.strategies.finetuning import unfreezing_by_identity
 from lightning_memopt.strategies.split_checks import refuse_averaging
 from lightning_memopt.strategies.termination import stopping_together
 from lightning_memopt.strategies.watched import WatchedStrategy
@@ -161,8 +163,10 @@ class MemoptStrategy(WatchedStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             if self.splits_module and self.world_size > 1:
                 refuse_averaging(type(self).__name__, trainer)
+                self._undo_patches.enter_context(unfreezing_by_identity())
             self._warn_of_batch_norm()
         if self.splits_module:
+            teach_operators()
             self._patch_precision_plugin()
         self._patch_metrics(self.lightning_module)
         super().setup(trainer)
