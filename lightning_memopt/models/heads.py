@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_head")
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_head")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "d_head", "head_size", "d_kv")
 
 
@@ -43,7 +43,7 @@ def read_heads(module: nn.Module, width: int | None = None) -> Heads | None:
     places: list[object] = list(module.modules())
     configs = {id(config): config for place in places if (config := getattr(place, "config", None)) is not None}
     places += configs.values()
-    queries = _first(places, _HEADS)
+    queries = _first(places, HEADS)
     if queries is None:
         return None
     size = _first(places, _HEAD_SIZES)
@@ -51,7 +51,7 @@ def read_heads(module: nn.Module, width: int | None = None) -> Heads | None:
         if width is None or width % queries:
             return None
         size = width // queries
-    return Heads(queries, _first(places, _KEY_VALUE_HEADS) or queries, size)
+    return Heads(queries, _first(places, KEY_VALUE_HEADS) or queries, size)
 
 
 def _first(places: Iterable[object], names: tuple[str, ...]) -> int | None:

@@ -6,11 +6,11 @@ verifies it on real inputs.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightning_memopt.models.heads import Heads, read_heads
+from lightning_memopt.models.heads import HEADS, KEY_VALUE_HEADS, Heads, read_heads
 from lightning_memopt.models.hf_tensor_plans import read_tensor_plans
 from lightning_memopt.models.linears import LinearShape, read_linear
 
@@ -66,6 +66,7 @@ class _Open:
     name: str
     shape: LinearShape
     depth: int = 1
+    home: str | None = None  # the innermost module that calls it, of which what it does with others was asked first
 
 
 def find_linear_groups(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[LinearGroup]:
@@ -123,7 +124,7 @@ def _collect(module: nn.Module, name: str, groups: list[LinearGroup], taken: set
     for child_name, child in module.named_children():
         below = _collect(child, f"{name}.{child_name}" if name else child_name, groups, taken)
         deeper = read_linear(child) is None
-        left += [_Open(o.name, o.shape, o.depth + deeper) for o in below if o.depth + deeper <= _DEPTH]
+        left += [replace(o, depth=o.depth + deeper) for o in below if o.depth + deeper <= _DEPTH]
     if isinstance(module, nn.Sequential):
         found = list(_in_sequential(module, name, left))
     elif isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -136,7 +137,10 @@ def _collect(module: nn.Module, name: str, groups: list[LinearGroup], taken: set
     used = {linear for group in found for linear in group.names}
     if isinstance(module, nn.ModuleList) and any(next(child.children(), None) for child in module):
         return []  # blocks: never joined with each other
-    return [linear for linear in left if linear.name not in used]
+    left = [linear for linear in left if linear.name not in used]
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) or _has_no_forward(module):
+        return left
+    return [replace(linear, home=name) if linear.home is None else linear for linear in left]
 
 
 def _has_no_forward(module: nn.Module) -> bool:
@@ -169,22 +173,27 @@ def _in_module(module: nn.Module, name: str, left: list[_Open]) -> Iterator[Line
     if gated is not None:
         yield gated
         left = [linear for linear in left if linear.name not in gated.names]
-    if attention is None and _own_heads(module) is not None:
-        return  # parts of an attention, of which the rest is elsewhere
+    if attention is None and _speaks_of_heads(module):
+        return  # parts of an attention, of which the rest is elsewhere, or fused in a way that cannot be taken apart
     previous: _Open | None = None
     for linear in left:
-        if previous is not None and previous.shape.out_features == linear.shape.in_features:
+        if previous is not None and _may_follow(linear, previous):
             yield LinearGroup(name, (Column(previous.name),), linear.name)
             previous = None
         else:
             previous = linear
 
 
-def _own_heads(module: nn.Module) -> Heads | None:
-    """The heads that ``module``'s own attributes speak of."""
-    lone = nn.Module()
-    vars(lone).update({key: value for key, value in vars(module).items() if isinstance(value, int)})
-    return read_heads(lone, width=0)
+def _may_follow(linear: _Open, previous: _Open) -> bool:
+    """Whether ``linear`` may take what ``previous`` gives; not if a module that holds both knew nothing of it."""
+    if linear.home is not None and linear.home == previous.home:
+        return False
+    return previous.shape.out_features == linear.shape.in_features
+
+
+def _speaks_of_heads(module: nn.Module) -> bool:
+    """Whether ``module``'s own attributes say how many heads, of queries or of keys, there are."""
+    return any(isinstance(vars(module).get(name), int) for name in (*HEADS, *KEY_VALUE_HEADS))
 
 
 def _attention(module: nn.Module, name: str, left: list[_Open]) -> LinearGroup | None:

@@ -99,6 +99,42 @@ def test_a_linear_with_a_forward_or_a_weight_of_its_own_is_no_plain_linear():
     assert read_linear(nn.Linear(2, 3)).out_features == 3
 
 
+def test_a_linear_in_other_words_is_a_linear():
+    class InOtherWords(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    class Scaled(InOtherWords):
+        scale = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    assert (
+        read_linear(InOtherWords(2, 3)) == read_linear(InOtherWords(2, 3, bias=False)) == read_linear(nn.Linear(2, 3))
+    )
+    with torch.device("meta"):
+        assert read_linear(InOtherWords(2, 3)) is not None
+    scaled = Scaled(2, 3)
+    scaled.scale = 2.0
+    assert read_linear(scaled) is None
+    masked = InOtherWords(2, 3)
+    masked.register_buffer("mask", torch.ones(3, 2))
+    assert read_linear(masked) is None
+
+
+def test_what_an_attention_fuses_in_parts_of_several_sizes_is_joined_with_nothing():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    groups = find_linear_groups(Phi3ForCausalLM(config))
+    assert [group.owner for group in groups] == ["model.layers.0.mlp"]
+
+
 def test_heads_are_read_under_the_names_that_models_use():
     module = nn.Module()
     module.n_head, module.n_kv_heads = 6, 2
