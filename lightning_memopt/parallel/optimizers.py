@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_memopt.parallel.gather import full_on_cpu
@@ -31,7 +31,9 @@ def check_steps_shards(optimizer: Optimizer, mesh: DeviceMesh) -> None:
     name = type(optimizer).__name__
     remedy = "use an optimizer that treats each element by itself (AdamW, SGD), or `memopt_ddp`"
     for index, group in enumerate(optimizer.param_groups):
-        held = [parameter for parameter in group["params"] if not parameter.is_meta]
+        held = [
+            parameter for parameter in group["params"] if isinstance(parameter, DTensor) and not parameter.is_meta
+        ]
         for like in {parameter.ndim: parameter for parameter in held}.values():
             with torch.random.fork_rng(devices=[]):
                 try:

@@ -23,8 +23,8 @@ class Adjustment:
         numbers: Modules, and what some of their integer attributes have to be.
         narrows: Whether its inputs have to look narrower than they are: code that takes its width from an input
             (``batch, length, width = x.shape``) then takes a rank's. The split layers know the whole input.
-        deals_heads: What it takes and gives for each head (``(..., heads, length, length)``: biases, attention
-            weights) is dealt out to the ranks, and put together again.
+        deals_heads: What it takes, makes and gives for each head (biases, attention weights) is dealt out to the
+            ranks, and put together again.
     """
 
     numbers: Sequence[tuple[nn.Module, dict[str, int]]] = ()
@@ -76,27 +76,52 @@ def adjusted(adjustment: Adjustment) -> Iterator[None]:
 
 
 @contextmanager
-def dealing_embeddings(owner: nn.Module, heads: int, mesh: DeviceMesh) -> Iterator[None]:
-    """Within the block, embeddings in ``owner`` that give a number for each head (relative positions) give a part."""
+def dealing_positions(owner: nn.Module, heads: int, mesh: DeviceMesh) -> Iterator[None]:
+    """Within the block, modules in ``owner`` that hold a number for each head (relative positions) give a part."""
     with ExitStack() as stack:
         for module in owner.modules():
             if isinstance(module, nn.Embedding) and module.embedding_dim == heads:
                 give = partial(_part_of_output, module.forward, mesh)
                 stack.enter_context(replaced(module, forward=give))
+            elif _holds_heads(module, heads) and "_tensor_split" not in vars(module) and module is not owner:
+                give = partial(_heads_of_output, module.forward, heads, mesh)
+                stack.enter_context(replaced(module, forward=give))
         yield
+
+
+def _holds_heads(module: nn.Module, heads: int) -> bool:
+    """Whether it has parameters of its own, a table or a list with something for each head."""
+    return any(heads in parameter.shape for parameter in module.parameters(recurse=False))
 
 
 def _part_of_output(call: Callable[..., Tensor], mesh: DeviceMesh, ids: Tensor) -> Tensor:
     return take_part(call(ids), mesh)
 
 
+def _heads_of_output(call: Callable[..., Any], heads: int, mesh: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
+    return deal_heads(call(*args, **kwargs), heads, mesh)
+
+
 def deal_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
-    """``tree`` with this rank's heads of its floating-point tensors ``(batch, heads, length, length)``."""
-    return tree_map(lambda x: take_part(x, mesh, 1) if _has_heads(x, heads) else x, tree)
+    """``tree`` with this rank's heads of what it has for each.
+
+    That is floating-point tensors ``(batch, heads, length, length)``, and ``(batch * heads, 1, length)``, as which
+    BLOOM, Falcon and MPT hand around what they add to the scores.
+    """
+    return tree_map(lambda x: _part_of_heads(x, heads, mesh), tree)
+
+
+def _part_of_heads(x: Any, heads: int, mesh: DeviceMesh) -> Any:
+    if _has_heads(x, heads):
+        return take_part(x, mesh, 1)
+    is_row = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3 and x.shape[1] == 1
+    if is_row and x.shape[0] % heads == 0:
+        return take_part(x.unflatten(0, (-1, heads)), mesh, 1).flatten(0, 1)
+    return x
 
 
 def gather_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
-    """``tree`` with all ranks' heads of such tensors put together."""
+    """``tree`` with all ranks' heads of tensors ``(batch, heads, length, length)`` put together."""
     return tree_map(lambda x: gather(x, mesh, 1) if _has_heads(x, heads // mesh.size()) else x, tree)
 
 

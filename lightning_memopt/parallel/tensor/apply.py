@@ -141,7 +141,11 @@ def _join_groups(handle: TensorParallel, mesh: DeviceMesh) -> None:
 
 
 def stand_in(handle: TensorParallel, module: nn.Module, kind: type[nn.Module]) -> None:
-    """Put ``kind`` in front of the class of ``module`` until ``handle`` is undone."""
+    """Put ``kind`` in front of the class of ``module`` until ``handle`` is undone.
+
+    A ``kind`` of embedding is put behind a class that is more than ``nn.Embedding``: what that does around the
+    lookup (Gemma's and BART's scale, OPT's offset) it then does around that of ``kind``.
+    """
     cls = type(module)
     joined: Any = _joined_class
     module.__class__ = joined(kind, cls)
@@ -151,7 +155,9 @@ def stand_in(handle: TensorParallel, module: nn.Module, kind: type[nn.Module]) -
 @cache
 def _joined_class(kind: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     """One class for all modules of ``cls``, under its name: blocks are found by class, and asked for by name."""
-    return type(cls.__name__, (kind, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    is_behind = issubclass(kind, nn.Embedding) and cls is not nn.Embedding
+    bases = (cls, kind) if is_behind else (kind, cls)
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _is_elsewhere(layer: nn.Module) -> bool:

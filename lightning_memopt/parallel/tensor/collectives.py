@@ -4,6 +4,9 @@ Every function has a forward and the backward that belongs to it; Shoeybi et al.
 (https://arxiv.org/abs/1909.08053) call the first two *f* and *g*.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -19,9 +22,27 @@ def enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def own(x: Tensor) -> Tensor:
+    """``x``, which nothing else holds, for code that may change it in place (Falcon's ``mlp_output += attention``).
+
+    What comes out of a ``DTensor`` is a view that autograd lets nobody write to.
+    """
+    return _Own.apply(x)
+
+
 def add_up(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of all ranks' ``x``, the same on all of them, and so is its gradient."""
-    return _to_all(DTensor.from_local(x, mesh, [Partial()], run_check=False))
+    return own(_to_all(DTensor.from_local(x, mesh, [Partial()], run_check=False)))
 
 
 def gather(x: Tensor, mesh: DeviceMesh, dimension: int = -1, pieces: int = 1) -> Tensor:
@@ -36,7 +57,7 @@ def gather(x: Tensor, mesh: DeviceMesh, dimension: int = -1, pieces: int = 1) ->
     dimension = dimension % x.ndim
     parted = x.unflatten(dimension, (pieces, -1))
     whole = _to_all(DTensor.from_local(parted, mesh, [Shard(dimension + 1)], run_check=False))
-    return whole.flatten(dimension, dimension + 1)
+    return own(whole.flatten(dimension, dimension + 1))
 
 
 def take_part(x: Tensor, mesh: DeviceMesh, dimension: int = -1) -> Tensor:
@@ -54,7 +75,8 @@ def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def add_up_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Of the sum of all ranks' ``x`` ``(batch, tokens, features)`` this rank's tokens; their gradient is gathered."""
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
+    total = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+    return own(total.redistribute(placements=[Shard(1)]).to_local())
 
 
 def part_of(x: Tensor, rank: int, size: int, dimension: int = -1, pieces: int = 1) -> Tensor:

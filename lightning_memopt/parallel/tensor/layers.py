@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lightning_memopt.models.linears import LinearShape
-from lightning_memopt.parallel.tensor.collectives import add_up, add_up_tokens, enter, gather, take_part
+from lightning_memopt.parallel.tensor.collectives import add_up, add_up_tokens, enter, gather, own, take_part
 
 if TYPE_CHECKING:
     from lightning_memopt.parallel.tensor.regions import Region
@@ -77,16 +77,16 @@ class RowParallel(nn.Module):
         return y if bias is None else y + bias.to(y.dtype)
 
 
-class VocabParallel(nn.Module):
-    """In front of ``nn.Embedding``: each rank has some of the rows."""
+class VocabParallel(nn.Embedding):
+    """In place of ``nn.Embedding``, under the user's class if that is another: each rank has some of the rows."""
 
     _tensor_split: SplitState
 
     def forward(self, ids: Tensor) -> Tensor:
         """``(...)`` to ``(..., features)``."""
         replicated = DTensor.from_local(ids, self._tensor_split.mesh, [Replicate()], run_check=False)
-        rows: Any = F.embedding(replicated, self.weight, self.padding_idx)  # type: ignore[arg-type]
-        return rows.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+        rows: Any = F.embedding(replicated, self.weight, self.padding_idx)
+        return own(rows.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()]))
 
 
 class ExpertsParallel(nn.Module):

@@ -12,17 +12,19 @@ style        split                                       communication per call 
 ===========  ==========================================  ===================================================
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from torch import nn
 
 from lightning_memopt.models.hf_tensor_plans import is_split_experts, read_tensor_plans
 from lightning_memopt.models.linear_groups import Column, LinearGroup, find_linear_groups
 from lightning_memopt.models.linears import read_linear
-from lightning_memopt.models.weight_reads import find_weight_reads
+from lightning_memopt.models.weight_reads import find_weight_reads, reads_own
 
 Style = Literal["colwise", "rowwise", "vocab", "attention", "experts", "whole"]
 
@@ -30,7 +32,7 @@ OVERRIDES = ("colwise", "rowwise", "whole")
 """What a user can ask for a module."""
 
 SMALL = 0.01
-"""A layer by itself with a smaller share of the model's parameters is not worth its communication."""
+"""Layers that stand alone are not worth their communication if all of one shape have a smaller share of the model."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class PlanEntry:
         style: How it is split.
         pieces: Of a ``"colwise"`` layer: equal parts that its outputs consist of, each of which is split.
         group: The owner of the group of linears that it is part of; ``None`` if it stands alone.
-        reason: Why it is whole.
+        reason: Why it is whole, or not split together with the layers next to it.
         whole_bytes: Of its parameters on one device, tied ones counted with the first module that holds them.
         rank_bytes: Of the same on one rank.
     """
@@ -129,29 +131,31 @@ class _Planner:
         self.reads = find_weight_reads(module)
         self.theirs = read_tensor_plans(module)
         self.elements = sum(parameter.numel() for parameter in module.parameters())
+        self.alike: Counter[tuple[torch.Size, ...]] = Counter()
         self.entries: dict[str, PlanEntry] = {}
         self.groups: list[LinearGroup] = []
 
     def plan(self) -> TensorPlan:
+        apart: dict[str, str] = {}
         for group in find_linear_groups(self.module, self.roles):
-            self._add_group(group)
-        for name, holder in self.holders.items():
-            if name not in self.entries:
-                self.entries[name] = self._alone(name, holder)
+            reason = self._refusal(group)
+            if reason:
+                apart |= dict.fromkeys(group.names, reason)
+            else:
+                self._add_group(group)
+        alone = {name: holder for name, holder in self.holders.items() if name not in self.entries}
+        self.alike.update(map(_shapes, alone.values()))
+        for name, holder in alone.items():
+            self.entries[name] = self._alone(name, holder, apart.get(name, ""))
         self._keep_ties()
         entries = {name: self.entries[name] for name in self.holders}
         return TensorPlan(self.size, dict(self._with_bytes(entries)), tuple(self.groups))
 
     def _add_group(self, group: LinearGroup) -> None:
-        reason = self._refusal(group)
-        if not reason:
-            self.groups.append(group)
-            for column in group.columns:
-                self.entries[column.name] = PlanEntry(column.name, "colwise", column.pieces, group.owner)
-            self.entries[group.row] = PlanEntry(group.row, "rowwise", group=group.owner)
-            return
-        for name in group.names:
-            self.entries[name] = PlanEntry(name, "whole", reason=self._read_past(name) or reason)
+        self.groups.append(group)
+        for column in group.columns:
+            self.entries[column.name] = PlanEntry(column.name, "colwise", column.pieces, group.owner)
+        self.entries[group.row] = PlanEntry(group.row, "rowwise", group=group.owner)
 
     def _refusal(self, group: LinearGroup) -> str:
         read = [name for name in group.names if name in self.reads]
@@ -169,26 +173,28 @@ class _Planner:
             return f"the inputs of `{group.row}` cannot be dealt out to {self.size} ranks"
         return ""
 
-    def _alone(self, name: str, holder: nn.Module) -> PlanEntry:
+    def _alone(self, name: str, holder: nn.Module, why: str = "") -> PlanEntry:
+        """``why`` says why it is not split with others."""
         role = self.roles.get(name)
         if role == "whole":
             return PlanEntry(name, "whole", reason="the plan says so")
         style, reason = self._style_alone(name, holder, role)
         reason = reason or self._read_past(name)
-        elements = sum(parameter.numel() for parameter in _own_parameters(holder).values())
+        shapes = _shapes(holder)
+        elements = sum(shape.numel() for shape in shapes) * max(self.alike[shapes], 1)
         if role is not None and reason:
             raise ValueError(
                 f"`{name}` is to be {role!r} and cannot be split: {reason}. Leave it out of the plan, or say 'whole'."
             )
         if role is None and not reason and style != "attention" and elements < SMALL * self.elements:
             reason = "too small to be worth the communication"
-        return PlanEntry(name, "whole", reason=reason) if reason else PlanEntry(name, style)
+        return PlanEntry(name, "whole", reason=reason) if reason else PlanEntry(name, style, reason=why)
 
     def _style_alone(self, name: str, holder: nn.Module, role: str | None) -> tuple[Style, str]:
         """The style, and why it cannot be."""
         if isinstance(holder, nn.MultiheadAttention):
             return "attention", self._attention_refusal(holder)
-        if isinstance(holder, nn.Embedding) and type(holder).forward is nn.Embedding.forward:
+        if isinstance(holder, nn.Embedding):
             return "vocab", self._embedding_refusal(holder, role)
         if is_split_experts(holder, self.theirs.get(name)):
             inner = holder.get_parameter("down_proj").shape[-1]
@@ -203,6 +209,8 @@ class _Planner:
     def _embedding_refusal(self, embedding: nn.Embedding, role: str | None) -> str:
         if role == "colwise":
             return "an embedding is split by rows ('rowwise')"
+        if "forward" in vars(embedding) or reads_own(embedding, "weight"):
+            return f"{type(embedding).__name__} does not look its rows up as nn.Embedding does"
         if embedding.num_embeddings % self.size:
             return f"{embedding.num_embeddings} rows do not divide by {self.size}"
         if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
@@ -230,19 +238,19 @@ class _Planner:
         return self._sizes(column.name)[1] % (column.pieces * self.size) == 0
 
     def _keep_ties(self) -> None:
-        """Leave whole what is tied to something that is split otherwise, and all that hangs together with it."""
-        changed = True
-        while changed:
-            changed = False
-            for uses in self._uses().values():
-                splits = {split for _, split in uses}
-                if len(splits) < 2:
-                    continue
-                for name, split in uses:
-                    if split is not None:
-                        other = next(other for other, theirs in uses if theirs != split)
-                        self._make_whole(name, f"tied to `{other}`, which is not split like it")
-                        changed = True
+        """Leave whole what is tied to something that is split otherwise; groups are taken apart before that."""
+        while (conflict := self._find_conflict()) is not None:
+            name, other = conflict
+            self._give_up(name, f"tied to `{other}`, which is not split like it")
+
+    def _find_conflict(self) -> tuple[str, str] | None:
+        """A module that is split, one of a group if there is one, and another that holds the same parameter."""
+        grouped = {name for group in self.groups for name in group.names}
+        for uses in self._uses().values():
+            if len({split for _, split in uses}) > 1:
+                name, mine = max(((n, s) for n, s in uses if s is not None), key=lambda use: use[0] in grouped)
+                return name, next(other for other, theirs in uses if theirs != mine)
+        return None
 
     def _uses(self) -> dict[int, list[tuple[str, tuple[int, int] | None]]]:
         """Of each parameter, the modules that hold it, and the dimension and pieces by which they would split it."""
@@ -252,16 +260,20 @@ class _Planner:
                 continue
             splits = split_dimensions(holder, self.entries[name])
             for key, parameter in _own_parameters(holder).items():
-                uses.setdefault(id(parameter), []).append((name, splits.get(key)))
+                if key in splits or _is_layer_of_torch(holder) or reads_own(holder, key):
+                    uses.setdefault(id(parameter), []).append((name, splits.get(key)))
         return uses
 
-    def _make_whole(self, name: str, reason: str) -> None:
+    def _give_up(self, name: str, reason: str) -> None:
+        """Take the group of ``name`` apart, or leave it whole if it is in none."""
         together = [group for group in self.groups if name in group.names]
-        names = {name, *(other for group in together for other in group.names)}
+        if not together:
+            self.entries[name] = PlanEntry(name, "whole", reason=reason)
+            return
         self.groups = [group for group in self.groups if group not in together]
-        for other in names:
+        for other in {other for group in together for other in group.names}:
             why = reason if other == name else f"`{name}`, with which it would be split, is {reason}"
-            self.entries[other] = PlanEntry(other, "whole", reason=why)
+            self.entries[other] = self._alone(other, self.holders[other], why)
 
     def _with_bytes(self, entries: dict[str, PlanEntry]) -> Iterator[tuple[str, PlanEntry]]:
         counted: set[int] = set()
@@ -307,6 +319,15 @@ def _find_holders(module: nn.Module) -> dict[str, nn.Module]:
     """The modules with parameters, by qualified name; an attention's parts count as itself."""
     parts = {part for sub in module.modules() if isinstance(sub, nn.MultiheadAttention) for part in sub.children()}
     return {name: sub for name, sub in module.named_modules() if sub not in parts and _own_parameters(sub)}
+
+
+def _shapes(holder: nn.Module) -> tuple[torch.Size, ...]:
+    return tuple(parameter.shape for parameter in _own_parameters(holder).values())
+
+
+def _is_layer_of_torch(holder: nn.Module) -> bool:
+    """Whether it is, or extends, a layer of torch, which uses all parameters that are registered on it."""
+    return any(base.__module__.startswith("torch.nn.") and base is not nn.Module for base in type(holder).__mro__)
 
 
 def _own_parameters(holder: nn.Module) -> dict[str, nn.Parameter]:

@@ -24,7 +24,7 @@ from lightning_memopt.parallel.tensor.adjust import (
     Adjustment,
     adjusted,
     deal_heads,
-    dealing_embeddings,
+    dealing_positions,
     entering,
     gather_heads,
 )
@@ -105,7 +105,7 @@ class Region:
                     return call(*args, **kwargs)
                 assert self.group.heads is not None
                 heads = self.group.heads.queries
-                stack.enter_context(dealing_embeddings(self.owner, heads, self.mesh))
+                stack.enter_context(dealing_positions(self.owner, heads, self.mesh))
                 args, kwargs = deal_heads((args, kwargs), heads, self.mesh)
                 return gather_heads(call(*args, **kwargs), heads, self.mesh)
         finally:

@@ -24,12 +24,13 @@ def test_a_rank_holds_its_share_of_each_split_layer(name, size):
     assert rank <= whole * (1 / size + 0.05)
 
 
-def test_heads_that_cannot_be_dealt_out_leave_their_attention_whole_and_say_so():
+def test_an_attention_whose_heads_cannot_be_dealt_out_is_split_layer_by_layer_and_says_so():
     plan = find_tensor_plan(ZOO["llama"].build(), 4)
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
         entry = plan.entries[f"model.model.layers.0.self_attn.{projection}"]
-        assert entry.style == "whole"
+        assert (entry.style, entry.group, entry.rank_bytes) == ("colwise", None, entry.whole_bytes // 4)
         assert entry.reason == "2 key and value heads cannot be dealt out to 4 ranks"
+    assert "outputs gathered: 2 key and value heads cannot" in describe_plan(plan)
     assert plan.entries["model.model.layers.0.mlp.gate_proj"].style == "colwise"
     three = find_tensor_plan(ZOO["encoder"].build(), 3)
     assert three.entries["encoder.layers.0.self_attn"].reason == "4 heads cannot be dealt out to 3 ranks"
@@ -54,7 +55,7 @@ def test_tied_weights_are_split_alike_or_not_at_all():
     assert plan.entries["1"].reason == "tied to `0`, which is not split like it"
 
 
-def test_a_pair_that_loses_a_layer_loses_both():
+def test_a_pair_that_loses_a_layer_is_split_layer_by_layer():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -65,8 +66,55 @@ def test_a_pair_that_loses_a_layer_loses_both():
             return self.norm(self.fc2(self.fc1(x)))
 
     plan = find_tensor_plan(Tied(), 2)
-    assert plan.is_empty and not plan.groups
+    assert _styles(plan) == {"fc1": "whole", "fc2": "colwise", "norm": "whole"} and not plan.groups
+    assert plan.entries["fc1"].reason == "tied to `norm`, which is not split like it"
     assert "`fc1`, with which it would be split" in plan.entries["fc2"].reason
+
+
+def test_a_head_is_split_with_the_embedding_that_it_is_tied_to_rather_than_with_the_layer_before_it():
+    class Head(nn.Module):
+        """Of BERT for masked words: ``bias`` is the decoder's under another name."""
+
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__()
+            self.dense, self.norm, self.decoder = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 8)
+            self.decoder.weight, self.bias = embedding.weight, self.decoder.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.norm(self.dense(x).relu()))
+
+    embedding = nn.Embedding(8, 4)
+    styles = _styles(find_tensor_plan(nn.Sequential(embedding, Head(embedding)), 2))
+    assert styles["0"] == "vocab"
+    assert styles["1.dense"] == styles["1.decoder"] == "colwise"
+
+
+def test_an_embedding_that_does_more_than_look_up_is_split_if_it_leaves_the_looking_up_to_torch():
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids + 1) * torch.tensor(2.0, dtype=self.weight.dtype)
+
+    class Sliced(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.weight[: ids.shape[1]]
+
+    plan = find_tensor_plan(nn.ModuleDict({"scaled": Scaled(8, 4), "sliced": Sliced(8, 4)}), 2)
+    assert _styles(plan) == {"scaled": "vocab", "sliced": "whole"}
+    assert plan.entries["sliced"].reason == "Sliced does not look its rows up as nn.Embedding does"
+
+
+def test_layers_that_stand_alone_are_split_if_those_of_one_shape_are_worth_it_together():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alone, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.alone(x))
+
+    plan = find_tensor_plan(nn.Sequential(*(Block() for _ in range(200)), nn.Linear(8, 2)), 2)
+    assert {plan.entries[f"{index}.alone"].style for index in range(200)} == {"colwise"}
+    assert plan.entries["200"].reason == "too small to be worth the communication"
 
 
 def test_the_users_word_is_kept():

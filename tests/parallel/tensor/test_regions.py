@@ -60,6 +60,61 @@ class _CrossedHeads(_Attention):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class _Alibi(_Attention):
+    """As MPT and BLOOM have it, which take what they add to the scores as ``(heads, 1, length)``."""
+
+    def forward(self, x: Tensor, slopes: Tensor | None = None) -> Tensor:
+        heads = (*x.shape[:2], self.num_heads, WIDTH // HEADS)
+        q, k, v = (layer(x).view(heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-2, -1)
+        if slopes is not None:
+            scores = scores + slopes
+        return self.out((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2))
+
+
+class _WithAlibi(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = _Alibi()
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = torch.arange(HEADS * x.shape[1]).view(HEADS, 1, x.shape[1]).to(x.dtype)
+        return self.attention(x, slopes)
+
+
+class _Positions(nn.Module):
+    """A learned number for each head and pair of positions, as Swin has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(LENGTH * LENGTH, HEADS))
+
+    def forward(self) -> Tensor:
+        return self.table.view(LENGTH, LENGTH, HEADS).permute(2, 0, 1).unsqueeze(0)
+
+
+class _WithPositions(_Alibi):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = _Positions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, self.positions())
+
+
+class _Residual(_Pair):
+    """As Falcon does it, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc2 = nn.Linear(32, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y += x
+        return y
+
+
 class _Gate(_Pair):
     def __init__(self) -> None:
         super().__init__()
@@ -89,6 +144,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "attention_weights": (lambda: _Attention(returns_weights=True), True, ""),
     "attention_width": (lambda: _Attention(takes_width=True), True, ""),
     "attention_fused": (lambda: DemoAttention(WIDTH, HEADS), True, ""),
+    "alibi": (_WithAlibi, True, ""),
+    "positions": (_WithPositions, True, ""),
+    "in_place": (_Residual, True, ""),
     "crossed_heads": (lambda: _CrossedHeads(), False, "features are mixed"),
     "multihead": (lambda: _Multihead(), True, ""),
     "encoder_layer": (lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 32, dropout=0.0, batch_first=True), True, ""),
