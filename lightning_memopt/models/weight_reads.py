@@ -171,9 +171,7 @@ def _value(node: ast.expr, module: nn.Module) -> Any:
         return node.value
     if isinstance(node, ast.Attribute) and _path_from_self(node.value) == "":
         value = vars(module).get(node.attr, _UNKNOWN)
-        is_setting = isinstance(value, bool | int | float | str) and node.attr not in _changed_attributes(
-            type(module)
-        )
+        is_setting = isinstance(value, bool | int | float | str) and node.attr not in _changed_attributes(module)
         return value if is_setting else _UNKNOWN
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         value = _value(node.operand, module)
@@ -199,10 +197,15 @@ _COMPARISONS: dict[type, Any] = {
 }  # fmt: skip
 
 
-@cache
-def _changed_attributes(cls: type) -> frozenset[str]:
+def _changed_attributes(module: nn.Module) -> set[str]:
     """Attributes that methods other than ``__init__`` assign, ``training`` with them."""
-    codes = [function.__code__ for base in cls.__mro__ for name, function in _methods(base) if name != "__init__"]
+    bases: list[Any] = list(type(module).__mro__)
+    return set().union(*map(_changed_in, bases))
+
+
+@cache
+def _changed_in(cls: type) -> frozenset[str]:
+    codes = [function.__code__ for name, function in _methods(cls) if name != "__init__"]
     return frozenset(name for code in codes for name in _stored_in(code))
 
 
