@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lightning_memopt.models.blocks import find_block_stacks
+from lightning_memopt.models.grouped_products import grouped_flops
 from lightning_memopt.parallel.pipeline.boundary import Boundary, has_no_data, read_boundary
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
@@ -186,9 +187,7 @@ class _Surveyor:
                 self._born[id(value)] = self.position
                 self._passes.pop(id(value), None)
                 self._alive.append(value)
-        cost = flop_registry.get(func._overloadpacket)
-        flops = cost(*args, **kwargs, out_val=result) if cost is not None else 0
-        counted = flops + ELEMENT_COST * elements
+        counted = _flops(func, args, kwargs, result) + ELEMENT_COST * elements
         self.found.costs[self.position] += counted
         if self._times is not None:
             self._times.heard(self.position, func, args, kwargs, counted)
@@ -202,6 +201,13 @@ class _Surveyor:
                     + (f"in `{where}`" if where else "between or behind the blocks")
                     + "; hand it from block to block as an argument"
                 )
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    if func is torch.ops.aten._grouped_mm.default:  # which torch does not count
+        return grouped_flops(*args[:2])
+    cost = flop_registry.get(func._overloadpacket)
+    return int(cost(*args, **kwargs, out_val=result)) if cost is not None else 0
 
 
 def run_silently(module: nn.Module, run: Step) -> Step:

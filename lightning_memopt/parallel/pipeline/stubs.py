@@ -16,6 +16,7 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_memopt.models.grouped_products import teach_grouped_products
 from lightning_memopt.parallel.refusal import StepRefused
 
 Listener = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
@@ -31,6 +32,7 @@ class StubMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        teach_grouped_products()
         self._is_beside_fakes = active_fake_mode() is not None
         self.listener: Listener | None = None
         self._depth = 0
