@@ -48,6 +48,8 @@ def sample_batch(trainer: pl.Trainer, patches: ExitStack) -> tuple[str, Any] | N
             return None
         batch = copied(batch)  # hooks and the step may change it, and it is to be used again
     with isolate_rng():
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return step, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

@@ -113,6 +113,25 @@ def test_batches_that_cannot_be_cut_are_refused_with_what_to_do_and_are_left_who
         np.testing.assert_allclose(losses, plain, rtol=1e-5)
 
 
+class MovesInHook(Net):
+    """Gets its batches by name from the hook before they are moved."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"x": batch[0] * 2, "y": batch[1]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+def test_the_batch_that_a_pipeline_is_cut_by_has_been_through_the_hooks_and_the_precision_of_the_trainer() -> None:
+    def fit(*arguments: Any) -> list[float]:
+        return losses_of(MovesInHook(), *arguments, precision="64-true")
+
+    plain = run_on_ranks(fit, 1)[0]
+    for losses in run_on_ranks(lambda: fit(2, MAKE["pp"]()), 2):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
 class Once(IterableDataset):
     """A stream that can be read once."""
 
