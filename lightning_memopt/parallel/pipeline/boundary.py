@@ -14,6 +14,9 @@ from lightning_memopt.parallel.pipeline.recompute import Recomputation, is_check
 from lightning_memopt.parallel.pipeline.stubs import is_stub
 from lightning_memopt.parallel.refusal import StepRefused
 
+_PACKAGE = __name__.partition(".")[0]
+"""Its own hooks collect nothing that steps read."""
+
 
 class StageDone(BaseException):
     """Unwinds the user's step behind the last link of a stage; no ``except Exception`` of the user's catches it.
@@ -64,8 +67,9 @@ def shapes_of_stages(boundaries: Sequence[Boundary], outputs: dict[int, Any], st
 class ShapeReader:
     """Observes a step on a shadow of which every parameter is a stub, up to the last stage's first link."""
 
-    def __init__(self, starts: Sequence[int]) -> None:
+    def __init__(self, starts: Sequence[int], links: Sequence[nn.Module]) -> None:
         self.shapes = Shapes()
+        self._links = links
         self._stages = {start: stage for stage, start in enumerate(starts) if stage}
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,7 +80,7 @@ class ShapeReader:
             if not self._stages:
                 raise StageDone(())
         output = call(*args, **kwargs)
-        if has_no_data(output):
+        if can_stand_for(self._links[index], output):
             self.shapes.outputs[index] = output
         return output
 
@@ -87,8 +91,9 @@ def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], 
     Raises:
         StepRefused: The step does not call the links that stages begin with.
     """
-    reader = ShapeReader(starts)
-    chain = Chain(shadow.get_submodule(name) for name in names)
+    links = [shadow.get_submodule(name) for name in names]
+    reader = ShapeReader(starts, links)
+    chain = Chain(links)
     chain.observer = reader
     try:
         run()
@@ -101,9 +106,16 @@ def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], 
     raise StepRefused(f"the step does not call `{missing[0]}`, which a stage begins with.")
 
 
-def has_no_data(output: Any) -> bool:
-    """Whether all tensors in what a link returned are stubs."""
-    return all(is_stub(leaf) for leaf in tree_iter(output) if isinstance(leaf, Tensor))
+def can_stand_for(link: nn.Module, output: Any) -> bool:
+    """Whether stages behind ``link`` may take what it returned instead of calling it: it has no data and no hooks.
+
+    Hooks of others may collect what passes (transformers collects hidden states so), which the step then reads.
+    """
+    hooks = [
+        hook for part in link.modules() for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    ]
+    is_collected = any(not str(getattr(hook, "__module__", "")).startswith(f"{_PACKAGE}.") for hook in hooks)
+    return not is_collected and all(is_stub(leaf) for leaf in tree_iter(output) if isinstance(leaf, Tensor))
 
 
 def read_boundary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.models.grouped_products import grouped_flops
-from lightning_memopt.parallel.pipeline.boundary import Boundary, has_no_data, read_boundary
+from lightning_memopt.parallel.pipeline.boundary import Boundary, can_stand_for, read_boundary
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.recompute import is_checkpointed_reentrantly
@@ -142,6 +142,7 @@ class _Surveyor:
         self._times = times
         self.found = Survey(links, costs=[0.0] * (len(links) + 1))
         self.position = 0
+        self._links = [module.get_submodule(name) for name in links]
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._running: int | None = None
         self._born: dict[int, int] = {}
@@ -165,7 +166,7 @@ class _Surveyor:
             output = call(*args, **kwargs)
         finally:
             self._running = None
-        if has_no_data(output):
+        if can_stand_for(self._links[index], output):
             self.found.outputs[index] = output
         return output
 
