@@ -79,6 +79,20 @@ def _fit(callback, module=None, *others, **options):
     return trainer, module
 
 
+class Brittle(Classifier):
+    """As a classifier, and each weight that is packed costs, whatever is rounded on whichever processor."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("score", -float(sum(isinstance(parameter, PackedWeight) for parameter in self.parameters())))
+
+
+def assert_rounding_kept_what_was_learned(report):
+    """Something was: a guess has 0.5, and eight seeds had 0.87 to 0.96. Rounding costs a hundredth or two of it."""
+    before, after = report.metrics_before["val_accuracy"], report.metrics_after["val_accuracy"]
+    assert before > 0.75 and after > before - 0.05
+
+
 @pytest.mark.parametrize(
     "scheme", ["int8", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp8", "fp16", "bf16"]
 )
@@ -95,7 +109,7 @@ def test_the_copy_tests_predicts_and_loads_and_the_original_is_as_plain_training
     quantized = callback.quantized
     assert isinstance(quantized.net[2].weight, PackedWeight) and not callback.refusal
     assert callback.report.ratio < (0.55 if scheme.endswith("16") else 0.32)
-    assert callback.report.metrics_before["val_accuracy"] > 0.9
+    assert_rounding_kept_what_was_learned(callback.report)
     tested = trainer.test(quantized, _loader(1), verbose=False)[0]
     assert tested["val_accuracy"] == pytest.approx(callback.report.metrics_after["val_accuracy"])
     predicted = torch.cat(trainer.predict(quantized, _loader(1)))
@@ -154,13 +168,14 @@ def test_validating_at_the_end_leaves_the_metrics_and_the_state_of_the_trainer_a
 
 def test_a_result_that_loses_too_much_is_dropped_with_a_warning_and_the_original_kept(tmp_path):
     callback = QuantizeOnFitEnd(
-        "int4_weight_only", max_metric_drop=0.0, monitor="val_loss", mode="min", export_path=tmp_path / "net"
+        "int4_weight_only", max_metric_drop=0.5, monitor="score", export_path=tmp_path / "net"
     )
-    with pytest.warns(UserWarning, match=r"val_loss went from .* the result is dropped"):
-        trainer, module = _fit(callback)
-    assert callback.quantized is None and "val_loss" in callback.refusal
+    with pytest.warns(UserWarning, match=r"score went from .* the result is dropped"):
+        trainer, module = _fit(callback, Brittle())
+    assert callback.quantized is None and "score" in callback.refusal
     assert not (tmp_path / "net").exists()
-    assert trainer.test(module, _loader(1), verbose=False)[0]["val_accuracy"] > 0.9
+    kept = trainer.validate(module, _loader(1), verbose=False)[0]
+    assert kept["score"] == 0 and kept["val_loss"] == pytest.approx(callback.report.metrics_before["val_loss"])
 
 
 def test_backing_off_packs_what_the_gate_bears_and_names_what_it_does_not(tmp_path):
@@ -186,11 +201,6 @@ def test_backing_off_packs_what_the_gate_bears_and_names_what_it_does_not(tmp_pa
 
 
 def test_backing_off_to_nothing_is_a_refusal():
-    class Brittle(Classifier):
-        def validation_step(self, batch, batch_idx):
-            packed = sum(isinstance(parameter, PackedWeight) for parameter in self.parameters())
-            self.log("score", -float(packed))
-
     callback = QuantizeOnFitEnd("int8", max_metric_drop=0.5, back_off=True, monitor="score")
     with pytest.warns(UserWarning, match="the result is dropped"):
         _fit(callback, Brittle())
@@ -221,7 +231,7 @@ def test_two_ranks_quantize_the_same_whole_module_and_one_writes_it(strategy, tm
     from tests.callbacks.quantize_on_two_ranks import quantize
 
     first, second = run_on_ranks(quantize, 2, strategy, tmp_path, deadline_seconds=180)
-    assert first == second and first[1] > 0.85
+    assert first == second and first[1] > 0.75  # a guess has 0.5
     loaded = load_compressed(tmp_path / "net").net[2].weight
     assert [*loaded.dequantize().flatten().tolist(), loaded.inputs] == first[0]
     torch.testing.assert_close(torch.tensor(first[0][:-1]), torch.tensor(first[2]), rtol=0, atol=0.02)
@@ -243,17 +253,17 @@ def test_the_process_that_launched_others_gets_the_quantized_module_back_and_the
     written, x = load_compressed(tmp_path / "net"), torch.randn(4, 16)
     assert isinstance(callback.quantized.net[2].weight, PackedWeight)
     assert torch.equal(callback.quantized(x), written(x)) and not torch.equal(module.eval()(x), written(x))
-    assert callback.report.metrics_after
     trainer.validate(callback.quantized, _loader(1), verbose=False)
-    assert float(trainer.callback_metrics["val_accuracy"]) > 0.7
+    validated = float(trainer.callback_metrics["val_accuracy"])
+    assert validated == pytest.approx(callback.report.metrics_after["val_accuracy"])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("max_drop", [0.0, 1.0])
+@pytest.mark.parametrize("max_drop", [0.5, 10.0])
 def test_the_process_that_launched_others_is_told_why_a_result_was_refused(max_drop):
-    callback = QuantizeOnFitEnd("int4_weight_only", max_metric_drop=max_drop, monitor="val_loss", mode="min")
-    _fit(callback, None, devices=2, strategy="ddp_fork", max_epochs=1)
-    assert bool(callback.refusal) == (callback.quantized is None) == (max_drop == 0)
+    callback = QuantizeOnFitEnd("int4_weight_only", max_metric_drop=max_drop, monitor="score")
+    _fit(callback, Brittle(), devices=2, strategy="ddp_fork", max_epochs=1)
+    assert bool(callback.refusal) == (callback.quantized is None) == (max_drop == 0.5)
 
 
 @pytest.mark.distributed
@@ -403,4 +413,4 @@ def test_a_latency_that_cannot_be_measured_is_no_reason_to_lose_the_result():
 def test_validation_that_never_ran_is_run_when_training_is_over():
     callback = QuantizeOnFitEnd("int8", max_metric_drop=1.0, monitor="val_accuracy")
     _fit(callback, max_epochs=1, check_val_every_n_epoch=5, num_sanity_val_steps=0)
-    assert callback.report.metrics_before["val_accuracy"] > 0.5 and callback.quantized is not None
+    assert callback.report.metrics_before.keys() == {"val_accuracy", "val_loss"} and callback.quantized is not None
