@@ -23,6 +23,18 @@ class Watch(Callback):
         self.seen[trainer.global_step] = self.measure(module)
 
 
+class Validations(Callback):
+    """What each whole validation logs, by the step after which it ran."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            logged = trainer.callback_metrics
+            self.seen[trainer.global_step] = {key: float(logged[key]) for key in logged if key.startswith("val_")}
+
+
 class SavesAt(Callback):
     """Saves a checkpoint after a step; where it comes first in the list, before the callbacks that are tested."""
 
@@ -48,6 +60,7 @@ def fit_same_batches(
     module.training_step = training_step
     loader = entry.loader(len(batches) // max(1, options.get("max_epochs", 1)))
     torch.manual_seed(0)
-    quiet_trainer(steps, *callbacks, **options).fit(module, loader, ckpt_path=ckpt_path)
+    validated = entry.loader(2, seed=1) if "val_check_interval" in options else None
+    quiet_trainer(steps, *callbacks, **options).fit(module, loader, validated, ckpt_path=ckpt_path)
     del module.training_step
     return module

@@ -44,8 +44,10 @@ class ClusterWeights(HoldingCallback):
 
     Attributes:
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with latencies
-            where the module has a tensor as ``example_input_array``, and, where clusters are found when training is
-            over, metrics before and after where it validates; ``None`` before.
+            where the module has a tensor as ``example_input_array``, and, where it validates, metrics at the end and
+            before: just before, or, of values that train, those of the last validation before they were found (none
+            where that is before the first one; a run that is resumed has those of the one that it goes on with);
+            ``None`` before the end.
 
     Raises:
         MisconfigurationException: An argument is out of range or, before the first step, no weight matches, or values
@@ -90,15 +92,13 @@ class ClusterWeights(HoldingCallback):
         if holds_fakes(pl_module):
             return
         before = measure_sizes(pl_module, packed=False)
-        metrics_before: dict[str, float] = {}  # none of values that trained, which were never others at the end
-        metrics_after: dict[str, float] = {}
         # The strategy has made the weights whole, and weight averaging, if any, has written them.
         if self._state:
             self._apply_at_end(pl_module)
         else:
-            metrics_before = validate_if_possible(trainer, pl_module)
+            self._metrics_before = validate_if_possible(trainer, pl_module)
             self._find(self._hold(self._select(pl_module).weights))
-            metrics_after = validate_if_possible(trainer, pl_module)
+        metrics_before, metrics_after = self._compare_metrics(trainer, pl_module)
         self.report = compression_report(
             before, pl_module, skipped=self._skipped, metrics_before=metrics_before, metrics_after=metrics_after,
             latency=time_example(trainer, pl_module, pl_module),  # shared values take as long as others

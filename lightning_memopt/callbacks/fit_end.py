@@ -167,12 +167,23 @@ def validate_now(
         inner.strategy.lr_scheduler_configs = stack.enter_context(_schedulers_kept(trainer))
         inner.validate(module, verbose=False, **source)
         metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
-    if trainer.world_size > 1:
-        metrics = {
-            name: float(trainer.strategy.reduce(torch.tensor(value, device=device), reduce_op="mean"))
-            for name, value in metrics.items()
-        }
-    return metrics
+    return _mean_over_ranks(trainer, metrics)
+
+
+def _mean_over_ranks(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str, float]:
+    if trainer.world_size == 1:
+        return metrics
+    device = trainer.strategy.root_device
+    return {
+        name: float(trainer.strategy.reduce(torch.tensor(value, device=device), reduce_op="mean"))
+        for name, value in metrics.items()
+    }
+
+
+def last_validation(trainer: pl.Trainer) -> dict[str, float]:
+    """What the validation logged that has just ended within a fit, the mean over ranks; all of them call it."""
+    logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+    return _mean_over_ranks(trainer, {name: float(value) for name, value in logged.items()})
 
 
 def validate_if_possible(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

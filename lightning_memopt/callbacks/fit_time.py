@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
+from lightning_memopt.callbacks.fit_end import last_validation, validate_if_possible
 from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.held import Held
@@ -49,7 +51,8 @@ class ReleasingCallback(Callback):
 class HoldingCallback(ReleasingCallback, ReportingCallback):
     """Has weights keep something, masks or clusters, after every optimizer step.
 
-    It is saved with the callback's state, and lies beside the module, not in its ``state_dict``.
+    It is saved with the callback's state, and lies beside the module, not in its ``state_dict``. So are the metrics
+    of the last validation before it, which the report compares with those at the end.
 
     Args:
         which: Which weights.
@@ -64,6 +67,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
         self._held: Held | None = None
         self._state: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self._metrics_before: dict[str, float] = {}
         self._predicted: list[torch.Tensor] = []
 
     # What it is
@@ -106,7 +110,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._state = {}  # of a fit before this one; what is resumed is loaded after this
+            self._state, self._metrics_before = {}, {}  # of a fit before this one; what is resumed is loaded later
             self._forget_results()
             if has_its_layers(pl_module):
                 self._select(pl_module)
@@ -160,6 +164,12 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
             self._held.apply()  # to an average that some callback has put in for validation
 
     @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_whole = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if is_whole and self._held is not None and not self._held.found:
+            self._metrics_before = last_validation(trainer)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._held is not None:
             self._held.apply()
@@ -171,13 +181,22 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
         same = {name: state for name, state in self._state.items() if shapes.get(name) == self._shapes.get(name)}
         self._apply_to(module, same)
 
+    def _compare_metrics(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The metrics that ``module`` had before, without those of callbacks, and those that it has now."""
+        after = validate_if_possible(trainer, module)
+        return {name: value for name, value in self._metrics_before.items() if name in after}, after
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"held": self._held.state_dict() if self._held else self._state}
+        held = self._held.state_dict() if self._held else self._state
+        return {"held": held, "metrics_before": self._metrics_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict["held"]
+        self._metrics_before = state_dict.get("metrics_before", {})
 
     def _select(self, module: nn.Module) -> Selection:
         with named_errors(self):

@@ -44,7 +44,10 @@ class GradualPruning(HoldingCallback):
     Attributes:
         sparsity: The share of zeros among the weights to be pruned; logged as ``"sparsity"``.
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with latencies
-            where the module has a tensor as ``example_input_array``; ``None`` before the end.
+            where the module has a tensor as ``example_input_array``, and, where the module validates, its metrics at
+            the end and those of the last validation before the first weight was pruned (none where that is before the
+            first validation; a run that is resumed has those of the one that it goes on with); ``None`` before the
+            end.
 
     Raises:
         MisconfigurationException: An argument is unknown or, before the first step, no weight can be pruned so.
@@ -119,11 +122,14 @@ class GradualPruning(HoldingCallback):
             return
         # Not only in `on_train_end`, where weight averaging may come later. The strategy has made the weights whole.
         self._apply_at_end(pl_module)
+        metrics_before, metrics_after = self._compare_metrics(trainer, pl_module)
         self.report = compression_report(
             measure_sizes(pl_module, packed=False),
             pl_module,
             skipped=self._skipped,
             eligible_sparsity=self.sparsity,
+            metrics_before=metrics_before,
+            metrics_after=metrics_after,
             latency=time_example(trainer, pl_module, pl_module),  # zeros take as long as what they replace
         )
 

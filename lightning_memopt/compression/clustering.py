@@ -85,6 +85,7 @@ class Clusters(Held):
         self._members: dict[str, _Members] = {}
 
     @property
+    @override
     def found(self) -> bool:
         """Whether there are clusters."""
         return bool(self._members)

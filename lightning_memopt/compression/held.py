@@ -21,6 +21,11 @@ class Held(ABC):
         self.weights = {weight.name: weight for weight in weights}
         self._hooks: list[RemovableHandle] = []
 
+    @property
+    @abstractmethod
+    def found(self) -> bool:
+        """Whether there is anything yet that they must not lose."""
+
     @abstractmethod
     def apply(self) -> None:
         """Bring the weights back to it."""

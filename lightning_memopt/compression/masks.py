@@ -109,6 +109,12 @@ class Masks(Held):
         self._local: dict[str, Tensor] = {}
 
     @property
+    @override
+    def found(self) -> bool:
+        """Whether there are masks."""
+        return bool(self._packed)
+
+    @property
     def sparsity(self) -> float:
         """Share of all elements that is pruned."""
         pruned = sum(int(unpack_bits(packed, 1, 8 * len(packed)).sum()) for packed in self._packed.values())

@@ -11,7 +11,7 @@ from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer, train
-from tests.resuming import SavesAt, Watch, fit_same_batches
+from tests.resuming import SavesAt, Validations, Watch, fit_same_batches
 from tests.zoo import ZOO
 
 
@@ -132,3 +132,17 @@ def test_at_the_end_the_report_has_the_metrics_of_the_modules_own_validation_bef
     before, after = clustering.report.metrics_before, clustering.report.metrics_after
     assert before.keys() == after.keys() and before and before != after
     assert after == pytest.approx(validate_now(trainer, module))
+
+
+def test_values_that_train_are_compared_with_the_last_validation_before_they_were_found_when_resumed_too(tmp_path):
+    def fit(*callbacks, **options):
+        clustering = ClusterWeights(2, begin_step=5)
+        fit_same_batches(ZOO["mlp"], 8, *callbacks, clustering, val_check_interval=2, **options)
+        return clustering.report
+
+    validations = Validations()
+    whole = fit(SavesAt(tmp_path / "some.ckpt", 7), validations)
+    assert whole.metrics_before == pytest.approx(validations.seen[4])
+    assert whole.metrics_after == pytest.approx(validations.seen[8])
+    resumed = fit(ckpt_path=tmp_path / "some.ckpt")
+    assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)

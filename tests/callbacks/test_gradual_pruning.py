@@ -26,7 +26,7 @@ from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
 from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer, train
-from tests.resuming import SavesAt, Watch, fit_same_batches
+from tests.resuming import SavesAt, Validations, Watch, fit_same_batches
 from tests.strategies.parity import CASES, Outcome, assert_same_outcome, fit_zoo
 from tests.zoo import ZOO, slow_where
 
@@ -113,7 +113,7 @@ def test_averaged_weights_are_pruned_too_in_validation_in_checkpoints_and_at_the
     module = Validating(0.0)
     trainer.fit(module, entry.loader(4), entry.loader(1))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert seen == [pytest.approx(0.5, abs=1e-3)] * 2
+    assert seen == [pytest.approx(0.5, abs=1e-3)] * 3  # the last for the report
     assert _share(module) == pytest.approx(0.5, abs=1e-3)
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]["net.3.weight"]
     assert float((saved == 0).float().mean()) == 0.5
@@ -362,3 +362,35 @@ def test_saliency_beside_the_optimizer_in_the_backward_is_refused():
     pruning = GradualPruning(ConstantSparsity(0.5, begin_step=1), "saliency")
     with pytest.raises(MisconfigurationException, match="OptimizerInBackward frees them"):
         quiet_trainer(2, pruning, OptimizerInBackward()).fit(ZOO["mlp"].build(), ZOO["mlp"].loader(2))
+
+
+@pytest.mark.parametrize(("saved_at", "begin_step"), [(3, 5), (7, 5), (5, 9)])
+def test_the_report_compares_with_the_last_validation_before_anything_was_pruned_when_resumed_too(
+    tmp_path, saved_at, begin_step
+):
+    def fit(*callbacks, **options):
+        pruning = GradualPruning(ConstantSparsity(0.9, begin_step=begin_step))
+        fit_same_batches(ZOO["mlp"], 12, *callbacks, pruning, val_check_interval=2, **options)
+        return pruning.report
+
+    validations = Validations()
+    whole = fit(SavesAt(tmp_path / "some.ckpt", saved_at), validations)
+    assert whole.metrics_before == pytest.approx(validations.seen[begin_step - 1])
+    assert whole.metrics_after == pytest.approx(validations.seen[12])
+    resumed = fit(ckpt_path=tmp_path / "some.ckpt")
+    assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
+
+
+def test_what_is_pruned_before_the_first_validation_has_no_metrics_before_and_other_callbacks_metrics_are_left_out():
+    class Logs(pl.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            module.log("of_a_callback", 1.0)
+
+    reports = []
+    for begin_step in (0, 4):
+        pruning = GradualPruning(ConstantSparsity(0.5, begin_step=begin_step))
+        trainer = quiet_trainer(6, pruning, Logs(), val_check_interval=2)
+        trainer.fit(ZOO["mlp"].build(), ZOO["mlp"].loader(6), ZOO["mlp"].loader(1))
+        reports.append(pruning.report)
+    assert reports[0].metrics_before == {} and reports[0].metrics_after.keys() == {"val_loss"}
+    assert reports[1].metrics_before.keys() == {"val_loss"}
