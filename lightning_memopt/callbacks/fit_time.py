@@ -93,8 +93,9 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
     def _say_too_short(self, steps: int) -> str:
         """What becomes of it where training takes so few steps."""
 
-    def _check(self, weights: Sequence[Weight]) -> None:
-        """Raise a :class:`ValueError` where it cannot be."""
+    def _choose(self, module: nn.Module) -> Selection:
+        """The weights of ``module`` that are to keep it; raises a :class:`ValueError` where none can."""
+        return self._which.select(module)
 
     @abstractmethod
     def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:
@@ -200,9 +201,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
 
     def _select(self, module: nn.Module) -> Selection:
         with named_errors(self):
-            selection = self._which.select(module)
-            self._check(selection.weights)
-        return selection
+            return self._choose(module)
 
     @override
     def _release(self) -> None:

@@ -17,7 +17,7 @@ from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
-from lightning_memopt.compression.selection import Weight, WeightFilter
+from lightning_memopt.compression.selection import Selection, Weight, WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.selectors import Selector
@@ -139,8 +139,8 @@ class GradualPruning(HoldingCallback):
         return self.schedule.end_step
 
     @override
-    def _check(self, weights: Sequence[Weight]) -> None:
-        self._choice.check(weights, self.schedule.final_sparsity)
+    def _choose(self, module: nn.Module) -> Selection:
+        return self._choice.select(module, self._which, self.schedule.final_sparsity)
 
     @override
     def _check_parts(self, trainer: pl.Trainer, weights: Sequence[Weight]) -> None:

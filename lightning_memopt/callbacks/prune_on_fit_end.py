@@ -190,9 +190,10 @@ class PruneOnFitEnd(FitEndCallback):
             rank_zero_warn(f"PruneOnFitEnd: {name!r}{others} will stay whole, since {reason}. The report names all.")
 
     def _check(self, module: nn.Module) -> None:
-        selection = self._which.select(module)
-        if not self._is_structured:
-            self._choice.check(selection.weights, self.amount)
+        if self._is_structured:
+            self._which.select(module)
+        else:
+            self._choice.select(module, self._which, self.amount)
 
     def _prune(
         self, module: pl.LightningModule, optimizers: Sequence[Optimizer] = ()
@@ -200,7 +201,7 @@ class PruneOnFitEnd(FitEndCallback):
         """Prune ``module``, the same whenever its weights are the same; what was skipped, and the share of zeros."""
         if self._is_structured:
             return self._remove(module, optimizers).skipped, None
-        selection = self._which.select(module)
+        selection = self._choice.select(module, self._which, self.amount)
         masks = Masks(selection.weights)
         masks.prune(self.amount, self._choice)
         masks.apply()

@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_memopt.compression.patterns import NEVER, Elements, as_canonical, as_pattern, from_canonical
-from lightning_memopt.compression.selection import Weight
+from lightning_memopt.compression.selection import Selection, Weight, WeightFilter
 from lightning_memopt.parallel.shards import whole_of_shards
 
 Method = Literal["magnitude", "random", "saliency"]
@@ -47,17 +47,28 @@ class Choice:
             raise ValueError(f"scope={self.scope!r} is neither 'layer' nor 'global'.")
         object.__setattr__(self, "pattern", as_pattern(self.pattern))
 
-    def check(self, weights: Sequence[Weight], sparsity: float) -> None:
-        """Raise a :class:`ValueError` where ``weights`` cannot be pruned so."""
+    def select(self, module: nn.Module, which: WeightFilter, sparsity: float) -> Selection:
+        """The weights of ``module`` that are pruned so; those that the pattern does not divide are left.
+
+        Raises:
+            ValueError: They cannot be pruned so, the pattern does not divide one that ``include`` asks for, or it
+                divides none.
+        """
         check_sparsity(sparsity)
         self.pattern.limit(sparsity)
-        for weight in weights:
-            self.pattern.check(weight)
+        selection = which.select(module)
+        reasons = {weight.name: reason for weight in selection.weights if (reason := self.pattern.why_not(weight))}
+        kept = [weight for weight in selection.weights if weight.name not in reasons]
+        if reasons and (which.include is not None or not kept):
+            name, reason = next(iter(reasons.items()))
+            raise ValueError(f"{name!r} {reason}. Choose another pattern, or leave it out with exclude={name!r}.")
+        for weight in kept:
             if self.method == "saliency" and not weight.parameter.requires_grad:
                 raise ValueError(
                     f"{weight.name!r} is frozen and has no gradient, so its saliency is not known. Exclude it, or "
                     "use method='magnitude'."
                 )
+        return Selection(kept, selection.skipped | reasons)
 
 
 def check_sparsity(value: Any, name: str = "amount") -> None:

@@ -13,7 +13,7 @@ from lightning_memopt.compression.bits import INTEGERS, pack_bits, packed_bytes,
 from lightning_memopt.compression.choose import Choice, choose_pruned, read_whole
 from lightning_memopt.compression.held import Held
 from lightning_memopt.compression.packed import PackedWeight
-from lightning_memopt.compression.selection import Weight, find_weights, is_compressed, select_weights
+from lightning_memopt.compression.selection import Weight, WeightFilter, find_weights, is_compressed
 from lightning_memopt.parallel.shards import shards_of_whole
 
 PIECE = 2**18
@@ -45,6 +45,8 @@ def prune_weights(
 
     Raises:
         ValueError: ``amount`` is not between 0 and 1, an argument is unknown, or the weights cannot be pruned so.
+            Those that a pattern does not divide, such as first convolutions of three channels, are left
+            (:attr:`Masks.skipped`), unless ``include`` asks for them.
 
     Example:
         >>> net = nn.Linear(8, 4)
@@ -52,9 +54,9 @@ def prune_weights(
         0.5
     """
     choice = Choice(**how)
-    weights = select_weights(module, include, exclude, embeddings=embeddings).weights
-    choice.check(weights, amount)
-    masks = Masks(weights)
+    selection = choice.select(module, WeightFilter(include, exclude, embeddings), amount)
+    masks = Masks(selection.weights)
+    masks.skipped = selection.skipped
     masks.prune(amount, choice)
     masks.apply()
     return masks
@@ -101,10 +103,14 @@ class Masks(Held):
     Args:
         weights: The weights, from :func:`~lightning_memopt.compression.selection.select_weights`. They may be
             sharded: each rank then holds the mask of the whole, and that of its shard.
+
+    Attributes:
+        skipped: Of other parameters, why :func:`prune_weights` left them.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         super().__init__(weights)
+        self.skipped: Mapping[str, str] = {}
         self._packed: dict[str, Tensor] = {}
         self._local: dict[str, Tensor] = {}
 

@@ -25,8 +25,9 @@ NEVER = 2**31 - 1
 class Elements:
     """Single elements anywhere: the most accurate at a given sparsity, small in a sparse export only."""
 
-    def check(self, weight: Weight) -> None:
-        """Raise a :class:`ValueError` where ``weight`` cannot be pruned so."""
+    def why_not(self, weight: Weight) -> str:
+        """What is in the way of pruning ``weight`` so; empty where nothing is."""
+        return ""
 
     def limit(self, sparsity: float) -> None:
         """Raise a :class:`ValueError` where ``sparsity`` cannot be had."""
@@ -56,13 +57,12 @@ class Groups(Elements):
             raise ValueError(f"{self.kept}:{self.length} keeps no share between none and all of a group.")
 
     @override
-    def check(self, weight: Weight) -> None:
+    def why_not(self, weight: Weight) -> str:
         inputs = weight.parameter.shape[weight.input_dim]
-        if inputs % self.length:
-            raise ValueError(
-                f"{weight.name!r} has {inputs} inputs, which {self.length} does not divide, so it has no "
-                f"{self.kept}:{self.length} pattern. Leave it out with exclude={weight.module_name!r}."
-            )
+        pattern = f"{self.kept}:{self.length}"
+        return (
+            f"has {inputs} inputs, which {self.length} does not divide: no {pattern}" if inputs % self.length else ""
+        )
 
     @override
     def limit(self, sparsity: float) -> None:
@@ -92,15 +92,12 @@ class Blocks(Elements):
             raise ValueError(f"A block of {self.rows} x {self.columns} has no element; give positive sizes.")
 
     @override
-    def check(self, weight: Weight) -> None:
+    def why_not(self, weight: Weight) -> str:
         shape = weight.parameter.shape
-        sizes = (shape[weight.output_dim], shape[weight.input_dim])
-        if sizes[0] % self.rows or sizes[1] % self.columns:
-            raise ValueError(
-                f"{weight.name!r} is {sizes[0]} outputs by {sizes[1]} inputs, which blocks of {self.rows} x "
-                f"{self.columns} do not divide. Choose other blocks, or leave it out with "
-                f"exclude={weight.module_name!r}."
-            )
+        outputs, inputs = shape[weight.output_dim], shape[weight.input_dim]
+        if not (outputs % self.rows or inputs % self.columns):
+            return ""
+        return f"is {outputs} outputs by {inputs} inputs, which blocks of {self.rows} x {self.columns} do not divide"
 
     @override
     def pool(self, scores: Tensor) -> Tensor:

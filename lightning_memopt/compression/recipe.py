@@ -144,7 +144,9 @@ class Recipe:
                     raise ValueError(f"{', '.join(extra)} means nothing with method: structured; leave it out")
                 skipped.update(prune_structured(module, amount, call, **how).skipped)
             else:
-                sparsity = prune_weights(module, amount, **how).sparsity
+                masks = prune_weights(module, amount, **how)
+                sparsity = masks.sparsity
+                skipped.update(masks.skipped)
         if self.cluster is not None:
             how = dict(self.cluster)
             cluster_weights(module, how.pop("n"), **how)

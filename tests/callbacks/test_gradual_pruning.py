@@ -344,7 +344,11 @@ def test_arguments_that_cannot_be_are_refused_when_they_are_given(make, message)
             lambda: GradualPruning(SCHEDULE, include="nett"),
             "include='nett' matches no parameter of LateMLP",
         ),
-        ("cnn", lambda: GradualPruning(ConstantSparsity(0.5), pattern="2:4"), "'stem.weight' has 1 inputs, which 4"),
+        (
+            "cnn",
+            lambda: GradualPruning(ConstantSparsity(0.5), pattern="2:4", include=torch.nn.Conv2d),
+            "'stem.weight' has 1 inputs, which 4",
+        ),
         ("frozen", lambda: GradualPruning(SCHEDULE, "saliency"), "'net.0.weight' is frozen and has no gradient"),
     ],
 )

@@ -94,13 +94,25 @@ def test_what_is_no_pattern_is_refused(value, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "2:4"}, "'1.weight' has 6 inputs, which 4 does not divide.*exclude='1'"),
-        ({"pattern": "4x1"}, "'1.weight' is 3 outputs by 6 inputs, which blocks of 4 x 1 do not divide"),
+        ({"pattern": "2:4", "include": ["0", "1"]}, "'1.weight' has 6 inputs, which 4 does not divide.*exclude='1.w"),
+        ({"pattern": "2:4", "exclude": "0"}, "'1.weight' has 6 inputs, which 4 does not divide"),
+        (
+            {"pattern": "4x1", "include": nn.Linear},
+            "'1.weight' is 3 outputs by 6 inputs, which blocks of 4 x 1 do not",
+        ),
         ({"pattern": "1:4", "exclude": "1"}, "A sparsity of 0.5 is not that of 1:4, which is 0.75"),
     ],
 )
-def test_a_weight_that_does_not_divide_is_refused_by_name(options, message):
+def test_a_weight_that_does_not_divide_is_refused_by_name_where_it_is_asked_for(options, message):
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(6, 3))
     with pytest.raises(ValueError, match=message):
         prune_weights(net, 0.5, **options)
     assert (net[0].weight != 0).all()
+
+
+@pytest.mark.parametrize(("pattern", "reason"), [("2:4", "has 3 inputs"), ("4x4", "is 16 outputs by 3 inputs")])
+def test_what_a_pattern_does_not_divide_and_nobody_asked_for_is_left_and_named(pattern, reason):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    masks = prune_weights(net, 0.5, pattern=pattern)
+    assert (net[0].weight != 0).all() and float((net[2].weight == 0).float().mean()) == 0.5
+    assert masks.sparsity == 0.5 and masks.skipped["0.weight"].startswith(reason)
