@@ -159,7 +159,7 @@ class HalfPrecision(Precision):
 
 
 def _check_steps_alone(optimizer: Optimizer) -> None:
-    parameter = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    parameter = next((p for group in optimizer.param_groups for p in group["params"] if not p.is_meta), None)
     if parameter is None or is_fake(parameter):  # trying it compares numbers, which fake tensors do not have
         return
     try:

@@ -73,7 +73,7 @@ class MixedPrecision(LightningMixedPrecision):
     def connect(
         self, model: torch.nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[torch.nn.Module, list[Optimizer], list[Any]]:
-        parameter = next(model.parameters(), None)
+        parameter = next((p for p in model.parameters() if not p.is_meta), None)  # not one that other ranks hold
         if parameter is not None and parameter.device.type != self.device:
             self._use_device(parameter.device.type)
         if self.loss_scale is not None:

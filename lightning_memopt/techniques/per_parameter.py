@@ -122,11 +122,12 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     remedy = "use an optimizer that treats each parameter by itself, such as AdamW, Adam, SGD or RMSprop."
     for index, group in enumerate(optimizer.param_groups):
-        if not group["params"]:
+        like = next((parameter for parameter in group["params"] if not parameter.is_meta), None)
+        if like is None:  # it is empty, or other ranks hold all of it
             continue
         try:
-            together = _train_stand_ins(optimizer, group, _step_all)
-            alone = _train_stand_ins(optimizer, group, _step_each)
+            together = _train_stand_ins(optimizer, group, like, _step_all)
+            alone = _train_stand_ins(optimizer, group, like, _step_each)
         except Exception as error:
             raise ValueError(
                 f"{name} cannot step one parameter at a time (tried on group {index}: "
@@ -154,9 +155,8 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
 
 
 def _train_stand_ins(
-    optimizer: Optimizer, group: dict[str, Any], step: Callable[[Optimizer], None]
+    optimizer: Optimizer, group: dict[str, Any], like: torch.Tensor, step: Callable[[Optimizer], None]
 ) -> list[nn.Parameter]:
-    like = group["params"][0]
     wants_sparse = isinstance(optimizer, torch.optim.SparseAdam)  # and takes no others
     shape = [min(size, 4) for size in like.shape]
     generator = torch.Generator().manual_seed(0)

@@ -58,6 +58,26 @@ def test_each_technique_gives_the_losses_of_one_device(names):
             np.testing.assert_allclose(rank[name], losses, rtol=TOLERANCE.get(name, 1e-5), err_msg=name)
 
 
+SIXTEEN_BITS: dict[str, Callable[[], Any]] = {
+    "mixed": lambda: memopt.MixedPrecision("bf16"),
+    "stochastic": lambda: memopt.HalfPrecision("bf16"),
+    "kahan": lambda: memopt.HalfPrecision("bf16", rounding="kahan"),
+}
+
+
+def test_16_bits_need_no_first_layer_on_every_rank():
+    def losses(ranks: int, **options: Any) -> dict[str, np.ndarray]:
+        return {
+            name: fit_zoo(ZOO["mlp"], ranks, 3, sizes=MeshSizes(pipeline=ranks), plugins=[make()], **options).losses
+            for name, make in SIXTEEN_BITS.items()
+        }
+
+    plain = run_on_ranks(lambda: losses(1), 1)[0]
+    for rank in run_on_ranks(lambda: losses(2, strategy="memopt_pp"), 2):
+        for name, expected in plain.items():
+            np.testing.assert_allclose(rank[name], expected, rtol=1e-2, err_msg=name)
+
+
 def _varied(ranks: int, **options: Any) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(2, 64, shape, generator=generator) for shape in BATCHES]
