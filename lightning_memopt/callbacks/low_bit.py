@@ -19,9 +19,9 @@ class LowBitOptimizer(Callback):
 
     The optimizer stays the object that ``configure_optimizers`` made, with its groups, hyper-parameters and
     learning-rate schedulers; only what it remembers between steps is packed. Tensors of fewer than 4096
-    elements (biases, norms) keep fp32 state. A checkpoint holds the packed state and resumes exactly; one saved
-    without the callback, or with other ``bits``, is converted when it is loaded. Resumed without the callback, the
-    optimizer begins the state of the large tensors anew.
+    elements (biases, norms) keep fp32 state. A checkpoint holds the packed state, that of shards unpacked, and
+    resumes exactly; one saved without the callback, or with other ``bits``, is converted when it is loaded. Resumed
+    without the callback, an optimizer whose state was packed begins that of the large tensors anew.
 
     Args:
         bits: 8 (dynamic levels, 0.254 of fp32's bytes), ``"fp8"`` (e4m3, the same bytes) or 4 (0.133).
@@ -50,8 +50,8 @@ class LowBitOptimizer(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"LowBitOptimizer cannot work here: {type(trainer.strategy).__name__} may shard optimizer state, and "
-                "packed state cannot be sharded yet. Train on one device or with DDP."
+                f"LowBitOptimizer cannot work here: how {type(trainer.strategy).__name__} shards and saves optimizer "
+                "state is not known. Train on one device, with DDP, or with a strategy of this package."
             )
 
     @override

@@ -165,7 +165,6 @@ class Layout:
         """Whether what steps optimizers otherwise is possible here, and one kind of offload at a time."""
         return (
             (not techniques.in_backward or self.strategy == "auto")
-            and (not techniques.low_bit or self.strategy in ("auto", "memopt_ddp", "memopt_pp"))
             and not (techniques.offload and self.offloads)
             and (techniques.micro_batch is None or self.sizes.pipeline == 1)  # it splits batches itself
         )

@@ -84,7 +84,8 @@ class BlockwiseCodec:
     def write(self, packed: PackedTensor, start: int, values: torch.Tensor) -> None:
         """Overwrite the elements of ``packed`` from ``start`` (a multiple of the block) with the 1-d ``values``."""
         padding = -values.numel() % self.block_size
-        blocks = torch.nn.functional.pad(values.float(), (0, padding)).view(-1, self.block_size)
+        padded = torch.nn.functional.pad(values.float(), (0, padding))
+        blocks = padded.view(padded.numel() // self.block_size, self.block_size)  # none, where there are no values
         scales = blocks.abs().amax(dim=1)
         # A block of zeros has scale 0, which makes any code a zero; dividing by 1 keeps NaN out of it.
         scaled = blocks / scales.where(scales > 0, 1.0).unsqueeze(1)
@@ -97,8 +98,16 @@ class BlockwiseCodec:
         packed["codes"][first_code : first_code + codes.numel()] = codes
         packed["scales"][first_block : first_block + scales.numel()] = scales
 
-    def unpack(self, packed: PackedTensor, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start`` (a multiple of the block) to ``stop`` of ``packed`` in fp32, 1-d."""
+    def unpack(self, packed: PackedTensor, start: int, stop: int, *, reproducibly: bool = False) -> torch.Tensor:
+        """Elements ``start`` (a multiple of the block) to ``stop`` of ``packed`` in fp32, 1-d.
+
+        Args:
+            packed: Of this codec's format.
+            start: The first.
+            stop: Behind the last.
+            reproducibly: Packing what is returned gives ``packed`` again. The dynamic sets have no -1, so a block
+                whose largest magnitude is negative has lost it to the next level; the lowest then stands for -1.
+        """
         first_block, last_block = start // self.block_size, -(-stop // self.block_size)
         scales = packed["scales"][first_block:last_block]
         first, last = first_block * self.block_size, last_block * self.block_size
@@ -106,7 +115,9 @@ class BlockwiseCodec:
         if self._codes_per_byte == 2:
             codes = torch.stack((codes >> 4, codes & 15), dim=1).view(-1)
         levels, _ = self._table(packed["signed"], codes.device)
-        values = levels[codes.int()].view(-1, self.block_size).mul_(scales.unsqueeze(1))
+        if reproducibly and packed["signed"]:
+            levels = torch.cat([levels.new_full((1,), -1.0), levels[1:]])
+        values = levels[codes.int()].view(scales.numel(), self.block_size).mul_(scales.unsqueeze(1))
         return values.view(-1)[: stop - start]
 
     @property

@@ -4,13 +4,15 @@ import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_memopt.parallel.local import like_shard, local_gradient, local_of
+from lightning_memopt.parallel.shards import shards_of_whole
 from lightning_memopt.techniques.blockwise import BlockwiseCodec, FormatName, PackedTensor, as_packed
 from lightning_memopt.techniques.per_parameter import replace_step, step_alone, step_one
 
@@ -42,6 +44,10 @@ def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) 
     the state again. State that is there already, or that is loaded later (from a run with or without low-bit state),
     is packed at once. ``state_dict`` holds packed tensors as plain dicts of plain tensors.
 
+    Of sharded parameters each rank packs the state of what it holds, in blocks of its own. In ``state_dict`` that is
+    unpacked, as shards in the CPU's memory, so that checkpoints do not depend on who held what; packed again by the
+    same ranks it is what it was.
+
     Bytes: 1 + 4/256 per element and moment in 8 bits and fp8, 1/2 + 4/128 in 4 bits, against 4.
 
     Args:
@@ -54,7 +60,7 @@ def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) 
 
     Raises:
         ValueError: ``bits`` is unknown, the optimizer is not one of those, gradients are sparse, or parameters are
-            sharded or complex.
+            complex.
 
     Example:
         >>> net = nn.Linear(128, 64)
@@ -99,7 +105,8 @@ class LowBitState:
         self._pack_all()
         replace_step(optimizer, self._step_parameter)
         self._undo_patch = self._patch_step()
-        self._load_hooks = (
+        self._hooks = (
+            optimizer.register_state_dict_post_hook(_unpack_shards),
             optimizer.register_load_state_dict_pre_hook(_wrap_packed),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         )
@@ -115,7 +122,7 @@ class LowBitState:
         replace_step(self._optimizer, None)
         if not unpack:
             return
-        for hook in self._load_hooks:
+        for hook in self._hooks:
             hook.remove()
         for parameter, state in self._optimizer.state.items():
             for key, value in state.items():
@@ -163,10 +170,11 @@ class LowBitState:
         if parameter.grad is None or parameter.numel() < SMALLEST:
             step_alone(optimizer, parameter, group)
             return
-        values, gradients = parameter.detach().reshape(-1), parameter.grad.reshape(-1)
+        local = local_of(parameter)
+        values, gradients = local.reshape(-1), local_gradient(parameter).reshape(-1)
         before, after = optimizer.state[parameter], dict[str, Any]()
         size = PIECE.get(values.device.type, PIECE["other"])
-        for start in range(0, values.numel(), size):
+        for start in range(0, max(1, values.numel()), size):  # an empty shard counts its steps as well
             span = _Span(start, min(start + size, values.numel()))
             piece = values[span.start : span.stop]
             piece.grad = gradients[span.start : span.stop]
@@ -180,8 +188,8 @@ class LowBitState:
             finally:
                 del optimizer.state[piece]
         optimizer.state[parameter] = after
-        if not parameter.is_contiguous():  # values was a copy
-            parameter.copy_(values.view(parameter.shape))
+        if not local.is_contiguous():  # values was a copy
+            local.copy_(values.view(local.shape))
 
     def _read(self, value: Any, span: "_Span") -> torch.Tensor:
         packed = as_packed(value)
@@ -210,7 +218,7 @@ class LowBitState:
                     continue
                 value = _unpack_whole(packed, parameter) if packed else state[key]
                 if value is not None:
-                    state[key] = self._codec.pack(value, _SIGNED[key])
+                    state[key] = self._codec.pack(local_of(value), _SIGNED[key])
 
     def _after_load(self, optimizer: Optimizer) -> None:
         for parameter, state in optimizer.state.items():
@@ -218,7 +226,7 @@ class LowBitState:
                 if isinstance(value, _Loading):
                     packed, device = value.packed, parameter.device
                     moved = {"codes": packed["codes"].to(device), "scales": packed["scales"].to(device)}
-                    state[key] = {**packed, **moved}
+                    state[key] = _part_of_whole(cast(PackedTensor, {**packed, **moved}), parameter)
         self._pack_all()
 
 
@@ -242,9 +250,41 @@ def _wrap_packed(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
+def _unpack_shards(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """One after the other, and to the CPU: together they would take what packing them saves."""
+    saved = (key for group in state_dict["param_groups"] for key in group["params"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shards = {key: p for key, p in zip(saved, parameters, strict=True) if isinstance(p, DTensor)}
+    state = {
+        key: {
+            name: _unpack_whole(packed, shards[key]).cpu() if (packed := as_packed(value)) else value
+            for name, value in values.items()
+        }
+        if key in shards
+        else values
+        for key, values in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
 def _unpack_whole(packed: PackedTensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Like ``parameter``, of which ``packed`` is all that this rank holds."""
+    local = local_of(parameter)
+    return like_shard(_unpack(packed, local.shape), parameter)
+
+
+def _part_of_whole(packed: PackedTensor, parameter: torch.Tensor) -> PackedTensor | torch.Tensor:
+    """What this rank holds of what a checkpoint has packed of all of ``parameter``."""
+    if not isinstance(parameter, DTensor):
+        return packed
+    whole = _unpack(packed, parameter.shape)
+    return shards_of_whole(whole, parameter.device_mesh, parameter.placements)
+
+
+def _unpack(packed: PackedTensor, shape: torch.Size) -> torch.Tensor:
+    """What is saved so and packed again is what it was."""
     codec = BlockwiseCodec(packed["format"])  # type: ignore[arg-type]
-    return codec.unpack(packed, 0, parameter.numel()).to(packed["dtype"]).view(parameter.shape)
+    return codec.unpack(packed, 0, shape.numel(), reproducibly=True).to(packed["dtype"]).view(shape)
 
 
 def _copy(value: Any) -> Any:
@@ -285,11 +325,6 @@ def _refuse_unsupported(module: nn.Module, optimizer: Optimizer) -> None:
                 "across rows. Set sparse=False."
             )
     for path, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"{path!r} is a DTensor: state of sharded parameters cannot be packed yet. Train on one device or "
-                "with DDP."
-            )
         if parameter.is_complex() and parameter.numel() >= SMALLEST:
             raise ValueError(
                 f"{path!r} is complex ({parameter.dtype}): the levels that state is rounded to are real. Keep its "

@@ -104,6 +104,16 @@ def test_a_checkpoint_of_mid_epoch_resumes_bit_for_bit(tmp_path):
     torch.testing.assert_close(fit(ckpt_path=tmp_path / "five.ckpt"), whole, rtol=0, atol=0)
 
 
+def test_what_is_saved_when_training_is_over_is_packed_again_to_what_it_was(tmp_path):
+    def fit(epochs, **options):
+        trainer, module = quiet_trainer(-1, LowBitOptimizer(), max_epochs=epochs), ZOO["gpt2"].build()
+        trainer.fit(module, ZOO["gpt2"].loader(batches=4), **options)
+        return trainer, module.state_dict()
+
+    fit(1)[0].save_checkpoint(tmp_path / "over.ckpt")
+    torch.testing.assert_close(fit(2, ckpt_path=tmp_path / "over.ckpt")[1], fit(2)[1], rtol=0, atol=0)
+
+
 def test_a_checkpoint_without_the_callback_is_converted(tmp_path):
     entry = ZOO["gpt2"]
     quiet_trainer(8, SavesAt(tmp_path / "plain.ckpt", 5)).fit(entry.build(), entry.loader())

@@ -23,20 +23,35 @@ LAYOUTS = {
 }
 
 
-def _measured(name: str, strategy: str) -> int:
+def _measured(name: str, strategy: str, bits: int | None = None) -> int:
     """Bytes at the peak of this rank."""
     entry = ZOO[name]
-    return memopt.measure_memory(entry.build(), entry.batch(), strategy=strategy, devices=2).peak_bytes
+    callbacks = _low_bit(bits)
+    return memopt.measure_memory(
+        entry.build(), entry.batch(), strategy=strategy, devices=2, callbacks=callbacks
+    ).peak_bytes
 
 
-def _assert_predicted(name: str, strategy: str) -> None:
+def _low_bit(bits: int | None) -> list[memopt.LowBitOptimizer]:
+    return [memopt.LowBitOptimizer(bits)] if bits else []
+
+
+def _assert_predicted(name: str, strategy: str, bits: int | None = None) -> None:
     entry = ZOO[name]
     with one_of_many(Layout(strategy, LAYOUTS[strategy])) as rank_strategy:
-        predicted = predict_step(entry.build(), entry.batch(), rank_strategy=rank_strategy).peak_bytes
+        predicted = predict_step(
+            entry.build(), entry.batch(), callbacks=_low_bit(bits), rank_strategy=rank_strategy
+        ).peak_bytes
     # Tensors that threads of gloo drop last, which is a matter of chance, are not seen to be released.
-    measured = (run_on_ranks(_measured, 2, name, strategy)[0] for _ in range(3))
+    measured = (run_on_ranks(_measured, 2, name, strategy, bits)[0] for _ in range(3))
     wrong = list(takewhile(lambda peak: predicted != pytest.approx(peak, rel=0.02, abs=33 * 2**10), measured))
     assert len(wrong) < 3, (predicted, wrong)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["memopt_zero3", pytest.param("memopt_tp", marks=pytest.mark.slow)])
+def test_the_state_in_few_bits_of_a_rank_is_predicted(strategy):
+    _assert_predicted("bert_qa", strategy, bits=8)
 
 
 PIPELINED = ("gpt2", "encoder", "llama", "t5", "bert_qa", "vit")

@@ -23,8 +23,9 @@ TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
     "mixed_bf16": lambda: {"plugins": [memopt.MixedPrecision("bf16")]},
     "mixed_fp16": lambda: {"plugins": [memopt.MixedPrecision("fp16")]},
     "half_bf16": lambda: {"plugins": [memopt.HalfPrecision("bf16")]},
+    "low_bit": lambda: {"extra": [memopt.LowBitOptimizer(8)]},
 }
-TOLERANCE = {"mixed_bf16": 1e-3, "mixed_fp16": 1e-4, "half_bf16": 1e-3}
+TOLERANCE = {"mixed_bf16": 1e-3, "mixed_fp16": 1e-4, "half_bf16": 1e-3, "low_bit": 1e-4}
 REFUSED = {
     "optimizer_in_backward": (
         lambda: {
@@ -33,10 +34,6 @@ REFUSED = {
             "gradient_clip_val": None,
         },
         "OptimizerInBackward cannot work here: DataParallelStrategy",
-    ),
-    "low_bit_optimizer": (
-        lambda: {"extra": [memopt.LowBitOptimizer(8)]},
-        "LowBitOptimizer cannot work here.*DTensor",
     ),
 }
 

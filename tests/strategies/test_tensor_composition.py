@@ -20,6 +20,7 @@ TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
     "checkpointing_budget": lambda: {"extra": [memopt.ActivationCheckpointing("budget", budget=0.5)]},
     "bf16_mixed": lambda: {"precision": "bf16-mixed"},
     "half_kahan": lambda: {"plugins": [memopt.HalfPrecision("bf16", rounding="kahan")]},
+    "low_bit": lambda: {"extra": [memopt.LowBitOptimizer(8)]},
     "clip_by_value": lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
 }
 REFUSED = {
@@ -30,10 +31,6 @@ REFUSED = {
             "gradient_clip_val": None,
         },
         "OptimizerInBackward cannot work here: TensorParallelStrategy",
-    ),
-    "low_bit_optimizer": (
-        lambda: {"extra": [memopt.LowBitOptimizer(8)]},
-        "LowBitOptimizer cannot work here.*DTensor",
     ),
 }
 TENSOR = {"strategy": "memopt_tp", "sizes": MeshSizes(tensor=2)}

@@ -15,6 +15,20 @@ def _values(numel: int, signed: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "signed"), CASES)
+def test_what_is_unpacked_reproducibly_is_packed_to_the_same_codes_and_scales(name, signed):
+    codec = BlockwiseCodec(name)
+    packed = codec.pack(_values(100_003, signed) ** 3, signed)
+    again = codec.pack(codec.unpack(packed, 0, 100_003, reproducibly=True), signed)
+    assert torch.equal(packed["codes"], again["codes"]) and torch.equal(packed["scales"], again["scales"])
+
+
+@pytest.mark.parametrize("format_name", BLOCK_SIZES)
+def test_nothing_can_be_packed(format_name):
+    codec = BlockwiseCodec(format_name)
+    assert codec.unpack(codec.pack(torch.zeros(0), signed=True), 0, 0).shape == (0,)
+
+
+@pytest.mark.parametrize(("name", "signed"), CASES)
 def test_levels_are_ascending_within_one_and_fit_the_code(name, signed):
     levels = torch.tensor(make_levels(name, signed))
     assert len(levels) <= (16 if name == "4-bit" else 256)
