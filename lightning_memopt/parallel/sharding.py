@@ -13,10 +13,10 @@ stage          parameters                                  gradients while accum
 =============  ==========================================  =============================================
 """
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from lightning_memopt.parallel.replicated import average_gradients, find_scalars
 from lightning_memopt.parallel.units import (
     check_can_shard,
     find_independent_children,
@@ -53,6 +54,7 @@ class Sharding:
     module: nn.Module
     stage: ShardStage
     roots: tuple[FSDPModule, ...]
+    _undo: list[Callable[[], Any]] = field(default_factory=list)
 
     @contextmanager
     def accumulate(self) -> Generator[None, None, None]:
@@ -98,6 +100,8 @@ class Sharding:
             gather: Communicates: all ranks must call it. ``False`` leaves each rank its shards, for when a rank may
                 have failed.
         """
+        while self._undo:
+            self._undo.pop()()
         unshard_in_place(self.module, gather)
 
 
@@ -114,7 +118,7 @@ def shard_module(
     """Shard ``module`` in place over ``mesh``, block by block.
 
     All ranks must hold the same values. Tied parameters stay tied. Build optimizers afterwards: the parameters are
-    replaced by ``DTensor`` ones of the same names.
+    replaced by ``DTensor`` ones of the same names, but for scalars, which stay whole on every rank.
 
     Args:
         module: The module whose ``forward`` (or a method routed through it) runs the whole step.
@@ -152,7 +156,8 @@ def shard_module(
             plan += [(odd, frees_after_forward) for odd in find_odd_modules(root, units)]
             # What belongs to no block is needed first in forward and last in backward: freeing it saves nothing.
             plan.append((root, several_backwards))
-    ignored = set(held_elsewhere)
+    scalars = find_scalars(module)
+    ignored = {*held_elsewhere, *scalars}
     for parameter in module.parameters():
         # FSDP2 takes no other strides, which weights of convolutions in `channels_last` have.
         if parameter not in ignored and not isinstance(parameter, DTensor):
@@ -167,4 +172,5 @@ def shard_module(
                 offload_policy=offload_policy,
                 ignored_params=ignored,
             )
-    return Sharding(module, stage, tuple(root for root in roots if isinstance(root, FSDPModule)))
+    sharded_roots = tuple(root for root in roots if isinstance(root, FSDPModule))
+    return Sharding(module, stage, sharded_roots, average_gradients(scalars, mesh))

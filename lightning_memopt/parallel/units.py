@@ -49,7 +49,7 @@ def find_odd_modules(unit: nn.Module, inner: Collection[nn.Module] = ()) -> list
     """
     skipped = {submodule for module in inner if module is not unit for submodule in module.modules()}
     own = {
-        name: [p for p in module.parameters(recurse=False) if p.requires_grad]
+        name: [p for p in module.parameters(recurse=False) if p.requires_grad and p.ndim]
         for name, module in unit.named_modules()
         if module not in skipped
     }
@@ -83,7 +83,7 @@ def check_can_shard(module: nn.Module, held_elsewhere: Collection[nn.Parameter] 
         held_elsewhere: Parameters that are not to be sharded here.
 
     Raises:
-        ValueError: A parameter is on the meta device or is a scalar.
+        ValueError: A parameter is on the meta device.
     """
     elsewhere = set(held_elsewhere)
     for name, parameter in module.named_parameters():
@@ -93,11 +93,6 @@ def check_can_shard(module: nn.Module, held_elsewhere: Collection[nn.Parameter] 
             raise ValueError(
                 f"Parameter `{name}` is on the meta device, so there are no values to shard; build the module with "
                 "real values, and let the strategy shard them."
-            )
-        if parameter.ndim == 0:
-            raise ValueError(
-                f"Parameter `{name}` is a scalar (shape ()), and FSDP2 shards along the first dimension; give it "
-                "one element (shape (1,)), or use `memopt_ddp`."
             )
 
 
@@ -125,7 +120,9 @@ def find_independent_children(module: nn.Module) -> list[nn.Module]:
 
 
 def _called_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, _ in module.named_parameters(prefix.rstrip("."), recurse=False):
+    for name, parameter in module.named_parameters(prefix.rstrip("."), recurse=False):
+        if parameter.ndim == 0:
+            continue  # is not sharded
         where = (
             f"`{prefix.rstrip('.')}`, which is never called," if prefix else f"the {type(module).__name__} itself,"
         )

@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.mixed_optimizers import stepping_mixed
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
 from lightning_memopt.strategies.base import MemoptStrategy
@@ -161,7 +163,8 @@ class DataParallelStrategy(MemoptStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        with stepping_mixed(optimizer):
+            result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         self._report_unused_parameters()
         return result
 
@@ -176,7 +179,10 @@ class DataParallelStrategy(MemoptStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         if self.offload:
-            _optimizers_to_device(self.optimizers, torch.device("cpu"))
+            for optimizer in self.optimizers:
+                for parameter, state in optimizer.state.items():
+                    if isinstance(parameter, DTensor):  # scalars stay where the module is
+                        optimizer.state[parameter] = tree_map_only(torch.Tensor, lambda x: x.cpu(), state)
 
     # What is said
 

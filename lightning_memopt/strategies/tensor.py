@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.mixed_optimizers import stepping_mixed
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.tensor.apply import TensorParallel, tensor_parallelize
 from lightning_memopt.parallel.tensor.describe import describe_plan
 from lightning_memopt.parallel.tensor.loss import losses_of_shards, split_losses
-from lightning_memopt.parallel.tensor.optimizers import stepping_mixed
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from lightning_memopt.parallel.tensor.replicas import check_replicas, have_same_batch, share_random_state
 from lightning_memopt.parallel.tensor.sequence import parallelize_sequence

@@ -43,16 +43,11 @@ def test_in_place_of_a_container_which_is_never_called_there_are_its_children():
     nets = nn.ModuleList([nn.Linear(2, 2), nn.ModuleDict({"deep": nn.Linear(2, 2)})])
     model = nn.ModuleDict({"nets": nets, "head": nn.Linear(2, 2)})
     assert find_independent_children(model) == [nets[0], nets[1]["deep"], model["head"]]
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))  # is not sharded
+    assert len(find_independent_children(model)) == 3
     nets.append(nn.ParameterList([torch.ones(1)]))
     with pytest.raises(ValueError, match=r"`nets.2.0` is registered on `nets.2`, which is never called"):
         find_independent_children(model)
-
-
-def test_a_scalar_parameter_is_refused_by_name():
-    model = nn.Linear(2, 2)
-    model.register_parameter("scale", nn.Parameter(torch.ones(())))
-    with pytest.raises(ValueError, match=r"`scale` is a scalar.*shape \(1,\)"):
-        check_can_shard(model)
 
 
 def test_a_parameter_without_values_is_refused_by_name():

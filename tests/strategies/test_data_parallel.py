@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_memopt import DataParallelStrategy
+from lightning_memopt import DataParallelStrategy, HybridStrategy
+from lightning_memopt.parallel.mesh import MeshSizes
 from tests.distributed import run_on_ranks
 from tests.parity import train
-from tests.strategies.parity import STRATEGIES, fit_zoo
-from tests.zoo import ZOO
+from tests.strategies.parity import STRATEGIES, assert_same_outcome, fit_zoo
+from tests.zoo import ZOO, Entry
 
 SHARDED = [name for name in STRATEGIES if name != "memopt_ddp"]
 MLP = ZOO["mlp"]
@@ -424,10 +425,33 @@ def test_batch_norm_is_warned_of_by_name(strategy):
     assert any("`blocks.0.norm1` and 5 more normalizes over the batch of its own rank" in text for text in first)
 
 
-class ScalarParameter(SkipsALayer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+class Tempered(type(MLP.build())):  # type: ignore[misc]
+    """Has a scalar that trains, as CLIP does, and one that does not."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__(dropout)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.frozen = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.temperature.exp() / self.frozen
+
+
+@pytest.mark.parametrize("strategy", [*SHARDED, "memopt_tp", "memopt_hybrid"])
+def test_scalars_stay_whole_and_train_as_on_one_device(strategy):
+    entry = Entry("tempered", Tempered, MLP.sample)
+    sizes = MeshSizes(tensor=2) if strategy == "memopt_tp" else MeshSizes(shard=2)
+    given = HybridStrategy(shard=2) if strategy == "memopt_hybrid" else strategy
+
+    def fit(ranks: int, **options: Any) -> Any:
+        kinds = Probe("on_train_end", lambda module: type(module.temperature))
+        return fit_zoo(entry, ranks, 4, extra=[kinds], **options), kinds.seen
+
+    plain, _ = run_on_ranks(lambda: fit(1), 1)[0]
+    assert plain.weights["temperature"] != 1.0
+    for outcome, kinds in run_on_ranks(lambda: fit(2, strategy=given, sizes=sizes), 2):
+        assert_same_outcome(plain, outcome)
+        assert kinds == [nn.Parameter]
 
 
 class ByHand(SkipsALayer):
@@ -453,7 +477,6 @@ class WithAdafactor(SkipsALayer):
     ("module", "said"),
     [
         (WithAdafactor, "Adafactor fails on sharded parameters.*memopt_ddp"),
-        (ScalarParameter, "`scale` is a scalar.*shape \\(1,\\)"),
         (ByHand, "`bias` is registered on the ByHand itself, and.*memopt_ddp"),
         (ByHandTied, "`used` and `idle` share a parameter.*memopt_ddp"),
     ],

@@ -1,4 +1,4 @@
-"""Step split parameters and whole ones with one optimizer."""
+"""Step split or sharded parameters and whole ones with one optimizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
