@@ -1,4 +1,4 @@
-"""Read linear layers: which modules are one, their sizes, and which way round their weight lies."""
+"""Read linear layers and convolutions: which modules are one, their sizes, and which way round their weight lies."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,23 @@ def read_linear(module: nn.Module) -> LinearShape | None:
         in_features, out_features = module._parameters["weight"].shape  # type: ignore[union-attr]
         return LinearShape(in_features, out_features, transposed=True)
     return None
+
+
+def read_convolution(module: nn.Module) -> LinearShape | None:
+    """The channels of ``module`` if it is one of torch's convolutions, of which each output sees all inputs.
+
+    ``None`` for convolutions by groups, and for those of which ``forward`` is another or the weight is computed.
+
+    Example:
+        >>> read_convolution(nn.ConvTranspose2d(2, 6, 3))
+        LinearShape(in_features=2, out_features=6, transposed=True)
+    """
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    if not isinstance(module, convolutions) or module.groups != 1 or module._parameters.get("weight") is None:
+        return None
+    if "forward" in vars(module) or not any(type(module).forward is each.forward for each in convolutions):
+        return None
+    return LinearShape(module.in_channels, module.out_channels, module.transposed)
 
 
 def _does_what_linear_does(module: nn.Linear) -> bool:

@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from lightning_memopt.models.linears import read_linear
 from lightning_memopt.parallel.tensor.attention import HeadParallelAttention
 from lightning_memopt.parallel.tensor.layers import (
+    ChannelParallel,
     ColumnParallel,
     ExpertsParallel,
     RowParallel,
@@ -27,6 +28,7 @@ from lightning_memopt.parallel.unshard import make_whole
 _STAND_INS: dict[str, type[nn.Module]] = {
     "colwise": ColumnParallel,
     "rowwise": RowParallel,
+    "channels": ChannelParallel,
     "vocab": VocabParallel,
     "attention": HeadParallelAttention,
     "experts": ExpertsParallel,

@@ -35,7 +35,9 @@ def _remark(entry: PlanEntry, region: Region | None) -> str:
     if entry.style == "whole":
         return entry.reason
     if region is None:
-        remark = {"colwise": "outputs gathered", "rowwise": "inputs taken apart"}.get(entry.style, "")
+        remark = {"colwise": "outputs gathered", "channels": "outputs gathered", "rowwise": "inputs taken apart"}.get(
+            entry.style, ""
+        )
         return f"{remark}: {entry.reason}" if remark and entry.reason else remark
     owner = f"`{region.group.owner or 'the module'}`"
     return f"split through {owner}" if region.is_local else f"gathered in {owner}: {region.reason}"

@@ -5,6 +5,8 @@ activations, which is always right; within a :class:`~lightning_memopt.parallel.
 verified, what flows from its columns to its row stays split.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +91,19 @@ class VocabParallel(nn.Embedding):
         return own(rows.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()]))
 
 
+class ChannelParallel(nn.Module):
+    """In front of a convolution's class: each rank has some of the output channels."""
+
+    _tensor_split: SplitState
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``([batch,] in, ...)`` to ``([batch,] out, ...)``."""
+        mesh = self._tensor_split.mesh
+        with _local_parameters(self):
+            y = super().forward(enter(x, mesh), *args, **kwargs)
+        return gather(y, mesh, -1 - len(self.kernel_size))
+
+
 class ExpertsParallel(nn.Module):
     """In front of the class of a mixture's experts: each rank has some of the inner features of every expert."""
 
@@ -98,12 +113,19 @@ class ExpertsParallel(nn.Module):
         """What the experts' own ``forward`` does; scores and hidden states enter, and the output is added up."""
         mesh = self._tensor_split.mesh
         args, kwargs = tree_map(lambda x: enter(x, mesh) if _is_floating(x) else x, (args, kwargs))
-        whole = dict(self._parameters)
-        self._parameters.update({name: local(part) for name, part in whole.items()})  # type: ignore[misc]
-        try:
+        with _local_parameters(self):
             return add_up(super().forward(*args, **kwargs), mesh)
-        finally:
-            self._parameters.update(whole)
+
+
+@contextmanager
+def _local_parameters(layer: nn.Module) -> Iterator[None]:
+    """Within the block, its own code finds this rank's parts in place of its parameters."""
+    whole = dict(layer._parameters)
+    layer._parameters.update({name: local(part) for name, part in whole.items()})  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        layer._parameters.update(whole)
 
 
 def _is_floating(x: Any) -> bool:

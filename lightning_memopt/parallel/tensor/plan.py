@@ -5,6 +5,7 @@ style        split                                       communication per call 
 ===========  ==========================================  ===================================================
 "colwise"    a linear's outputs                          in a group none; alone a gather of its outputs
 "rowwise"    a linear's inputs                           a sum of its outputs
+"channels"   a convolution's outputs                     a gather of its outputs
 "vocab"      an embedding's rows                         a sum of its outputs (forward only)
 "attention"  the heads of an ``nn.MultiheadAttention``   a sum of its outputs
 "experts"    the inner features of every expert          a sum of its outputs
@@ -23,10 +24,10 @@ from torch import nn
 
 from lightning_memopt.models.hf_tensor_plans import is_split_experts, read_tensor_plans
 from lightning_memopt.models.linear_groups import Column, LinearGroup, find_linear_groups
-from lightning_memopt.models.linears import read_linear
+from lightning_memopt.models.linears import read_convolution, read_linear
 from lightning_memopt.models.weight_reads import find_weight_reads, reads_own
 
-Style = Literal["colwise", "rowwise", "vocab", "attention", "experts", "whole"]
+Style = Literal["colwise", "rowwise", "channels", "vocab", "attention", "experts", "whole"]
 
 OVERRIDES = ("colwise", "rowwise", "whole")
 """What a user can ask for a module."""
@@ -85,8 +86,8 @@ def find_tensor_plan(module: nn.Module, size: int, overrides: Mapping[str, str] 
         module: Any module; it is only read.
         size: Number of ranks.
         overrides: Patterns of qualified names (``fnmatch``: ``"*.mlp.fc1"``) with what to do to the modules that
-            match: ``"colwise"``, ``"rowwise"`` (a linear layer; an embedding's rows are its vocabulary) or
-            ``"whole"``. Later patterns win.
+            match: ``"colwise"`` (a linear layer or a convolution), ``"rowwise"`` (a linear layer; an embedding's
+            rows are its vocabulary) or ``"whole"``. Later patterns win.
 
     Raises:
         ValueError: A pattern that matches nothing, or asks for what cannot be.
@@ -199,12 +200,19 @@ class _Planner:
         if is_split_experts(holder, self.theirs.get(name)):
             inner = holder.get_parameter("down_proj").shape[-1]
             return "experts", f"{inner} inner features do not divide by {self.size}" if inner % self.size else ""
+        if (convolution := read_convolution(holder)) is not None:
+            return "channels", self._convolution_refusal(convolution.out_features, role)
         if read_linear(holder) is None:
-            return "whole", f"{type(holder).__name__} is no linear layer, embedding or attention that can be split"
+            return "whole", f"{type(holder).__name__} is nothing that can be split"
         inputs, outputs = self._sizes(name)
         if role == "rowwise":
             return "rowwise", f"{inputs} inputs do not divide by {self.size}" if inputs % self.size else ""
         return "colwise", f"{outputs} outputs do not divide by {self.size}" if outputs % self.size else ""
+
+    def _convolution_refusal(self, outputs: int, role: str | None) -> str:
+        if role == "rowwise":
+            return "a convolution is split by its outputs ('colwise')"
+        return f"{outputs} channels do not divide by {self.size}" if outputs % self.size else ""
 
     def _embedding_refusal(self, embedding: nn.Embedding, role: str | None) -> str:
         if role == "colwise":
@@ -305,7 +313,7 @@ def split_dimensions(holder: nn.Module, entry: PlanEntry) -> dict[str, tuple[int
         return {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
     if entry.style == "whole":
         return {}
-    shape = read_linear(holder)
+    shape = read_convolution(holder) if entry.style == "channels" else read_linear(holder)
     assert shape is not None
     if entry.style == "rowwise":
         return {"weight": (1 - shape.out_dimension, 1)}

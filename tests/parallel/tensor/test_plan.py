@@ -103,6 +103,22 @@ def test_an_embedding_that_does_more_than_look_up_is_split_if_it_leaves_the_look
     assert plan.entries["sliced"].reason == "Sliced does not look its rows up as nn.Embedding does"
 
 
+def test_convolutions_are_split_by_channels_but_for_those_by_groups_or_with_a_computed_weight():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 6, 3), nn.Conv2d(6, 5, 3),
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
+    )  # fmt: skip
+    plan = find_tensor_plan(net, 2)
+    styles = _styles(plan)
+    assert [styles[str(index)] for index in range(5)] == ["channels", "whole", "channels", "whole", "whole"]
+    assert plan.entries["0"].rank_bytes == (8 * 3 * 9 + 8) * 4 // 2
+    assert plan.entries["3"].reason == "5 channels do not divide by 2"
+    assert _styles(find_tensor_plan(net, 2, {"0": "whole"}))["0"] == "whole"
+    assert _styles(find_tensor_plan(net, 2, {"0": "colwise"}))["0"] == "channels"
+    with pytest.raises(ValueError, match="`0` is to be 'rowwise' and cannot be split: a convolution is split by its"):
+        find_tensor_plan(net, 2, {"0": "rowwise"})
+
+
 def test_layers_that_stand_alone_are_split_if_those_of_one_shape_are_worth_it_together():
     class Block(nn.Module):
         def __init__(self) -> None:
