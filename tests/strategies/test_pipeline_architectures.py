@@ -1,6 +1,7 @@
 """A pipeline trains the families of Hugging Face beside the zoo as one device does."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,12 @@ import pytest
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt.parallel.pipeline.torch_stage import CAN_SPLIT_BACKWARD
 from tests.distributed import run_on_ranks
 from tests.strategies.parity import Outcome, fit_zoo
 from tests.zoo.architectures import ARCHITECTURES
 
 STEPS = 2
-QUICK = ("mixtral", "segformer")
 IN_SINGLE = ("mixtral", "qwen3_moe")
 """torch has no grouped products of doubles."""
 
@@ -45,13 +46,36 @@ def _fit(name: str, ranks: int, **options: Any) -> Outcome:
     return fit_zoo(entry, ranks, STEPS, **fit)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ARCHITECTURES]
-)
-def test_two_stages_train_each_family_as_one_device(name):
+def _assert_same(name: str, **options: Any) -> None:
     plain = run_on_ranks(lambda: _fit(name, 1), 1)[0]
-    for outcome in run_on_ranks(lambda: _fit(name, 2), 2):
+    for outcome in run_on_ranks(lambda: _fit(name, 2, **options), 2):
         np.testing.assert_allclose(outcome.losses, plain.losses, rtol=1e-5)
         np.testing.assert_allclose(outcome.grad_norms, plain.grad_norms, rtol=1e-5)
         for weight, expected in plain.weights.items():
             np.testing.assert_allclose(outcome.weights[weight], expected, rtol=1e-4, atol=1e-6, err_msg=weight)
+
+
+def _slow_but(quick: Any, cases: Iterable[Any]) -> list[Any]:
+    return [pytest.param(*case, marks=[] if case in quick else [pytest.mark.slow]) for case in cases]
+
+
+@pytest.mark.parametrize("name", _slow_but([("mixtral",)], zip(ARCHITECTURES, strict=True)))
+def test_two_stages_train_each_family_as_one_device(name):
+    _assert_same(name)
+
+
+WITH_FOUR_STAGES = ("bart", "whisper", "clip", "swin", "resnet", "segformer", "mobilenet_v2")
+"""A stage of these is sent what passes blocks by, or writes buffers that another of its rank has on its way."""
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    _slow_but(
+        [("resnet", "interleaved_1f1b"), ("segformer", "zbv")],
+        itertools.product(WITH_FOUR_STAGES, ("interleaved_1f1b", "zbv")),
+    ),
+)
+def test_two_stages_on_a_rank_train_as_one_device(name, schedule):
+    if schedule == "zbv" and not CAN_SPLIT_BACKWARD:
+        pytest.skip("the torch that is installed cannot split backwards")
+    _assert_same(name, schedule=schedule)

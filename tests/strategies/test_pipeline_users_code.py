@@ -4,11 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memopt as memopt
@@ -63,6 +66,102 @@ def test_blocks_recomputed_in_the_reentrant_way_are_refused_by_name() -> None:
             losses_of(Checkpoints(use_reentrant=True), 2, MAKE["pp"]())
 
     run_on_ranks(fit, 2, deadline_seconds=30)
+
+
+COLLECTED: list[torch.Tensor] = []
+
+
+class CollectsByHooks(pl.LightningModule):
+    """Has hooks that collect what blocks return, for its loss, as models do that give hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        for block in self.blocks:
+            block.register_forward_hook(lambda block, args, output: COLLECTED.append(output))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        COLLECTED.clear()
+        hidden = batch[0]
+        for block in self.blocks:
+            hidden = block(hidden)
+        return F.cross_entropy(hidden + 2 * COLLECTED[1], batch[1])
+
+    configure_optimizers = Net.configure_optimizers
+
+
+def test_hooks_of_blocks_of_earlier_stages_see_each_call() -> None:
+    def fit() -> list[float]:
+        strategy = memopt.PipelineParallelStrategy(microbatches=2, split=["blocks.2"])
+        return losses_of(CollectsByHooks(), 2, strategy)
+
+    plain = run_on_ranks(lambda: losses_of(CollectsByHooks()), 1)[0]
+    for losses in run_on_ranks(fit, 2, deadline_seconds=30):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+class Gated(nn.Module):
+    """A block that keeps what its gate returns, for the loss to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 4)
+        self.layer = nn.Linear(32, 32)
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.kept = self.gate(hidden)
+        return hidden + torch.tanh(self.layer(hidden)) * self.kept.softmax(-1).max(-1, keepdim=True).values
+
+
+class PassesBlocksBy(pl.LightningModule):
+    """Adds what it computed before blocks behind them, and to its loss what blocks kept."""
+
+    def __init__(self, recomputes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.recomputes = recomputes
+        self.inlet, self.outlet = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.down = nn.ModuleList(Gated() for _ in range(3))
+        self.up = nn.ModuleList(Gated() for _ in range(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.inlet(batch[0])
+        passed = []
+        for block in self.down:
+            hidden = checkpoint(block, hidden, use_reentrant=False) if self.recomputes else block(hidden)
+            passed.append(torch.sin(hidden))
+
+        def rise(hidden: torch.Tensor) -> torch.Tensor:
+            for block, beside in zip(self.up, reversed(passed), strict=True):
+                hidden = block(hidden * beside)
+            return hidden
+
+        hidden = checkpoint(rise, hidden, use_reentrant=False) if self.recomputes else rise(hidden)
+        balance = sum(block.kept.logsumexp(-1).mean() for block in (*self.down, *self.up))
+        return F.cross_entropy(self.outlet(hidden), batch[1]) + 0.1 * balance
+
+    configure_optimizers = Net.configure_optimizers
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "recomputes"),
+    [
+        ("1f1b", 3, False),
+        ("1f1b", 2, True),
+        ("interleaved_1f1b", 2, False),
+        pytest.param("zbv", 2, False, marks=can_split_backward),
+    ],
+)
+def test_what_passes_blocks_by_is_sent_along_and_has_gradients(schedule: Any, ranks: int, recomputes: bool) -> None:
+    def fit() -> list[float]:
+        strategy = memopt.PipelineParallelStrategy(schedule, microbatches=4)
+        return losses_of(PassesBlocksBy(recomputes), ranks, strategy)
+
+    plain = run_on_ranks(lambda: losses_of(PassesBlocksBy(recomputes)), 1)[0]
+    for losses in run_on_ranks(fit, ranks, deadline_seconds=60):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
 
 
 class RaisesInValidation(Net):

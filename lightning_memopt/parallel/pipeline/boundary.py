@@ -1,14 +1,16 @@
-"""What crosses from one stage to the next: each argument of the next stage's first link that has no data there."""
+"""What crosses from one stage to the next: each argument of the next stage's first link that has no data there, and
+what else the next stages use."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_iter, tree_leaves, tree_unflatten
 
+from lightning_memopt.parallel.pipeline.carried import Output, put
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.recompute import Recomputation, is_checkpointed
 from lightning_memopt.parallel.pipeline.stubs import is_stub
@@ -36,10 +38,12 @@ class Boundary:
 
     Attributes:
         slots: Of each leaf of the arguments of its first link, the number of the tensor that replaces it.
+        carried: Of each output of a module that is sent besides, the number of the tensor that replaces it.
         metas: Of each tensor, one like it on the meta device, contiguous.
     """
 
     slots: dict[int, int] = field(default_factory=dict)
+    carried: dict[Output, int] = field(default_factory=dict)
     metas: list[Tensor] = field(default_factory=list)
 
 
@@ -49,8 +53,8 @@ class Shapes:
 
     Attributes:
         boundaries: Of each stage but the first.
-        outputs: What each link returned, where that is stubs only, and so is the same for each micro-batch.
-        direct: Links of this rank that got nothing in which a stub had to be replaced, as a stage ran them.
+        outputs: What each link returned that may be taken instead of calling it, the same for each micro-batch.
+        direct: Links that got nothing in which a stub had to be replaced, as a stage of this rank ran them.
     """
 
     boundaries: dict[int, Boundary] = field(default_factory=dict)
@@ -58,42 +62,61 @@ class Shapes:
     direct: set[int] = field(default_factory=set)
 
 
-def shapes_of_stages(boundaries: Sequence[Boundary], outputs: dict[int, Any], starts: Sequence[int]) -> Shapes:
-    """Of what each link got and returned, what matters where stages begin with links ``starts``."""
-    before_last = {index: output for index, output in outputs.items() if index < starts[-1]}
+def shapes_of_stages(
+    boundaries: Sequence[Boundary], outputs: dict[int, Any], starts: Sequence[int], called: Collection[int]
+) -> Shapes:
+    """Of what each link got and returned, what matters where stages begin with links ``starts``, and each has to call
+    the links ``called``."""
+    before_last = {i: output for i, output in outputs.items() if i < starts[-1] and i not in called}
     return Shapes({stage: boundaries[start] for stage, start in enumerate(starts) if stage}, before_last)
 
 
 class ShapeReader:
-    """Observes a step on a shadow of which every parameter is a stub, up to the last stage's first link."""
+    """Observes a step on a shadow of which every parameter is a stub, up to the last stage's first link.
 
-    def __init__(self, starts: Sequence[int], links: Sequence[nn.Module]) -> None:
+    Args:
+        known: The shapes of another kind of micro-batch.
+        starts: The link that each stage begins with.
+        links: All of them.
+    """
+
+    def __init__(self, known: Shapes, starts: Sequence[int], links: Sequence[nn.Module]) -> None:
         self.shapes = Shapes()
+        self._known = known
         self._links = links
+        self._values: dict[str, Any] = {}
         self._stages = {start: stage for stage, start in enumerate(starts) if stage}
+
+    def returned(self, name: str, output: Any) -> None:
+        """Keep what is carried."""
+        self._values[name] = tree_leaves(output)
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take down what link ``index`` gets and returns."""
         if index in self._stages:
             stage = self._stages.pop(index)
-            self.shapes.boundaries[stage] = read_boundary(args, kwargs)
+            carried = [output for output in self._known.boundaries[stage].carried if output[0] in self._values]
+            values = {(name, number): self._values[name][number] for name, number in carried}
+            self.shapes.boundaries[stage] = read_boundary(args, kwargs, values)
             if not self._stages:
                 raise StageDone(())
         output = call(*args, **kwargs)
-        if can_stand_for(self._links[index], output):
+        if index in self._known.outputs and can_stand_for(self._links[index], output):
             self.shapes.outputs[index] = output
         return output
 
 
-def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], run: Callable[[], Any]) -> Shapes:
+def read_shapes(
+    shadow: nn.Module, names: Sequence[str], starts: Sequence[int], known: Shapes, run: Callable[[], Any]
+) -> Shapes:
     """Learn what crosses each boundary for one kind of micro-batch; ``run`` runs a step on ``shadow``.
 
     Raises:
         StepRefused: The step does not call the links that stages begin with.
     """
     links = [shadow.get_submodule(name) for name in names]
-    reader = ShapeReader(starts, links)
-    chain = Chain(links)
+    reader = ShapeReader(known, starts, links)
+    chain = Chain(links, {name: shadow.get_submodule(name) for name in watched_in(known)})
     chain.observer = reader
     try:
         run()
@@ -104,6 +127,11 @@ def read_shapes(shadow: nn.Module, names: Sequence[str], starts: Sequence[int], 
         chain.remove()
     missing = [names[start] for start in starts if start and start in reader._stages]
     raise StepRefused(f"the step does not call `{missing[0]}`, which a stage begins with.")
+
+
+def watched_in(shapes: Shapes) -> set[str]:
+    """The modules of which an output is carried."""
+    return {name for boundary in shapes.boundaries.values() for name, _ in boundary.carried}
 
 
 def can_stand_for(link: nn.Module, output: Any) -> bool:
@@ -118,18 +146,23 @@ def can_stand_for(link: nn.Module, output: Any) -> bool:
     return not is_collected and all(is_stub(leaf) for leaf in tree_iter(output) if isinstance(leaf, Tensor))
 
 
-def read_boundary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Boundary:
-    """What a stage would be sent whose first link is called with these arguments."""
+def read_boundary(args: tuple[Any, ...], kwargs: dict[str, Any], carried: Mapping[Output, Any]) -> Boundary:
+    """What a stage would be sent whose first link is called with these arguments, and that uses ``carried``."""
     boundary = Boundary()
     known: dict[int, int] = {}
-    for position, leaf in enumerate(tree_flatten((args, kwargs))[0]):
-        if not is_stub(leaf):
-            continue
-        if id(leaf) not in known:
-            known[id(leaf)] = len(boundary.metas)
-            meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
+
+    def slot_of(stub: Tensor) -> int:
+        if id(stub) not in known:
+            known[id(stub)] = len(boundary.metas)
+            meta = torch.empty(stub.shape, dtype=stub.dtype, device="meta", requires_grad=stub.requires_grad)
             boundary.metas.append(meta)
-        boundary.slots[position] = known[id(leaf)]
+        return known[id(stub)]
+
+    for position, leaf in enumerate(tree_flatten((args, kwargs))[0]):
+        if is_stub(leaf):
+            boundary.slots[position] = slot_of(leaf)
+    for output, value in carried.items():
+        boundary.carried[output] = slot_of(value)
     return boundary
 
 
@@ -155,6 +188,10 @@ class StageRun:
         self._shapes = shapes
         self._stage = stage
         self._received = received
+        before, after = (shapes.boundaries.get(number, Boundary()) for number in (stage, stage + 1))
+        self._carried = {output: received[slot] for output, slot in before.carried.items()}
+        self._watched = {name for name, _ in (*before.carried, *after.carried)}
+        self._returned: dict[str, list[Any]] = {}
         self._in_place_of: dict[int, tuple[Any, Tensor]] = {}  # by id of a stub, which is kept alive
         self._next = 0
         self._replaced: dict[int, dict[int, Tensor]] = {}
@@ -170,10 +207,13 @@ class StageRun:
             )
         self._next += 1
         if index < self._links.start:
-            if index in self._shapes.outputs:
-                return self._shapes.outputs[index]
-            return call(*args, **kwargs)
-        if index in self._shapes.direct:  # taking arguments apart costs more than all else that is done here
+            if index not in self._shapes.outputs:
+                return call(*args, **kwargs)
+            output = self._shapes.outputs[index]
+            instead = self.returned(self._names[index], output)
+            return output if instead is None else instead
+        if index in self._shapes.direct and index != self._links.stop:
+            # Taking arguments apart costs more than all else that is done here.
             return call(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         if index == self._links.start and self._stage:
@@ -187,9 +227,31 @@ class StageRun:
         elif is_checkpointed():  # asked here alone, since it takes a walk over the stack
             pairs = enumerate(zip(leaves, real, strict=True))
             self._replaced[index] = {position: value for position, (leaf, value) in pairs if value is not leaf}
-            self.recomputation = Recomputation(self._links.start, self._shapes.outputs, self._replaced)
+            self._recompute()
         args, kwargs = tree_unflatten(real, tree)
         return call(*args, **kwargs)
+
+    def returned(self, name: str, output: Any) -> Any:
+        """Put what was received in the place of what a module returned, and keep what is to be sent."""
+        if name not in self._watched:
+            return None
+        if name in self._returned:
+            raise StepRefused(
+                f"`{name}` was called again, and in its first run the step called it once: what it returns is sent "
+                "to later stages, and a pipeline needs the same calls each time."
+            )
+        instead = put(self._carried, name, output)
+        self._returned[name] = tree_leaves(output if instead is None else instead)
+        if instead is not None and is_checkpointed():
+            self._recompute()
+        return instead
+
+    def _recompute(self) -> None:
+        outputs = self._shapes.outputs
+        for index in [i for i in outputs if self._carried and self._names[i] in self._watched]:
+            instead = put(self._carried, self._names[index], outputs[index])
+            outputs = outputs if instead is None else outputs | {index: instead}
+        self.recomputation = Recomputation(self._links.start, outputs, self._replaced, self._carried)
 
     def _collect(self, leaves: list[Any], index: int) -> tuple[Tensor, ...]:
         boundary = self._shapes.boundaries[self._stage + 1]
@@ -201,6 +263,15 @@ class StageRun:
                     "an earlier stage by another way than through the arguments of blocks, so it cannot be sent."
                 )
             tensors[slot] = leaves[position].contiguous()
+        for (name, number), slot in boundary.carried.items():
+            value = self._returned[name][number] if name in self._returned else None
+            _, value = self._in_place_of.get(id(value), (None, value))
+            if value is None or is_stub(value):
+                raise StepRefused(
+                    f"`{name}` was not called before `{self._names[index]}` as in the step's first run, and later "
+                    "stages need what it returned; a pipeline needs the same calls each time."
+                )
+            tensors[slot] = value.contiguous()
         return tuple(tensors)
 
     def check_finished(self) -> None:

@@ -1,6 +1,7 @@
 """The modules that a pipeline may be cut before, in the order in which a step calls them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import nn
@@ -12,6 +13,9 @@ class Observer(Protocol):
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what module ``index`` returns; ``call`` is its own call."""
 
+    def returned(self, name: str, output: Any) -> Any:
+        """Return what takes the place of what the watched module ``name`` returned; ``None`` leaves it."""
+
 
 class Chain:
     """Puts an observer before the calls of modules, before all their hooks and whatever replaced their ``forward``.
@@ -20,12 +24,13 @@ class Chain:
 
     Args:
         modules: Each is one link.
+        watched: By name, modules of which the observer is told what they return, before their other hooks are.
 
     Attributes:
         observer: Who is told; ``None`` while calls go through.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], watched: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
         self.modules = list(modules)
         self.observer: Observer | None = None
         self._is_inside = False
@@ -34,11 +39,22 @@ class Chain:
         linked = {cls: self._linked(cls) for cls in set(self._classes)}
         for module, cls in zip(self.modules, self._classes, strict=True):
             module.__class__ = linked[cls]
+        self._hooks = [
+            module.register_forward_hook(self._watch(name), prepend=True) for name, module in watched.items()
+        ]
 
     def remove(self) -> None:
         """Give the modules their classes back."""
+        for hook in self._hooks:
+            hook.remove()
         for module, cls in zip(self.modules, self._classes, strict=True):
             module.__class__ = cls
+
+    def _watch(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def tell(module: nn.Module, args: Any, output: Any) -> Any:
+            return None if self.observer is None else self.observer.returned(name, output)
+
+        return tell
 
     def _linked(self, cls: type[nn.Module]) -> type[nn.Module]:
         chain = self

@@ -12,7 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.parallel.agreement import gather_values
 from lightning_memopt.parallel.gather import complete_in_place
-from lightning_memopt.parallel.pipeline.boundary import Shapes, StageDone, StageRun, read_shapes, shapes_of_stages
+from lightning_memopt.parallel.pipeline.boundary import (
+    Shapes,
+    StageDone,
+    StageRun,
+    read_shapes,
+    shapes_of_stages,
+    watched_in,
+)
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.ownership import SharedBuffers, SharedParameters, free_in_place
@@ -106,9 +113,11 @@ class Pipeline:
         self._share(held, pipelines)
         self._free(held)
         self._buffers = SharedBuffers(module, group)
-        self._chain = Chain(module.get_submodule(name) for name in links)
+        called = set[int]().union(*(found.called.get(start, ()) for start in self.partition.starts))
+        shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts, called)
+        watched = {name: module.get_submodule(name) for name in watched_in(shapes)}
+        self._chain = Chain((module.get_submodule(name) for name in links), watched)
         self._followed: tuple[tuple[bool, ...], tuple[bool, ...]] = ((), ())
-        shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts)
         self._shapes: dict[Hashable, Shapes] = {_kind_of_run(key, self._follow_modes(), sample): shapes}
         self._schedules: dict[Hashable, tuple[list[Stage], Any]] = {}
         self._step: StepOfBatch | None = None
@@ -202,6 +211,16 @@ class Pipeline:
         self._flags += [(meta, self._stubs[p]) for p, meta in freed.items() if isinstance(p, nn.Parameter)]
         stubs = {meta: self._stubs[tensor] for tensor, meta in freed.items()}
         self._freed = [(owner, name, meta, stubs[meta]) for owner, name, meta in find_places(self.module, stubs)]
+        # Of this rank's other stages: a stage that runs their modules too, on its way, would write what they write.
+        others_of = {stage: {t for t, of in held.items() if of & mine and stage not in of} for stage in self._stages}
+        self._of_other_stages = {
+            stage: [
+                (owner, name, buffer, self._stubs[buffer])
+                for owner, name, buffer in find_places(self.module, of_others)
+                if not isinstance(buffer, nn.Parameter)
+            ]
+            for stage, of_others in others_of.items()
+        }
         self._stubs = {}
 
     def _prepare(
@@ -263,7 +282,8 @@ class Pipeline:
     def _shapes_of(self, call: Call, kind: Hashable, micro_batch: Any) -> Shapes:
         if kind not in self._shapes:
             run = run_silently(self._shadow, lambda: call(self._shadow, micro_batch))
-            self._shapes[kind] = read_shapes(self._shadow, self.partition.names, self.partition.starts, run)
+            known = next(iter(self._shapes.values()))
+            self._shapes[kind] = read_shapes(self._shadow, self.partition.names, self.partition.starts, known, run)
         return self._shapes[kind]
 
     def _run(self, function: Callable[[], Any]) -> None:
@@ -285,7 +305,8 @@ class Pipeline:
         run = StageRun(links, self.partition.names, self._of_batch[index], stage, received)
         self._chain.observer = run
         try:
-            output = self._step(index, is_last)
+            with in_place_of(self._of_other_stages[stage]):
+                output = self._step(index, is_last)
         except StageDone as done:
             return done.tensors
         finally:
@@ -304,7 +325,7 @@ class Pipeline:
     def _backward(self, stage: int, index: int, is_last: bool) -> Iterator[None]:
         self._chain.observer = self._recomputations.get((stage, index))
         try:
-            with self._around(is_last):
+            with in_place_of(self._of_other_stages[stage]), self._around(is_last):
                 yield
         finally:
             self._chain.observer = None

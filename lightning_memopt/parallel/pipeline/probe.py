@@ -1,5 +1,6 @@
 """Run a step once on stubs, to learn what calls what, what it costs, and where it can be cut."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.models.grouped_products import grouped_flops
 from lightning_memopt.parallel.pipeline.boundary import Boundary, can_stand_for, read_boundary
+from lightning_memopt.parallel.pipeline.carried import Origins, Output
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.recompute import is_checkpointed_reentrantly
@@ -40,6 +42,7 @@ class Survey:
         costs: Of each position, in multiply-adds of the forward, or in seconds of forward and backward.
         uses: Of each parameter that the step used, the positions.
         uncut: Links before which the step cannot be cut, and why.
+        called: Of links before which it can be, the links that a stage has to call though others hold them.
         is_whole: Whether the step ran to its end; it may stop behind the last link, where it looks at values.
         boundaries: Of each link, what a stage that begins with it would be sent.
         outputs: What each link returned, where that has no data.
@@ -49,6 +52,7 @@ class Survey:
     costs: list[float] = field(default_factory=list)
     uses: dict[Tensor, set[int]] = field(default_factory=dict)
     uncut: dict[int, str] = field(default_factory=dict)
+    called: dict[int, set[int]] = field(default_factory=dict)
     is_whole: bool = True
     boundaries: list[Boundary] = field(default_factory=list)
     outputs: dict[int, Any] = field(default_factory=dict)
@@ -113,7 +117,7 @@ def survey(
         ValueError: The step fails on stubs before its last link; says where.
     """
     observer = _Surveyor(module, links, times)
-    chain = Chain(module.get_submodule(name) for name in links)
+    chain = Chain((module.get_submodule(name) for name in links), dict(module.named_modules()))
     chain.observer, mode.listener = observer, observer.heard
     try:
         run()
@@ -124,7 +128,7 @@ def survey(
     finally:
         chain.observer, mode.listener = None, None
         chain.remove()
-    return observer.found
+    return observer.finished()
 
 
 def _why_not(error: Exception) -> str:
@@ -148,6 +152,9 @@ class _Surveyor:
         self._born: dict[int, int] = {}
         self._passes: dict[int, set[int]] = {}
         self._alive: list[Tensor] = []  # so that no two of them have one id
+        self._handed: list[tuple[Any, Any]] = []
+        self._origins = Origins()
+        self._passing_by: dict[tuple[int, int], tuple[Tensor, str]] = {}  # by cut and id of the value
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index != self.position:
@@ -155,11 +162,11 @@ class _Surveyor:
         for value in tree_iter((args, kwargs)):
             if is_stub(value) and value not in self._names:
                 passes = self._passes.setdefault(id(value), set())
-                self._mark(range(self._born.get(id(value), index), index), passes, "is handed to it again")
+                self._mark(value, range(self._born.get(id(value), index), index), passes, "is handed to it again")
                 passes.add(index)
         if is_checkpointed_reentrantly():
             self.found.uncut.setdefault(index, f"`{self.found.names[index]}` {_REENTRANT}")
-        self.found.boundaries.append(read_boundary(args, kwargs))
+        self._handed.append((args, kwargs))
         self.position = index + 1
         self._running = index
         try:
@@ -169,6 +176,10 @@ class _Surveyor:
         if can_stand_for(self._links[index], output):
             self.found.outputs[index] = output
         return output
+
+    def returned(self, name: str, output: Any) -> None:
+        is_link = self._running is None or name == self.found.names[self._running]
+        self._origins.returned(name, output, self.position, None if is_link else self._running)
 
     def heard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         for value in tree_iter((args, kwargs)):
@@ -180,7 +191,8 @@ class _Surveyor:
                 passes = self._passes.get(id(value), set())
                 allowed = passes if self._running in passes else set()
                 born = self._born.get(id(value), self.position)
-                self._mark(range(born, self.position), allowed, f"is used by {func}")
+                self._mark(value, range(born, self.position), allowed, f"is used by {func}")
+        self._origins.heard(func, args, kwargs, result, self.position, self._running)
         elements = 0
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -193,15 +205,38 @@ class _Surveyor:
         if self._times is not None:
             self._times.heard(self.position, func, args, kwargs, counted)
 
-    def _mark(self, cuts: Iterable[int], allowed: set[int], how: str) -> None:
+    def _mark(self, value: Tensor, cuts: Iterable[int], allowed: set[int], how: str) -> None:
         for cut in cuts:
-            if cut not in allowed and cut not in self.found.uncut:
+            if cut not in allowed and (cut, id(value)) not in self._passing_by:
                 where = self.found.names[self.position - 1] if self._running is not None else None
-                self.found.uncut[cut] = (
+                self._passing_by[cut, id(value)] = (
+                    value,
                     f"what is computed before `{self.found.names[cut]}` without being an argument of it {how} "
                     + (f"in `{where}`" if where else "between or behind the blocks")
-                    + "; hand it from block to block as an argument"
+                    + "; hand it from block to block as an argument, or let a module return it (`nn.Identity`)",
                 )
+
+    def finished(self) -> Survey:
+        """With what passes each cut by, which is known when all of its uses are."""
+        found = self.found
+        carried: dict[int, set[Output]] = defaultdict(set)
+        for (cut, _), (value, why_not) in self._passing_by.items():
+            origin = self._origins.find(value, cut)
+            if origin is None:
+                found.uncut.setdefault(cut, why_not)
+            else:
+                carried[cut] |= origin[0]
+                found.called.setdefault(cut, set()).update(origin[1])
+        for cut, outputs in carried.items():
+            if cut not in found.uncut and self._origins.are_overwritten(outputs, cut):
+                found.uncut[cut] = (
+                    f"what is computed before `{found.names[cut]}` without being an argument of it is written into "
+                    "in place; hand it from block to block as an argument"
+                )
+        for index, (args, kwargs) in enumerate(self._handed):
+            values = {output: self._origins.values[output] for output in sorted(carried[index])}
+            found.boundaries.append(read_boundary(args, kwargs, values))
+        return found
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_memopt.parallel.pipeline.carried import Output, put
+
 _OF_REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 
 
@@ -40,12 +42,24 @@ class Recomputation:
         start: The first link of the stage.
         outputs: What links before it returned, where that is stubs only.
         replaced: Of each link, what took the place of stubs, by their position among the leaves of the arguments.
+        carried: What took the place of what modules returned.
     """
 
-    def __init__(self, start: int, outputs: Mapping[int, Any], replaced: Mapping[int, Mapping[int, Tensor]]) -> None:
+    def __init__(
+        self,
+        start: int,
+        outputs: Mapping[int, Any],
+        replaced: Mapping[int, Mapping[int, Tensor]],
+        carried: Mapping[Output, Tensor],
+    ) -> None:
         self._start = start
         self._outputs = outputs
         self._replaced = replaced
+        self._carried = carried
+
+    def returned(self, name: str, output: Any) -> Any:
+        """What the module returned in the forward."""
+        return put(self._carried, name, output)
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass over links of earlier stages, and run own ones on the values of the forward."""

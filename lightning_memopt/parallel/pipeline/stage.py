@@ -149,6 +149,10 @@ class Stage(TorchStage):
         self._stage_meta.input_grads = grad_metas_of(self._stage_meta.inputs or ())
         with self._around(self.stage_index, bwd_chunk_id, last_backward):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        # Backwards in two parts leave gradients laid out as operators made them, and not all can be sent so.
+        gradients = self.bwd_cache.get(bwd_chunk_id, ())
+        if not all(gradient is None or gradient.is_contiguous() for gradient in gradients):
+            self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
         self.grad_recv_info.pop(bwd_chunk_id, None)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:

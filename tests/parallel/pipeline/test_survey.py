@@ -26,15 +26,35 @@ class Model(nn.Module):
         self.embed = nn.Linear(4, 4)
         self.blocks = nn.ModuleList(Block() for _ in range(4))
         self.head = nn.Linear(4, 1)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.relu = nn.ReLU()
+
+    def _aside(self, first: torch.Tensor) -> torch.Tensor:
+        """What is added behind the blocks."""
+        if self.kind == "followed":
+            return first.exp() * 2
+        if self.kind == "scaled":
+            return first * self.scale
+        if self.kind == "random":
+            return torch.dropout(first, 0.5, True)
+        if self.kind == "twice":
+            return self.relu(self.relu(first) - 1) + self.scale
+        if self.kind == "overwritten":
+            doubled = first * 2
+            doubled += self.scale
+        return first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = hidden = self.embed(x)
+        aside = self._aside(first)
+        if self.kind == "changed":
+            first += self.scale
         for index, block in enumerate(self.blocks):
             hidden = block(hidden, first if self.kind == "context" else None)
             if self.kind == "reads" and index == 1 and hidden.sum() > 0:
                 hidden = hidden + 1
-        if self.kind == "skip":
-            hidden = hidden + first
+        if self.kind not in ("plain", "context", "reads"):
+            hidden = hidden + aside
         return self.head(hidden).sum()
 
 
@@ -54,9 +74,18 @@ def test_every_block_is_a_place_to_cut_where_all_goes_through_arguments(kind):
     assert partition(found, ["blocks.3"], 2).starts == (0, 3)
 
 
-def test_a_skip_around_the_blocks_is_refused_by_name():
+@pytest.mark.parametrize("kind", ["skip", "followed"])
+def test_what_modules_return_is_sent_where_it_or_what_follows_from_it_is_used_behind_the_blocks(kind):
+    found = _survey(kind)
+    assert not set(found.uncut) - {0}
+    assert found.boundaries[1].carried == found.boundaries[3].carried == {("embed", 0): 1}
+    assert [tuple(meta.shape) for meta in found.boundaries[3].metas] == [(2, 4), (2, 4)]
+
+
+@pytest.mark.parametrize("kind", ["scaled", "random", "twice", "overwritten", "changed"])
+def test_a_skip_around_the_blocks_that_cannot_be_computed_again_is_refused_by_name(kind):
     with pytest.raises(ValueError, match=r"cut in 0 places: .*`blocks.\d`"):
-        partition(_survey("skip"), "auto", 2)
+        partition(_survey(kind), "auto", 2)
 
 
 def test_a_step_that_reads_values_is_cut_only_before_it_does():
