@@ -375,8 +375,27 @@ class KeepsEarlyValue(Net):
 
 class ReturnsEarlyValue(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        norm = self.net[0].weight.norm()
+        return {"loss": super().training_step(batch, batch_idx), "norm": norm}
+
+
+class SeesOutputs(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         hidden = self.net[0](batch[0])
-        return {"loss": F.cross_entropy(self.net[1:](hidden), batch[1]), "hidden": hidden}
+        return {"loss": F.cross_entropy(self.net[1:](hidden), batch[1]), "hidden": hidden.exp()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen = outputs["hidden"]
+
+
+def test_what_a_step_returns_of_an_earlier_stage_is_on_every_rank_of_a_pipeline() -> None:
+    def fit(*strategy: Any) -> np.ndarray:
+        losses_of(module := SeesOutputs(), *strategy)
+        return module.seen.detach().numpy()
+
+    plain = run_on_ranks(fit, 1)[0]
+    for seen in run_on_ranks(lambda: fit(2, MAKE["pp"]()), 2):
+        np.testing.assert_allclose(seen, plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +403,7 @@ class ReturnsEarlyValue(Net):
     [
         (LogsEarlyValue, "`norm` is logged from a value that is computed before"),
         (KeepsEarlyValue, "appends to `kept` a value that is computed before"),
-        (ReturnsEarlyValue, "returns a value that is computed before"),
+        (ReturnsEarlyValue, r"what is computed before `net.\d` without being an argument of it is returned"),
     ],
 )
 def test_what_only_an_earlier_stage_has_is_refused_on_all_ranks_at_once(module: type[Net], said: str) -> None:

@@ -120,7 +120,7 @@ def survey(
     chain = Chain((module.get_submodule(name) for name in links), dict(module.named_modules()))
     chain.observer, mode.listener = observer, observer.heard
     try:
-        run()
+        observer.ended(run())
     except Exception as error:
         if observer.position < len(links):
             raise ValueError(_why_not(error)) from error
@@ -180,6 +180,12 @@ class _Surveyor:
     def returned(self, name: str, output: Any) -> None:
         is_link = self._running is None or name == self.found.names[self._running]
         self._origins.returned(name, output, self.position, None if is_link else self._running)
+
+    def ended(self, output: Any) -> None:
+        for value in tree_iter(output):
+            if is_stub(value) and value not in self._names:
+                born = self._born.get(id(value), self.position)
+                self._mark(value, range(born, self.position), set(), "is returned")
 
     def heard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         for value in tree_iter((args, kwargs)):
