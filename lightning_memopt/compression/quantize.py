@@ -72,8 +72,9 @@ def quantize(
 ) -> Quantized:
     """Pack the weights of ``module``, in place, where that makes them smaller.
 
-    Linear layers, Hugging Face's ``Conv1D``, convolutions, embeddings and the projections of
-    ``nn.MultiheadAttention`` are packed; ties stay ties. Biases, norms and recurrent layers stay as they are.
+    Linear layers, Hugging Face's ``Conv1D``, convolutions, embeddings, experts stacked in one parameter and the
+    projections of ``nn.MultiheadAttention`` are packed; ties stay ties. Biases, norms and recurrent layers stay as
+    they are.
 
     Args:
         module: A trained module. It can predict afterwards, not train.
@@ -161,6 +162,8 @@ def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: 
     if cls is Int8Weight:
         # With a scale for each output, one value of a cluster would become as many as there are outputs.
         options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and _has_few_values(parameter)}
+    if weight.kind == "experts":  # each has scales of its own, and is multiplied by other means than linear layers
+        return cls.pack(parameter, (0, weight.output_dim), **options | {"inputs": None})
     return cls.pack(parameter, weight.output_dim, **options)
 
 
@@ -184,6 +187,8 @@ def _fallback(weight: Weight, scheme: str, found: Range | None) -> str:
     """What is done with the inputs of ``weight`` instead of what ``scheme`` says; empty where it is that."""
     if scheme not in ("int8_dynamic", "int8_static") or (weight.kind == "embedding" and not weight.tied):
         return ""
+    if weight.kind == "experts":
+        return "inputs are not rounded: experts, stacked in one parameter, are multiplied as floats"
     if weight.kind == "conv" and sample_dims(weight.module) is None:
         return "inputs are not rounded: integers are convolved in two dimensions, without groups, where it is quicker"
     if scheme == "int8_static" and found is None:

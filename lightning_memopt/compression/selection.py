@@ -10,9 +10,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memopt.models.experts import holds_experts, output_dim
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
-Kind = Literal["linear", "conv", "conv1d", "attention", "recurrent", "embedding"]
+Kind = Literal["linear", "conv", "conv1d", "attention", "recurrent", "experts", "embedding"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class Weight:
         module: That module.
         parameter: The weight itself.
         kind: What uses it: ``"linear"``, ``"conv"``, ``"conv1d"`` (Hugging Face's, stored inputs by outputs),
-            ``"attention"`` (projections of ``nn.MultiheadAttention``), ``"recurrent"`` or ``"embedding"``.
+            ``"attention"`` (projections of ``nn.MultiheadAttention``), ``"recurrent"``, ``"experts"`` (a matrix for
+            each expert, stacked in one parameter) or ``"embedding"``.
         output_dim: The dimension of the outputs; of an embedding, that of its rows.
         input_dim: The dimension of the inputs; of an embedding, that of its features.
         tied: The other names under which the parameter is registered.
@@ -61,7 +63,7 @@ def select_weights(
     *,
     embeddings: bool = False,
 ) -> Selection:
-    """Find the weights of linear, convolution, attention and recurrent layers and, if asked, of embeddings.
+    """Find the weights of linear, convolution, attention and recurrent layers, experts and, if asked, embeddings.
 
     Biases, norms and positions are few and sensitive, and are never chosen. A weight that is tied to an embedding is
     an embedding.
@@ -182,26 +184,31 @@ def _read(parameter: nn.Parameter, held: list[_Place]) -> tuple[Weight | None, s
 
 
 def _as_weight(parameter: nn.Parameter, held: list[_Place]) -> Weight | None:
-    kinds = [found for place in held if (found := _kind(place))]
+    kinds = [found for place in held if (found := _kind(parameter, place))]
     if not kinds:
         return None
     kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
-    place = next(place for place in held if _kind(place) == kind)
+    place = next(place for place in held if _kind(parameter, place) == kind)
     swapped = kind == "conv1d" or isinstance(place.owner, _ConvTransposeNd)
+    outputs, inputs = int(swapped), int(not swapped)
+    if kind == "experts":
+        outputs = output_dim(place.owner)
+        inputs = 3 - outputs
     return Weight(
-        place.name, place.path[-1][0], place.owner, parameter, kind,
-        output_dim=int(swapped), input_dim=int(not swapped),
+        place.name, place.path[-1][0], place.owner, parameter, kind, outputs, inputs,
         tied=tuple(other.name for other in held if other is not place),
     )  # fmt: skip
 
 
-def _kind(place: _Place) -> Kind | None:
+def _kind(parameter: Tensor, place: _Place) -> Kind | None:
     owner, name = place.owner, place.attribute
     parent = place.path[-2][1] if len(place.path) > 1 else None
     if isinstance(owner, nn.MultiheadAttention):
         return "attention" if name.endswith("proj_weight") else None
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "recurrent" if name.startswith("weight") else None
+    if holds_experts(owner, parameter):
+        return "experts"
     if name != "weight":
         return None
     if isinstance(owner, nn.Linear):

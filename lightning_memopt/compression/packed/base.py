@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ _VIEWS = {
 
 TINY = torch.finfo(torch.float32).tiny
 """The smallest scale, of outputs that are all zero."""
+
+
+Packed = TypeVar("Packed", bound="PackedWeight")
 
 
 class PackedWeight(Tensor):
@@ -51,8 +54,8 @@ class PackedWeight(Tensor):
         return packed
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, **attributes: Any) -> Self:
-        """Pack a dense ``weight`` whose outputs lie along ``output_dim``."""
+    def pack(cls, weight: Tensor, output_dim: int | tuple[int, ...] = 0, **attributes: Any) -> Self:
+        """Pack a dense ``weight`` whose outputs lie along ``output_dim``; of stacked matrices along two."""
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
@@ -79,6 +82,10 @@ class PackedWeight(Tensor):
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of a matrix, as an embedding looks them up."""
         return self.dequantize()[indices]
+
+    def piece(self, index: Any) -> Tensor:
+        """One of the matrices that are stacked along the first dimension, packed where it can be."""
+        return self.dequantize()[index]
 
     def well_formed(self) -> bool:
         """Whether the types and shapes of the parts fit the shape of the weight; kernels read beyond them else."""
@@ -163,6 +170,8 @@ class PackedWeight(Tensor):
             return args[2].transposed_linear(args[1], args[0])
         if function is F.conv2d:
             return _conv2d(*args, **kwargs)
+        if function is Tensor.__getitem__ and args[0].dim() > 2 and _is_number(args[1]):
+            return args[0].piece(args[1])
         if function is Tensor.__getitem__ or (function is F.multi_head_attention_forward and not _is_self(*args)):
             # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
             # the length) would be a view, and views of a wrapper do not exist in inference mode.
@@ -205,6 +214,21 @@ class PackedWeight(Tensor):
         return function(*args, **kwargs)
 
 
+def one_of_stack(weight: Packed, index: Any) -> Packed:
+    """One of the stacked matrices of a weight whose parts are of its shape, or 1 long where they are shared."""
+    parts = {name: part[0 if len(part) == 1 else index] for name, part in weight.parts.items()}
+    return type(weight)(parts, weight.attributes, weight.shape[1:], weight.dtype)
+
+
+def one_of_blocks(weight: PackedWeight, index: Any, block: int) -> Tensor:
+    """One of the stacked matrices of a weight whose parts have a row for so many elements, or for two."""
+    count, shape = len(weight), weight.shape[1:]
+    if shape.numel() % block:
+        return weight.dequantize()[index]
+    parts = {name: part.view(count, -1, *part.shape[1:])[index] for name, part in weight.parts.items()}
+    return type(weight)(parts, weight.attributes, shape, weight.dtype).dequantize()
+
+
 def dense(tree: Any) -> Any:
     """``tree`` (nested containers, tensors) with every packed weight unpacked."""
     return tree_map_only(PackedWeight, lambda weight: weight.dequantize(), tree)
@@ -228,6 +252,11 @@ def _conv2d(
     if isinstance(weight, PackedWeight):
         return weight.conv2d(dense(input), dense(bias), stride, padding, dilation, groups)
     return F.conv2d(dense(input), weight, dense(bias), stride, padding, dilation, groups)
+
+
+def _is_number(index: Any) -> bool:
+    is_tensor = type(index) is Tensor and index.dim() == 0 and not index.is_floating_point()
+    return type(index) is int or (is_tensor and index.dtype != torch.bool)
 
 
 def _is_self(query: Any, key: Any, value: Any, *_: Any) -> bool:

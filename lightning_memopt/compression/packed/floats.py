@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_memopt.compression.packed.base import TINY, PackedWeight
+from lightning_memopt.compression.packed.base import TINY, PackedWeight, one_of_blocks, one_of_stack
 from lightning_memopt.compression.packed.hardware import is_fast_in
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +28,7 @@ class HalfWeight(PackedWeight):
     kind: str
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, *, kind: str = "bf16", **_: Any) -> Self:
+    def pack(cls, weight: Tensor, output_dim: int | tuple[int, ...] = 0, *, kind: str = "bf16", **_: Any) -> Self:
         """Round each element to 16 bits; beyond fp16's range, to its largest."""
         dtype = HALVES[kind]
         largest = torch.finfo(dtype).max
@@ -50,6 +50,10 @@ class HalfWeight(PackedWeight):
         product = F.linear(x.to(self.values.dtype), self.values).to(x.dtype)
         return product if bias is None else product + bias
 
+    def piece(self, index: Any) -> Self:
+        """The values of one matrix; nothing is widened."""
+        return one_of_stack(self, index)
+
     def rows(self, indices: Tensor) -> Tensor:
         """Widen the rows that are looked up and no others."""
         return self.values[indices].to(self.dtype)
@@ -70,10 +74,11 @@ class Float8Weight(PackedWeight):
     scale: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
+    def pack(cls, weight: Tensor, output_dim: int | tuple[int, ...] = 0, **_: Any) -> Self:
         """Scale each output so that its largest magnitude is the largest that 8 bits hold."""
         largest = torch.finfo(torch.float8_e4m3fn).max
-        others = [dim for dim in range(weight.dim()) if dim != output_dim]
+        kept = output_dim if isinstance(output_dim, tuple) else (output_dim,)
+        others = [dim for dim in range(weight.dim()) if dim not in kept]
         scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(TINY * largest) / largest
         values = (weight.detach().float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
         return cls({"values": values, "scale": scale}, {}, weight.shape, weight.dtype)
@@ -87,6 +92,10 @@ class Float8Weight(PackedWeight):
     def dequantize(self) -> Tensor:
         """The values times their scales."""
         return (self.values.float() * self.scale).to(self.dtype)
+
+    def piece(self, index: Any) -> Self:
+        """The values of one matrix with their scales; nothing is unpacked."""
+        return one_of_stack(self, index)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Unpack the rows that are looked up and no others."""
@@ -111,7 +120,7 @@ class NF4Weight(PackedWeight):
     BLOCK = 64
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
+    def pack(cls, weight: Tensor, output_dim: int | tuple[int, ...] = 0, **_: Any) -> Self:
         """Round each element to the nearest of 16 levels, spaced as a normal distribution is.
 
         The last level stands for the largest magnitude of a block, or for a little less: whichever errs least, in
@@ -150,6 +159,10 @@ class NF4Weight(PackedWeight):
             self.values, self.absmax, self.BLOCK, "nf4", [1, self.numel()], torch.float32
         )
         return dense.view(self.shape).to(self.dtype)
+
+    def piece(self, index: Any) -> Tensor:
+        """Unpack one matrix and no other, where it is whole blocks."""
+        return one_of_blocks(self, index, self.BLOCK)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Unpack the rows that are looked up and no others, where rows are whole blocks."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_memopt.compression.packed.base import TINY, PackedWeight
+from lightning_memopt.compression.packed.base import TINY, PackedWeight, one_of_blocks, one_of_stack
 from lightning_memopt.compression.packed.hardware import (
     autocast_dtype,
     convolve_integers,
@@ -47,10 +47,17 @@ class Int8Weight(PackedWeight):
 
     @classmethod
     def pack(
-        cls, weight: Tensor, output_dim: int = 0, *, inputs: Inputs | None = None, whole: bool = False, **_: Any
+        cls,
+        weight: Tensor,
+        output_dim: int | tuple[int, ...] = 0,
+        *,
+        inputs: Inputs | None = None,
+        whole: bool = False,
+        **_: Any,
     ) -> Self:
         """Round to multiples of the largest magnitude / 127: of that of each output; ``whole``: of that of all."""
-        others = [dim for dim in range(weight.dim()) if whole or dim != output_dim]
+        kept = () if whole else output_dim if isinstance(output_dim, tuple) else (output_dim,)
+        others = [dim for dim in range(weight.dim()) if dim not in kept]
         scale = weight.detach().abs().amax(others, keepdim=True).float().clamp_min(TINY) / 127
         values = (weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
         return cls({"values": values, "scale": scale}, {"inputs": inputs}, weight.shape, weight.dtype)
@@ -85,6 +92,10 @@ class Int8Weight(PackedWeight):
         """The integers and their scales, transposed; nothing is copied."""
         parts = {"values": self.values.t(), "scale": self.scale.t()}
         return type(self)(parts, self.attributes, self.shape[::-1], self.dtype)
+
+    def piece(self, index: Any) -> Self:
+        """The integers of one matrix with their scales; nothing is unpacked."""
+        return one_of_stack(self, index)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
         """Convolve integers and scale the result, where inputs are rounded and there are enough to gain by it."""
@@ -203,7 +214,7 @@ class Int4Weight(PackedWeight):
     minimum: Tensor  # type: ignore[assignment]
 
     @classmethod
-    def pack(cls, weight: Tensor, output_dim: int = 0, **_: Any) -> Self:
+    def pack(cls, weight: Tensor, output_dim: int | tuple[int, ...] = 0, **_: Any) -> Self:
         """Round each element to the nearest of 16 levels between its group's extremes."""
         flat = weight.detach().float().flatten()
         groups = F.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
@@ -229,3 +240,7 @@ class Int4Weight(PackedWeight):
         levels = torch.cat([self.values & 15, self.values >> 4], dim=1)
         flat = (levels * self.scale.float() + self.minimum.float()).flatten()
         return flat[: self.numel()].view(self.shape).to(self.dtype)
+
+    def piece(self, index: Any) -> Tensor:
+        """Unpack one matrix and no other, where it is whole groups."""
+        return one_of_blocks(self, index, GROUP)

@@ -349,3 +349,25 @@ def test_views_of_a_weight_are_those_of_the_dense_one_in_inference_mode_too(pack
     expected = VIEWS[view](weight.dequantize())
     with torch.inference_mode():
         torch.testing.assert_close(base.dense(VIEWS[view](weight)), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", PACKINGS)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("width", [64, 24])
+def test_one_of_stacked_matrices_is_looked_up_without_the_others_and_multiplies_as_the_dense_one(
+    scheme, inference, width, monkeypatch
+):
+    cls, options, *_ = PACKINGS[scheme]
+    torch.manual_seed(0)
+    packed = cls.pack(torch.randn(3, 10, width) * torch.tensor([1.0, 10, 100])[:, None, None], (0, 1), **options)
+    dense, x = packed.dequantize(), torch.randn(5, width)
+    sizes = []
+    monkeypatch.setattr(cls, "dequantize", lambda self, plain=cls.dequantize: sizes.append(len(self)) or plain(self))
+    with torch.inference_mode(inference):
+        for index in (1, torch.tensor(2)):
+            tolerance = {"rtol": 0, "atol": 50.0} if "inputs" in options else {"rtol": 1e-2, "atol": 1e-3}
+            torch.testing.assert_close(F.linear(x, packed[index]), F.linear(x, dense[index]), **tolerance)
+        # A half of a matrix of 10 x 24 is no whole number of blocks.
+        assert 3 not in sizes or (width == 24 and scheme in ("int4", "nf4"))
+        torch.testing.assert_close(packed[torch.tensor([2, 0])], dense[torch.tensor([2, 0])], rtol=0, atol=0)
+        torch.testing.assert_close(packed[1:], dense[1:], rtol=0, atol=0)
