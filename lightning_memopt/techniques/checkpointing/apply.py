@@ -3,7 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, Self
@@ -20,7 +20,7 @@ from lightning_memopt.techniques.checkpointing.choose import Call, KeepNothing, 
 from lightning_memopt.techniques.checkpointing.overlap import mark_recomputing, refuse_overlap
 from lightning_memopt.techniques.checkpointing.policy import Policy, Recompute
 from lightning_memopt.techniques.checkpointing.profile import draws_random_numbers, is_product
-from lightning_memopt.techniques.checkpointing.replay import Replayable, WrittenBuffers
+from lightning_memopt.techniques.checkpointing.replay import Around, Replayable, WrittenBuffers
 from lightning_memopt.techniques.checkpointing.selection import Region, select_regions
 
 
@@ -214,10 +214,14 @@ class _Runner:
         # offloading sees them, and with a check that nothing changes them in place.
         leaves, spec = tree_flatten((args, kwargs))
         replayable = Replayable(self.region.name, run, spec, self._buffers, self._chooser.replay_started)
-        if not keep:
-            return checkpoint(replayable, *leaves, use_reentrant=False)
-        with _without_autocast_cache():
-            contexts = partial(create_selective_checkpoint_contexts, _KeepCalls(keep))
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            keeping = (
+                create_selective_checkpoint_contexts(_KeepCalls(keep)) if keep else (nullcontext(), nullcontext())
+            )
+            return keeping[0], Around(replayable.replaying, keeping[1])
+
+        with _without_autocast_cache() if keep else nullcontext():
             return checkpoint(replayable, *leaves, use_reentrant=False, context_fn=contexts)
 
 

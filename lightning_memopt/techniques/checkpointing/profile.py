@@ -8,6 +8,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,23 +119,28 @@ def profile_region(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mappi
         inputs = [leaf for leaf in tree_leaves((fake_args, fake_kwargs)) if isinstance(leaf, torch.Tensor)]
         recorder.start(list(state.values()), inputs)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda packed: packed)
-        with _without_gathering(module), hooks, recorder:
-            functional_call(module, state, fake_args, fake_kwargs)
+        with _without_outer_hooks(module), hooks, recorder:
+            # In a context of its own: what collects outputs in a context variable (transformers does) gets no fakes.
+            Context().run(functional_call, module, state, fake_args, fake_kwargs)
     input_bytes = {_storage(leaf): _storage_bytes(leaf) for leaf in inputs if leaf.requires_grad}
     return RegionProfile(recorder.operators(), sum(input_bytes.values()))
 
 
 @contextmanager
-def _without_gathering(module: torch.nn.Module) -> Generator[None, None, None]:
-    """Keep FSDP2 from freeing the parameters after this call: the real one, which gathered them, is still to come."""
-    sharded = [submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)]
-    hooks = [(submodule._forward_pre_hooks, submodule._forward_hooks) for submodule in sharded]
-    for submodule in sharded:
+def _without_outer_hooks(module: torch.nn.Module) -> Generator[None, None, None]:
+    """Leave out the hooks that run around what is recomputed: those of the region itself, and FSDP2's.
+
+    The region's see the real call alone: one that collects its outputs would get another. FSDP2 would free the
+    parameters after this call, and the real one, which gathered them, is still to come.
+    """
+    hooked = [submodule for submodule in module.modules() if submodule is module or isinstance(submodule, FSDPModule)]
+    hooks = [(submodule._forward_pre_hooks, submodule._forward_hooks) for submodule in hooked]
+    for submodule in hooked:
         submodule._forward_pre_hooks, submodule._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for submodule, (before, after) in zip(sharded, hooks, strict=True):
+        for submodule, (before, after) in zip(hooked, hooks, strict=True):
             submodule._forward_pre_hooks, submodule._forward_hooks = before, after
 
 

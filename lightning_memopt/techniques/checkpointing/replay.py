@@ -6,7 +6,7 @@ of spectral normalization, anything that a forward writes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +82,9 @@ class WrittenBuffers:
 class Replayable:
     """One call of a region, to be run by ``torch.utils.checkpoint``: for real first, as a replay after that.
 
+    Make it right before the run. Copies of buffers are made here and in :attr:`replaying`, and not in the run and the
+    replay: there torch counts the operators, of which it finds again what it kept.
+
     Args:
         name: The region's.
         run: Its own forward.
@@ -103,36 +106,60 @@ class Replayable:
         self._spec = spec
         self._buffers = buffers
         self._on_replay = on_replay
-        self._before: _Buffers | None = None
+        seen, random = buffers.before(), HostRandomState(buffers.generators)
+        self._at_start: tuple[list[_Seen], HostRandomState] | None = (seen, random)  # None once it has run
+        self._before: _Buffers = []
         self._random: HostRandomState | None = None  # where the run drew from generators that torch leaves alone
 
     def __call__(self, *leaves: Any) -> Any:
         """Run the region on the leaves of its arguments and return what it returns."""
         args, kwargs = tree_unflatten(leaves, self._spec)
-        if self._before is None:
-            before = self._buffers.before()
-            random = HostRandomState(self._buffers.generators)
+        if self._at_start is not None:
+            (seen, random), self._at_start = self._at_start, None
             out = self._run(*args, **kwargs)
-            self._before = self._buffers.learn(before)
+            self._before = self._buffers.learn(seen)
             if self._buffers.generators or not random.is_now():
                 self._random = random
             return out
         self._on_replay()
-        with _swapped(self._before), self._drawing_again():
-            try:
-                return self._run(*args, **kwargs)
-            except RuntimeError as error:
-                if "backward an extra time" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"{self._name} is recomputed for a second backward (of a gradient penalty, with "
-                    "`create_graph=True`, or `retain_graph=True`), and the first has used up the results that the "
-                    "policy keeps of it; use the policy 'full', which keeps none, or leave the block out with "
-                    "`modules=`"
-                ) from error
+        try:
+            return self._run(*args, **kwargs)
+        except RuntimeError as error:
+            if "backward an extra time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self._name} is recomputed for a second backward (of a gradient penalty, with "
+                "`create_graph=True`, or `retain_graph=True`), and the first has used up the results that the "
+                "policy keeps of it; use the policy 'full', which keeps none, or leave the block out with "
+                "`modules=`"
+            ) from error
 
-    def _drawing_again(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._random is None else host_random_kept(self._buffers.generators, self._random)
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Within the block buffers and generators are as they were before the run; to be entered around a replay."""
+        drawing_again = (
+            nullcontext() if self._random is None else host_random_kept(self._buffers.generators, self._random)
+        )
+        with _swapped(self._before), drawing_again:
+            yield
+
+
+class Around(AbstractContextManager[None]):
+    """Enters ``outer()`` and then ``inner``, as often as it is entered: torch enters it again for each replay."""
+
+    def __init__(self, outer: Callable[[], AbstractContextManager[Any]], inner: AbstractContextManager[Any]) -> None:
+        self._outer = outer
+        self._inner = inner
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self._outer())
+            stack.enter_context(self._inner)
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,46 @@ def test_a_buffer_that_is_assigned_or_first_written_in_a_later_call_is_written_o
             assert all(torch.equal(g, gradients[name]) for name, g in _step(module, x).items())
     for name, buffer in plain.named_buffers():
         assert torch.equal(module.get_buffer(name), buffer), name
+
+
+def test_what_is_kept_of_a_block_with_buffers_is_what_its_replay_finds(x: torch.Tensor) -> None:
+    class Scaled(Block):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((32,), 2.0))
+            self.writes = writes
+
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor | None = None) -> torch.Tensor:
+            if self.writes:
+                self.scale.mul_(0.5)
+            # Copying is an operator that copies of the buffer would be taken for.
+            return super().forward((x * self.scale).transpose(0, 1).clone().transpose(0, 1))
+
+    def build() -> Stack:
+        torch.manual_seed(0)
+        stack = Stack()
+        stack.blocks = nn.ModuleList(Scaled(writes=bool(index % 2)) for index in range(4))
+        return stack
+
+    plain, checkpointed = build(), build()
+    with checkpoint_activations(checkpointed, "budget", budget=0.9):
+        for _ in range(3):
+            torch.testing.assert_close(_step(checkpointed, x), _step(plain, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("policy", ["selective", "budget"])
+def test_what_collects_the_outputs_of_a_block_sees_each_call_once(policy: str, stack: Stack, x: torch.Tensor) -> None:
+    collected: list[torch.Tensor] = []
+    inner: ContextVar[list[torch.Tensor]] = ContextVar("inner")
+    for block in stack.blocks:
+        block.register_forward_hook(lambda module, args, output: collected.append(output))
+        block.up.register_forward_hook(lambda module, args, output: inner.get([]).append(output))
+    with checkpoint_activations(stack, **POLICIES[policy]):
+        token = inner.set([])
+        stack(x)
+        assert len(collected) == len(inner.get()) == len(stack.blocks)
+        assert all(type(output) is torch.Tensor for output in (*collected, *inner.get()))
+        inner.reset(token)
 
 
 def test_a_large_buffer_first_written_in_place_in_a_later_call_is_refused_by_name() -> None:
