@@ -1,7 +1,13 @@
-"""Tell tensors that have no values: prediction runs the training loop on them."""
+"""Tensors that have no values: prediction runs the training loop on them."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
+"""The products of a mixture's experts in one operator."""
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -20,3 +26,30 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def holds_fakes(module: torch.nn.Module) -> bool:
     """Whether parameters of ``module`` are fake: what it does is being predicted."""
     return any(is_fake(parameter) for parameter in module.parameters())
+
+
+def run_operator(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator that may have fake arguments, also where its fake kernel refuses what the real one does.
+
+    That of grouped products takes bfloat16 alone (torch 2.13), and the real ones any type.
+    """
+    if operator is GROUPED_PRODUCT and isinstance(args[0], FakeTensor):
+        return _grouped_product(*args, **kwargs)
+    return operator(*args, **kwargs)
+
+
+def _grouped_product(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    *groups, rows, _ = first.shape
+    *other_groups, _, columns = second.shape
+    if not groups and not other_groups:  # the groups are parts of the dimension that is summed over
+        assert offs is not None
+        groups = [offs.shape[0]]
+    elif len(groups) != len(other_groups):  # parts of the rows, or of the columns
+        groups = []
+    return first.new_empty((*groups, rows, columns), dtype=out_dtype)

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memopt.memory.arguments import tensor_arguments, tensor_results
+from lightning_memopt.models.fake import run_operator
 
 _MAX_ELEMENTS = 2**22
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class KnownValues(TorchDispatchMode):
                 return real
         if func is aten.index.Tensor:
             args = (args[0], _without_masks(args[1]))
-        result = func(*args, **kwargs)
+        result = run_operator(func, args, kwargs)
         if not tensors and isinstance(result, FakeTensor) and _makes_integers(func, result):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)

@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 from torch.utils.flop_counter import flop_registry
 
+from lightning_memopt.models.fake import GROUPED_PRODUCT, run_operator
+
 FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
 """Floating-point operations in the time that moves one byte: order of magnitude of today's machines. Only the ranking
 of operators depends on it."""
@@ -86,7 +88,9 @@ def draws_random_numbers(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
 def is_product(op: Any) -> bool:
     """Whether ``op`` is a matrix product, a convolution or attention."""
     return isinstance(op, torch._ops.OpOverload) and (
-        op.overloadpacket in flop_registry or op.overloadpacket.__name__.startswith("_scaled_dot_product")
+        op.overloadpacket in flop_registry
+        or op is GROUPED_PRODUCT
+        or op.overloadpacket.__name__.startswith("_scaled_dot_product")
     )
 
 
@@ -95,6 +99,11 @@ def product_flops(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out
     formula: Callable[..., int] | None = flop_registry.get(op.overloadpacket)
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
+    if op is GROUPED_PRODUCT:
+        first, second = args[:2]
+        # Where either has no dimension of groups, these are parts of another, and each row and column meet once.
+        groups = first.shape[0] if first.dim() == second.dim() == 3 else 1
+        return 2 * groups * math.prod(first.shape[-2:]) * second.shape[-1]
     # Attention kernels without a formula, of (..., T, D) and (..., S, D): two products forward, five backward.
     is_backward = op.overloadpacket.__name__.endswith("_backward")
     query, key = args[1:3] if is_backward else args[:2]
@@ -222,7 +231,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = run_operator(func, args, kwargs)
         if func in SAC_IGNORED_OPS:
             return out
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
