@@ -25,14 +25,18 @@ _MAX_REAL_BYTES = 32 * 2**20
 _WITHOUT_SCRATCH = {
     *("sum", "mean", "amax", "amin", "max", "min", "any", "all", "argmax", "argmin", "linalg_vector_norm", "var"),
     *("copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "detach", "index_select", "gather", "tril"),
-    *("triu", "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "native_dropout"),
-    *("nll_loss_forward", "nll_loss_backward", "masked_fill", "bernoulli_", "uniform_", "normal_", "exponential_"),
+    *("triu", "masked_fill", "bernoulli_", "uniform_", "normal_", "exponential_", "native_dropout"),
     *("new_zeros", "new_empty", "new_full", "new_ones", "empty_like", "zeros_like", "ones_like", "full_like"),
     *("slice_backward", "select_backward", "constant_pad_nd", "equal", "scatter_", "native_dropout_backward"),
     *("_local_scalar_dense", "split_with_sizes_copy", "random_", "flip", "roll", "repeat", "rand_like", "randn_like"),
 }
 """Operators that write straight into their result (their CPU kernels in ATen/native; seen with the profiler)."""
 
+_COPIES_WHAT_IS_NOT_CONTIGUOUS = {
+    *("_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data"),
+    *("nll_loss_forward", "nll_loss_backward"),
+}
+"""Likewise, for arguments that lie in their own order; logits of images in ``channels_last`` do not."""
 
 _KEEPS_ROOM_FOR_UNREDUCED = {"mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss"}
 
@@ -164,6 +168,8 @@ def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
         return False  # summed in 32 bits, of a copy
     if name in _WITHOUT_SCRATCH or operator.is_view or name.startswith(("_foreach", "_fused")):
         return True
+    if name in _COPIES_WHAT_IS_NOT_CONTIGUOUS and all(tensor.is_contiguous() for tensor in tensors):
+        return True
     one_dtype = len({tensor.dtype for tensor in tensors if tensor.dim() > 0}) <= 1
     if torch.Tag.pointwise in operator.tags:
         return one_dtype or name == "where"
@@ -216,16 +222,24 @@ class Workspace:
     def complete(self, call: Call, result: Any) -> Any:
         """``result`` of a fake call, with what the fake kernel gets wrong put right.
 
-        The fused LSTM's has no workspace, batch norm's keeps the statistics of a 16-bit input in 16 bits, and a
-        reduced loss is 4 bytes, where the real kernel reduces into the first element of its unreduced result.
+        The fused LSTM's has no workspace, batch norm's keeps the statistics of a 16-bit input in 16 bits and lays out
+        what it makes like an input that was transposed, and a reduced loss is 4 bytes, where the real kernel reduces
+        into the first element of its unreduced result.
         """
         if call.name == "mkldnn_rnn_layer":
             *outputs, workspace = result
             missing = self._need(call).result_bytes - sum(output.nbytes for output in result)
             return (*outputs, workspace.new_empty(max(0, missing)))
-        if call.name == "native_batch_norm" and _is_spec(call.arguments[1]):
+        if call.name == "native_batch_norm":
             output, *statistics = result
-            return (output, *(each.new_empty(each.shape, dtype=call.arguments[1].dtype) for each in statistics))
+            dtype = call.arguments[1].dtype if _is_spec(call.arguments[1]) else None
+            return (
+                _laid_out_for(call.arguments[0], output),
+                *(each.new_empty(each.shape, dtype=dtype) for each in statistics),
+            )
+        if call.name == "native_batch_norm_backward":
+            by_input, *others = result
+            return (_laid_out_for(call.arguments[1], by_input), *others)
         if call.name in _KEEPS_ROOM_FOR_UNREDUCED and result.dim() == 0:
             elements = self._need(call).result_bytes // result.itemsize
             return result.new_empty(max(1, elements)).as_strided((), ())
@@ -323,6 +337,18 @@ def _measure(call: Call) -> Need:
         peak = max(peak, held)
     del result  # alive until here, so that what it holds counted as held
     return Need(peak - held, held)
+
+
+def _laid_out_for(spec: TensorSpec, result: Any) -> Any:
+    """``result`` as batch norm's kernels lay it out for an input: in ``channels_last`` or contiguous, never else."""
+    if result is None:
+        return None
+    with _disable_current_modes():
+        input = torch.empty_strided(spec.shape, spec.stride, device="meta")
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    own = formats.get(input.dim(), torch.contiguous_format)
+    kept = own if input.is_contiguous(memory_format=own) else torch.contiguous_format
+    return torch.empty_like(result, memory_format=kept)
 
 
 def _lstm_workspace(arguments: Any) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_memopt.memory.arguments import tensor_arguments, tensor_results
 from lightning_memopt.models.fake import run_operator
@@ -25,7 +26,14 @@ class KnownValues(TorchDispatchMode):
 
     Models look at masks and ids: Hugging Face skips attention masks that mask nothing, a loss indexes by a mask. With
     their values known a fake step takes the branch of the real one, and tensors of data-dependent shape have one.
+
+    A single number that a step draws uniformly from 0 to 1 decides whether a layer is dropped. It is taken for the
+    largest, with which every layer runs: what the step takes when none is dropped.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = WeakTensorKeyDictionary()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -36,7 +44,7 @@ class KnownValues(TorchDispatchMode):
             return func(*args)
         kwargs = kwargs or {}
         tensors = tensor_arguments(args, kwargs)
-        if tensors and all(map(stays_real, tensors)):
+        if tensors and all(map(self._is_known, tensors)):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
             if all(map(stays_real, tensor_results(real))):
@@ -44,10 +52,19 @@ class KnownValues(TorchDispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], _without_masks(args[1]))
         result = run_operator(func, args, kwargs)
-        if not tensors and isinstance(result, FakeTensor) and _makes_integers(func, result):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
+        if not tensors and isinstance(result, FakeTensor):
+            if _makes_integers(func, result):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+            if func is aten.rand.default and result.numel() == 1 and result.device.type == "cpu":
+                with unset_fake_temporarily():
+                    largest = torch.full(result.shape, 1 - torch.finfo(result.dtype).eps, dtype=result.dtype)
+                self._drawn[largest] = True
+                return largest
         return result
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        return stays_real(tensor) or tensor in self._drawn
 
 
 def _makes_integers(func: Any, result: torch.Tensor) -> bool:

@@ -153,12 +153,53 @@ class Volumes(_Net):
         return self.net(batch.view(2, 1, 16, 16, 16)).square().mean()
 
 
+class NormOfTransposed(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.norm = nn.BatchNorm1d(16)
+
+    def loss(self, batch):
+        normed = self.norm(batch.view(64, 8, 16).transpose(1, 2)).transpose(1, 2)
+        return sum(layer(normed).square().mean() for layer in self.net)
+
+
+class SegmentsInChannelsLast(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(8, 8, 1)
+
+    def loss(self, batch):
+        maps = self.net(batch.view(4, 16, 16, 8).permute(0, 3, 1, 2))
+        return F.cross_entropy(F.interpolate(maps, size=(64, 64), mode="bilinear"), torch.ones(4, 64, 64).long())
+
+
+class ConnectionistTemporal(_Net):
+    def loss(self, batch):
+        lengths = torch.tensor([3, 9, 5, 2])
+        targets = torch.randint(1, 32, (int(lengths.sum()),))
+        steps = self.net(batch).view(64, 4, 32).log_softmax(-1)
+        return F.ctc_loss(steps, targets, torch.full((4,), 64), lengths, zero_infinity=True)
+
+
+class GroupedExperts(_Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 128, 256) / 16)
+
+    def loss(self, batch):
+        expert = self.net(batch)[:, :4].argmax(1)
+        ends = torch.histc(expert.float(), bins=4, min=0, max=3).cumsum(0).int()
+        return F.grouped_mm(batch[expert.argsort()], self.experts, offs=ends).square().mean()
+
+
 CASES = {
     each.__name__: each
     for each in (
         *(SGDWithALossThatReducesInPlace, BinaryCrossEntropy, CalledTwice, Frozen, TwoOptimizersByHand),
         *(ReadsTheTrainersCounters, RandomNumbers, Checkpointed, CheckpointedReentrant, InBfloat16FromTheStart),
         *(InDoubleFromConfigureModel, Spectrum, Attention, BidirectionalGRU, Volumes),
+        *(NormOfTransposed, SegmentsInChannelsLast, ConnectionistTemporal, GroupedExperts),
     )
 }
 
@@ -176,6 +217,27 @@ def test_sparse_gradients_are_measured_and_the_prediction_names_the_operator_tha
     raw = raw_peak_bytes(SparseEmbedding, batch)
     assert memopt.measure_memory(SparseEmbedding(), batch).peak_bytes == pytest.approx(raw, rel=0.002)
     assert "coalesce" in " ".join(memopt.predict_memory(SparseEmbedding(), batch).notes)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand([]), lambda: 1 - torch.rand(1).item() * 0.5])
+def test_of_layers_that_are_dropped_at_random_every_one_is_predicted_to_run(draw):
+    class DropsLayers(_Net):
+        rate = 0.4
+
+        def loss(self, batch):
+            output = batch
+            for _ in range(8):
+                if self.rate == 0 or draw() > self.rate:
+                    output = self.net(output)
+            return output.square().mean()
+
+    class RunsAll(DropsLayers):
+        rate = 0
+
+    batch = torch.randn(64, 128)
+    assert memopt.predict_memory(DropsLayers(), batch).peak_bytes == pytest.approx(
+        raw_peak_bytes(RunsAll, batch), rel=0.02
+    )
 
 
 class ItemOfTheLoss(_Net):
