@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
-"""The products of a mixture's experts in one operator."""
+from lightning_memopt.models.grouped_products import GROUPED_PRODUCT, teach_grouped_products
 
 _CTC_LOSS = (torch.ops.aten._ctc_loss.default, torch.ops.aten._ctc_loss.Tensor)
 
@@ -33,31 +32,14 @@ def holds_fakes(module: torch.nn.Module) -> bool:
 def run_operator(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operator that may have fake arguments, also where its fake kernel refuses what the real one does.
 
-    That of grouped products takes bfloat16 alone (torch 2.13), and the real ones any type. That of the CTC loss takes
-    none, since what is kept for its backward is as long as the longest target, which may be known.
+    That of grouped products takes bfloat16 alone. That of the CTC loss takes none, since what is kept for its
+    backward is as long as the longest target, which may be known.
     """
-    if operator is GROUPED_PRODUCT and isinstance(args[0], FakeTensor):
-        return _grouped_product(*args, **kwargs)
+    if operator is GROUPED_PRODUCT:
+        teach_grouped_products()
     if operator in _CTC_LOSS and isinstance(args[0], FakeTensor) and not isinstance(args[3], FakeTensor):
         return _ctc_loss(*args, **kwargs)
     return operator(*args, **kwargs)
-
-
-def _grouped_product(
-    first: torch.Tensor,
-    second: torch.Tensor,
-    offs: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    *groups, rows, _ = first.shape
-    *other_groups, _, columns = second.shape
-    if not groups and not other_groups:  # the groups are parts of the dimension that is summed over
-        assert offs is not None
-        groups = [offs.shape[0]]
-    elif len(groups) != len(other_groups):  # parts of the rows, or of the columns
-        groups = []
-    return first.new_empty((*groups, rows, columns), dtype=out_dtype)
 
 
 def _ctc_loss(

@@ -10,15 +10,17 @@ import torch
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_GROUPED: Any = torch.ops.aten._grouped_mm.default
+GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm.default
+"""The products of all experts of a mixture in one operator."""
+
 _ALIGNMENT = 16
 """Bytes that rows of the result are multiples of, as the kernels make them."""
 
 
 def teach_grouped_products() -> None:
     """Let fake tensors of every dtype be multiplied in groups; once is enough."""
-    if _GROUPED not in fake_impls.op_implementations_dict:
-        fake_impls.register_op_impl(_GROUPED)(_result_of)
+    if GROUPED_PRODUCT not in fake_impls.op_implementations_dict:
+        fake_impls.register_op_impl(GROUPED_PRODUCT)(_result_of)
 
 
 def grouped_flops(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memopt.models.grouped_products import grouped_flops, teach_grouped_products
+from lightning_memopt.models.grouped_products import GROUPED_PRODUCT, grouped_flops, teach_grouped_products
+from lightning_memopt.techniques.checkpointing.profile import is_product, product_flops
 
 SHAPES = {
     "rows by experts": ((16, 8), (2, 3, 8), 2 * 16 * 8 * 3),
@@ -25,3 +26,4 @@ def test_a_fake_product_is_laid_out_as_a_real_one(a, b, flops, dtype):
         fake = torch.nn.functional.grouped_mm(*map(mode.from_tensor, factors), offs=offsets)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
     assert grouped_flops(*factors) == flops
+    assert is_product(GROUPED_PRODUCT) and product_flops(GROUPED_PRODUCT, factors, {}, real) == flops

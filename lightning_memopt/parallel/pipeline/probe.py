@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lightning_memopt.models.blocks import find_block_stacks
-from lightning_memopt.models.grouped_products import grouped_flops
+from lightning_memopt.models.grouped_products import GROUPED_PRODUCT, grouped_flops
 from lightning_memopt.parallel.pipeline.boundary import Boundary, can_stand_for, read_boundary
 from lightning_memopt.parallel.pipeline.carried import Origins, Output
 from lightning_memopt.parallel.pipeline.chain import Chain
@@ -246,7 +246,7 @@ class _Surveyor:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    if func is torch.ops.aten._grouped_mm.default:  # which torch does not count
+    if func is GROUPED_PRODUCT:  # which torch does not count
         return grouped_flops(*args[:2])
     cost = flop_registry.get(func._overloadpacket)
     return int(cost(*args, **kwargs, out_val=result)) if cost is not None else 0

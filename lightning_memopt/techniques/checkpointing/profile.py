@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 from torch.utils.flop_counter import flop_registry
 
-from lightning_memopt.models.fake import GROUPED_PRODUCT, run_operator
+from lightning_memopt.models.fake import run_operator
+from lightning_memopt.models.grouped_products import GROUPED_PRODUCT, grouped_flops
 
 FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
 """Floating-point operations in the time that moves one byte: order of magnitude of today's machines. Only the ranking
@@ -100,10 +101,7 @@ def product_flops(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
     if op is GROUPED_PRODUCT:
-        first, second = args[:2]
-        # Where either has no dimension of groups, these are parts of another, and each row and column meet once.
-        groups = first.shape[0] if first.dim() == second.dim() == 3 else 1
-        return 2 * groups * math.prod(first.shape[-2:]) * second.shape[-1]
+        return grouped_flops(*args[:2])
     # Attention kernels without a formula, of (..., T, D) and (..., S, D): two products forward, five backward.
     is_backward = op.overloadpacket.__name__.endswith("_backward")
     query, key = args[1:3] if is_backward else args[:2]
