@@ -1,4 +1,4 @@
-"""Train one module of the zoo on one device and on several ranks, on the same global batches, and compare."""
+"""Train one listed module on one device and on several ranks, on the same global batches, and compare."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +21,9 @@ from lightning_memopt.parallel.pipeline.torch_stage import CAN_SPLIT_BACKWARD
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO, Entry
+from tests.zoo.architectures import ARCHITECTURES
 
+MODULES = ZOO | ARCHITECTURES
 STRATEGIES = ("memopt_ddp", "memopt_zero1", "memopt_zero2", "memopt_zero3")
 STEPS = 20
 ACCUMULATE = 2
@@ -166,23 +168,25 @@ def fit_zoo(
 
 
 @cache
-def on_one_device(name: str) -> Outcome:
-    return run_on_ranks(lambda: fit_zoo(ZOO[name], 1), 1)[0]
+def on_one_device(name: str, steps: int = STEPS) -> Outcome:
+    return run_on_ranks(lambda: fit_zoo(MODULES[name], 1, steps), 1)[0]
 
 
 @cache
-def in_double_precision(name: str) -> Outcome:
-    return run_on_ranks(lambda: fit_zoo(ZOO[name], 1, precision="64-true"), 1)[0]
+def in_double_precision(name: str, steps: int = STEPS) -> Outcome:
+    return run_on_ranks(lambda: fit_zoo(MODULES[name], 1, steps, precision="64-true"), 1)[0]
 
 
 @cache
-def on_ranks(name: str, strategy: str) -> tuple[Outcome, ...]:
+def on_ranks(name: str, strategy: str, steps: int = STEPS, **options: Any) -> tuple[Outcome, ...]:
     """The outcome of each rank under one of ``CASES``."""
     case = CASES[strategy]
     ranks = case.sizes.world
     return tuple(
         run_on_ranks(
-            lambda: fit_zoo(ZOO[name], ranks, sizes=case.sizes, strategy=case.make()), ranks, deadline_seconds=180
+            lambda: fit_zoo(MODULES[name], ranks, steps, sizes=case.sizes, strategy=case.make(), **options),
+            ranks,
+            deadline_seconds=180,
         )
     )
 
