@@ -68,6 +68,35 @@ def test_blocks_recomputed_in_the_reentrant_way_are_refused_by_name() -> None:
     run_on_ranks(fit, 2, deadline_seconds=30)
 
 
+class WritesInPlace(nn.Module):
+    """A block that writes into what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden += 1
+        return self.layer(torch.relu_(hidden))
+
+
+class InPlaceNet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 16), *(WritesInPlace() for _ in range(4)))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", pytest.param("zbv", marks=can_split_backward)])
+def test_blocks_may_write_into_what_another_stage_sent(schedule: Any) -> None:
+    def fit() -> list[float]:
+        return losses_of(InPlaceNet(), 2, memopt.PipelineParallelStrategy(schedule, microbatches=4))
+
+    plain = run_on_ranks(lambda: losses_of(InPlaceNet()), 1)[0]
+    for losses in run_on_ranks(fit, 2, deadline_seconds=30):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
 COLLECTED: list[torch.Tensor] = []
 
 

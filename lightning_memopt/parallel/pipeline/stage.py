@@ -28,6 +28,18 @@ def _nothing_left() -> Callable[..., None]:
     return lambda: None
 
 
+class _Handed(torch.autograd.Function):
+    """What was received, as something that was computed: the step may write into it in place."""
+
+    @staticmethod
+    def forward(_: Any, received: Tensor) -> Tensor:
+        return received.detach()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class StageModule(nn.Module):
     """What torch's stage calls: the user's step by way of ``forward``, and the parameters of the stage."""
 
@@ -43,7 +55,8 @@ class StageModule(nn.Module):
 
     def forward(self, *received: Tensor, index: Tensor) -> Any:
         """Run micro-batch ``index``."""
-        return self._forward_of_stage(self._stage, int(index), received)
+        handed = tuple(_Handed.apply(tensor) if tensor.requires_grad else tensor for tensor in received)
+        return self._forward_of_stage(self._stage, int(index), handed)
 
 
 class Stage(TorchStage):
