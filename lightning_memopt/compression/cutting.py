@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_memopt.compression.units import Call, UnitGroup, output_tensors
+from lightning_memopt.compression.model_config import is_model_config
+from lightning_memopt.compression.slots import UnitGroup
+from lightning_memopt.compression.units import Call, output_tensors
 
 _WIDTH_NAMES = ("dim", "size", "width", "features", "channels", "hidden", "embed", "d_model", "inner")
 _NO_WIDTHS = (
@@ -50,8 +52,14 @@ class Trials:
         if len(more) == 1:
             failed[more[0][0].name] = error
             return good
-        half = len(more) // 2
-        return self.most_that_run(self.most_that_run(good, more[:half], failed), more[half:], failed)
+        # By kinds first: code may read a number of heads for all attentions, and the width follows the heads.
+        kinds = [[one for one in more if one[0].kind == kind] for kind in ("channels", "heads", "width")]
+        parts = [part for part in kinds if part]
+        if len(parts) == 1:
+            parts = [more[: len(more) // 2], more[len(more) // 2 :]]
+        for part in parts:
+            good = self.most_that_run(good, part, failed)
+        return good
 
     def make(self, kept: Kept) -> dict[Tensor, "Smaller"]:
         """Make the module smaller for good; it runs so."""
@@ -84,11 +92,42 @@ class Trials:
         return None, first
 
 
-Numbers = list[tuple[nn.Module, str, Any]]
+Numbers = list[tuple[Any, str, Any]]
+"""Attributes of modules, or of configs that they read, and what they are to be."""
 
 
 def _ways(module: nn.Module, kept: Kept) -> Iterator[Numbers]:
     """What to set integers that code reads to, to be tried in order: counts of heads first, since heads keep size."""
+    ways = list(_ways_of_modules(module, kept))
+    yield from ways
+    # Last, since a config speaks of every layer, those that stay whole too.
+    of_configs = list(_counts_of_configs(module, kept))
+    if of_configs:
+        yield from ([*way, *of_configs] for way in ways)
+
+
+def _counts_of_configs(module: nn.Module, kept: Kept) -> Iterator[tuple[Any, str, int]]:
+    """Counts of heads in configs, where all attentions that have so many keep the same number."""
+    left: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for group, mask in kept:
+        if group.heads is not None:
+            keys, each = int(mask.sum()), group.heads.queries // group.heads.keys
+            left.setdefault((group.heads.queries, group.heads.keys), set()).add((keys * each, keys))
+    places = [getattr(child, "config", None) for child in module.modules()]
+    for config in {id(place): place for place in places if is_model_config(place)}.values():
+        for (queries, keys), sizes in left.items():
+            if len(sizes) > 1:
+                continue
+            new_queries, new_keys = next(iter(sizes))
+            for name, value in vars(config).items():
+                if type(value) is not int or "head" not in name or not _counts(name):
+                    continue
+                is_of_keys = "key" in name or "kv" in name
+                if value == (keys if is_of_keys else queries):
+                    yield config, name, new_keys if is_of_keys else new_queries
+
+
+def _ways_of_modules(module: nn.Module, kept: Kept) -> Iterator[Numbers]:
     counts: Numbers = []
     widths: dict[tuple[int, str], tuple[nn.Module, str, int]] = {}
     new_sizes: dict[int, int] = {}
@@ -104,6 +143,8 @@ def _ways(module: nn.Module, kept: Kept) -> Iterator[Numbers]:
                     if "head" in name and value in (group.heads.queries, group.heads.keys) and _counts(name):
                         is_of_keys = value == group.heads.keys and ("key" in name or "kv" in name)
                         counts.append((child, name, left if is_of_keys else left * repeated))
+                    elif "group" in name and value == group.heads.queries == group.heads.keys:
+                        counts.append((child, name, left))  # queries to a key, of the one key that all share
                     elif value in inner and _is_width(name):
                         widths[id(child), name] = (child, name, inner[value])
         elif group.kind == "width":
@@ -140,15 +181,15 @@ class _Undo:
     """Puts back attributes, last first."""
 
     def __init__(self) -> None:
-        self._old: list[tuple[nn.Module, str, Any]] = []
+        self._old: list[tuple[Any, str, Any]] = []
 
-    def set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._old.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+    def set(self, holder: Any, name: str, value: Any) -> None:
+        self._old.append((holder, name, getattr(holder, name)))
+        setattr(holder, name, value)
 
     def run(self) -> None:
-        for module, name, value in reversed(self._old):
-            setattr(module, name, value)
+        for holder, name, value in reversed(self._old):
+            setattr(holder, name, value)
 
 
 @dataclass(frozen=True)
@@ -192,8 +233,8 @@ def _apply(module: nn.Module, kept: Kept, numbers: Numbers, undo: _Undo) -> dict
         if isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None:
             for name, value in _sizes_of(child):
                 undo.set(child, name, value)
-    for child, name, value in numbers:
-        undo.set(child, name, value)
+    for holder, name, value in numbers:
+        undo.set(holder, name, value)
     return smaller
 
 

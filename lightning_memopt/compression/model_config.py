@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_memopt.compression.units import UnitGroup
+from lightning_memopt.compression.slots import UnitGroup
 
 Kept = Sequence[tuple[UnitGroup, Tensor]]
 """Groups of units, and a mask of those that were kept."""
 
 _INNER = ("intermediate", "inner", "ff", "mlp")
+
+_NO_SIZES = ("vocab", "position", "image", "patch", "length", "window", "kernel", "chunk", "token", "label", "layers")
+"""Parts of names of numbers that are of what goes in, or of how it is cut, and may only happen to be equal."""
 
 
 def update_configs(module: nn.Module, kept: Kept, is_sound: Callable[[], bool]) -> dict[str, str]:
@@ -84,7 +87,7 @@ def _new_values(old: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
             sizes = keys if "key" in name or "kv" in name else heads
         else:
             sizes = inner if any(part in name for part in _INNER) else width
-        if value in sizes and "vocab" not in name and "position" not in name:
+        if value in sizes and not any(part in name for part in _NO_SIZES):
             new[name] = sizes[value]
     if old.get("n_inner", 0) is None and len(set(inner.values())) == 1:  # GPT-2's: four times the width, if not said
         new["n_inner"] = next(iter(inner.values()))

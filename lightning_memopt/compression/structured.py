@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from lightning_memopt.compression.cutting import Smaller, Trials
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.model_config import update_configs
-from lightning_memopt.compression.units import Call, Slot, UnitGroup, find_units
+from lightning_memopt.compression.slots import Slot, UnitGroup
+from lightning_memopt.compression.units import Call, find_units
 from lightning_memopt.models.compiled import uncompiled
+from lightning_memopt.models.experts import holds_experts, output_dim
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
 
 
@@ -94,6 +96,9 @@ def prune_structured(
     trials = Trials(module, call)
     failed: dict[str, str] = {}
     kept = trials.most_that_run([], plan.kept, failed)
+    reasons = {name: f"the code does not run with fewer of it ({error})" for name, error in failed.items()}
+    if not kept and first_sizes(module):  # what could be removed has been
+        return StructuredPruning({}, plan.skipped | reasons, reasons, before, before)
     if not kept:
         raise ValueError(
             f"{type(module).__name__} cannot be made smaller: its code does not run with "
@@ -103,10 +108,9 @@ def prune_structured(
     smaller = trials.make(kept)
     for optimizer in optimizers:
         _shrink_optimizer(optimizer, smaller)
-    reasons = {name: f"the code does not run with fewer of it ({error})" for name, error in failed.items()}
     configs = update_configs(module, kept, trials.runs)
     removed = {group.name: (group.size, int(mask.sum())) for group, mask in kept}
-    remember_sizes(module, {name: size for name, (size, _) in removed.items()})
+    remember_sizes(module, {group.name: _size(group) for group, _ in kept})
     return StructuredPruning(removed, plan.skipped | reasons | configs, reasons, before, _count(module))
 
 
@@ -141,19 +145,13 @@ def plan_structured(
             plan.skipped[group.name] = group.reason
         groups.append(group)
     first = first_sizes(module)
-    shares: dict[int, set[float]] = {}
-    for group in groups:
-        if group.kind == "heads" and group.heads is not None:
-            left = group.size if group.reason else _left(group, amount, first)
-            shares.setdefault(group.heads.width, set()).add(left / group.size)
     reached = False
     for group in groups:
         if group.reason is not None:
             continue
         left = _left(group, amount, first)
-        if group.kind == "width" and group.size in shares:
-            share = shares[group.size]
-            left = round(group.size * max(share))
+        if group.kind == "width" and (share := _shares_of_heads(group, groups, amount, first)):
+            left = min(group.size, round(first.get(group.name, group.size) * max(share)))
             if len(share) > 1 or (left == group.size and group.name not in first):
                 plan.skipped[group.name] = "attentions of its width keep all heads, or unequal numbers of them"
                 continue
@@ -180,15 +178,39 @@ def plan_structured(
     return plan
 
 
+def _shares_of_heads(
+    width: UnitGroup, groups: Sequence[UnitGroup], amount: float, first: Mapping[str, int]
+) -> set[float]:
+    """What shares of the heads that they had attentions keep that read or write a stream, and were as wide as it."""
+    layers = {id(slot.module) for slot in width.slots}
+    shares = set()
+    for group in groups:
+        if group.heads is None or not any(id(slot.module) in layers for slot in group.slots):
+            continue
+        had = first.get(group.name, _size(group))
+        if had * group.heads.size == first.get(width.name, width.size):
+            left = group.size if group.reason else _left(group, amount, first)
+            shares.add(left * _size(group) / group.size / had)
+    return shares
+
+
+def _size(group: UnitGroup) -> int:
+    """How many there are; of heads, those of queries, whatever shares a key: the last key can be that of many."""
+    return group.size if group.heads is None else group.heads.queries
+
+
 def _left(group: UnitGroup, amount: float, first: Mapping[str, int]) -> int:
     """How many units of a group are to be there."""
-    return min(group.size, max(1, round(first.get(group.name, group.size) * (1 - amount))))
+    whole = first.get(group.name, _size(group)) * group.size / _size(group)
+    return min(group.size, max(1, round(whole * (1 - amount) / group.multiple)) * group.multiple)
 
 
 def _output_dimension(slot: Slot) -> int:
     """The dimension of outputs of the layer that holds the slot's matrix; of vectors the only one."""
     if slot.tensor.ndim < 2:
         return 0
+    if holds_experts(slot.module, slot.tensor):
+        return output_dim(slot.module)
     if isinstance(slot.module, nn.Embedding):
         return 1
     if isinstance(slot.module, _ConvNd):

@@ -7,7 +7,6 @@ track of which feature is whose between splits, rotations and repeated keys: hea
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,55 +15,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.compression.fused import Fused, find_fused
+from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
+from lightning_memopt.compression.unreached import add_unreached
 from lightning_memopt.models.heads import Heads
-from lightning_memopt.models.linear_groups import find_linear_groups
+from lightning_memopt.models.linear_groups import LinearGroup, find_linear_groups
 from lightning_memopt.models.linears import read_linear
 
 Call = Callable[[nn.Module], Any]
 """Runs a module once on real inputs and returns what its loss is computed from, or the loss."""
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """Where units lie in one tensor.
-
-    Attributes:
-        module: The module that holds the tensor.
-        name: Its name there.
-        dimension: The dimension along which units lie.
-        units: Which unit each place along it belongs to, ``-1`` for none of these: ``(size of the dimension,)``.
-    """
-
-    module: nn.Module
-    name: str
-    dimension: int
-    units: Tensor
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor as it is now."""
-        return getattr(self.module, self.name)
-
-
-@dataclass(eq=False)
-class UnitGroup:
-    """Units that can be removed one by one, each from all tensors at once.
-
-    Attributes:
-        name: Qualified name of the layer whose outputs they are, or of the attention whose heads they are.
-        kind: ``"channels"`` within the model, ``"heads"``, or ``"width"`` of a stream that attentions write to.
-        size: How many there are.
-        slots: Where they lie.
-        heads: Of an attention.
-        reason: Why they cannot be removed, if so.
-    """
-
-    name: str
-    kind: Literal["channels", "heads", "width"]
-    size: int
-    slots: list[Slot] = field(default_factory=list)
-    heads: Heads | None = None
-    reason: str | None = None
 
 
 def require_torch_pruning() -> None:
@@ -93,15 +52,18 @@ def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
         ValueError: The module cannot be traced.
     """
     names = {id(child): name for name, child in module.named_modules()}
-    attentions = list(_find_attentions(module, names))
-    inside = {(id(slot.module), slot.name, slot.dimension) for group in attentions for slot in group.slots}
+    linears = find_linear_groups(module)
+    known = list(_find_attentions(module, names, linears))
+    known += [_read_fused(fused) for fused in find_fused(module, call, linears)]
+    inside = {(id(slot.module), slot.name, slot.dimension) for group in known for slot in group.slots}
     groups = []
     columns = [
         slot.module
-        for group in attentions
+        for group in known
         for slot in group.slots
         if slot.name == "weight" and slot.dimension == int(_is_conv1d(slot.module))
     ]
+    attentions = [group for group in known if group.kind == "heads"]
     for group in _find_channels(module, call, names, columns):
         if not any(
             (id(slot.module), slot.name, slot.dimension) in inside for slot in group.slots if _is_matrix(slot)
@@ -110,16 +72,27 @@ def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
             if any(id(slot.module) in joined for attention in attentions for slot in attention.slots):
                 group.kind = "width"
             groups.append(group)
-    return [*attentions, *groups]
+    found = [*known, *join_tied(groups)]
+    return [*found, *add_unreached(module, found, names)]
 
 
 def _is_matrix(slot: Slot) -> bool:
     return slot.tensor.ndim > 1
 
 
-def _find_attentions(module: nn.Module, names: Mapping[int, str]) -> Iterator[UnitGroup]:
+def _read_fused(fused: Fused) -> UnitGroup:
+    outputs, inputs = fused.units
+    kind: Literal["heads", "channels"] = "channels" if fused.heads is None else "heads"
+    group = UnitGroup(fused.owner, kind, int(inputs.max()) + 1, heads=fused.heads)
+    group.slots = [*_outputs(fused.column, outputs), *_inputs(fused.row, inputs)]
+    return group
+
+
+def _find_attentions(
+    module: nn.Module, names: Mapping[int, str], groups: Sequence[LinearGroup]
+) -> Iterator[UnitGroup]:
     """The heads of attentions in linear layers, and of ``nn.MultiheadAttention``."""
-    for linears in find_linear_groups(module):
+    for linears in groups:
         heads = linears.heads
         if heads is None:
             continue
@@ -168,7 +141,10 @@ def _find_channels(
         def get_pruning_group(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
             try:
                 return super().get_pruning_group(layer, *arguments, **options)
-            except IndexError:  # 1.6: some splits, such as of two outputs into a start and an end
+            except (
+                IndexError,
+                ZeroDivisionError,
+            ):  # 1.6: some splits, such as of two outputs into a start and an end
                 lost.append(layer)
                 return []
 

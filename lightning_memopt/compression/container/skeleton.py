@@ -23,7 +23,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
     A shrunk module differs from what its class builds in sizes that modules keep as plain attributes
     (``in_features``, ``num_heads``). Where nothing can be built to compare with, those of all modules with parameters
-    are recorded.
+    are recorded, and of one that was made smaller the integers of the others.
     """
     cls = type(module)
     arguments = _arguments(module)
@@ -35,6 +35,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
         recorded = _plain_attributes(part)
         if fresh is None:
             changed = bool(part._parameters)
+            if not changed and first_sizes(module):  # whose numbers of heads and widths are others now
+                recorded = {key: value for key, value in recorded.items() if type(value) is int}
+                changed = bool(recorded)
         else:
             known = _plain_attributes(others[name]) if name in others else {}
             recorded = {key: value for key, value in recorded.items() if key not in known or known[key] != value}

@@ -1,0 +1,97 @@
+"""Structured pruning of what users bring: grouped queries, fused projections, experts, tables of positions."""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memopt.compression.container import load_compressed, save_compressed
+from lightning_memopt.compression.structured import _output_dimension, plan_structured, prune_structured
+from tests.zoo import slow_where
+from tests.zoo.architectures import ARCHITECTURES
+
+pytest.importorskip("torch_pruning")
+
+SLOW = [name for name in ARCHITECTURES if name not in ("phi3", "gpt_bigcode", "mixtral", "swin", "roberta")]
+
+LARGEST = {"wav2vec2": 0.78, "hubert": 0.78, "mamba2": 0.72, "swin": 0.6, "bloom": 0.63, "dinov2": 0.78}
+"""The part of the parameters that is left at most; of those that are not here, 0.62."""
+
+LEFT = {
+    "bloom": "self_attention", "mpt": "attn",  # biases of positions, which are computed from the number of heads
+    "mamba2": "in_proj", "swin": "mlp.fc2", "dinov2": "projection", "segformer": "stages.0", "falcon": "query_key",
+    "wav2vec2": "(output_dense|conv_layers.0.conv)", "hubert": "(output_dense|conv_layers.0.conv)",
+}  # fmt: skip
+"""What of which is left whole, besides what gives its output its shape, and configs that cannot say it."""
+
+
+def _build(name):
+    entry = ARCHITECTURES[name]
+    module, batch = entry.build(), entry.batch(2)
+    module.log = lambda *_, **__: None
+    return module, batch, lambda net: net.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("name", slow_where(list(ARCHITECTURES), SLOW))
+def test_architectures_become_smaller_train_on_with_their_optimizer_and_are_read_back(name, tmp_path):
+    module, _, call = _build(name)
+    optimizer = torch.optim.AdamW(module.parameters())
+    call(module).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    found = prune_structured(module, 0.3, call, optimizers=[optimizer])
+    assert found.parameters_after < LARGEST.get(name, 0.62) * found.parameters_before
+    left = [key for key, reason in found.skipped.items() if "gives out" not in reason and not key.endswith("config")]
+    assert bool(left) == (name in LEFT)
+    assert all(re.search(LEFT[name], key) for key in left)
+    loss = call(module)
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss) and torch.isfinite(call(module))
+    again = prune_structured(module, 0.3, call)
+    assert again.removed == {} and again.parameters_after == found.parameters_after
+    loaded = load_compressed(save_compressed(module, tmp_path / "net"), partial(ARCHITECTURES[name].build, seed=1))
+    loaded.log = module.log
+    assert torch.equal(call(module.eval()), call(loaded))
+
+
+NORMED = {
+    "olmo2": "all heads", "albert": "embeddings", "electra": "embeddings", "convnext": "channels",
+    "wav2vec2": "channels", "hubert": "channels", "mamba2": "width", "falcon": "width",
+}  # fmt: skip
+"""Where norms average over what is removed, besides the width that attentions write to, so that more changes."""
+
+EXACT = [name for name in ARCHITECTURES if name not in (*NORMED, "clip", "mobilenet_v2")]
+
+
+@pytest.mark.parametrize("name", slow_where(EXACT, SLOW))
+def test_what_is_left_of_architectures_computes_what_it_did_with_the_removed_units_unread(name):
+    module, batch, call = _build(name)
+    module = module.eval()
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    plan = plan_structured(module, 0.3, call)
+    widths = [group.name for group, _ in plan.kept if group.kind == "width"]
+    unread, plain = copy.deepcopy(module), _loss(module, batch)
+    names = {id(child): name for name, child in module.named_modules()}
+    found = prune_structured(copy.deepcopy(module), 0.3, call, exclude=widths or None)
+    with torch.no_grad():
+        for group, kept in plan.kept:
+            for slot in group.slots if group.name in found.removed else ():
+                if slot.tensor.ndim > 1 and slot.dimension != _output_dimension(slot):
+                    gone = (slot.units >= 0) & ~kept[slot.units.clamp_min(0)]
+                    held = getattr(unread.get_submodule(names[id(slot.module)]), slot.name)
+                    held.index_fill_(slot.dimension, gone.nonzero().view(-1), 0)
+    prune_structured(module, 0.3, call, exclude=widths or None)
+    expected = _loss(unread, batch)
+    torch.testing.assert_close(_loss(module, batch), expected, rtol=1e-4, atol=1e-5)
+    assert (plain - expected).abs() > 1e-5
+
+
+def _loss(module, batch):
+    with torch.no_grad():
+        return module.training_step(batch, 0)
