@@ -1,8 +1,8 @@
 """Logits that are a promise: a linear layer that puts off its product until a cross-entropy asks for it.
 
 Whether the loss is inside a model or in the user's step, the way from the final linear layer to the cross-entropy
-is a few views, casts and scalings. :func:`lazy_logits` makes the layer return an object that follows them and
-hands :func:`torch.nn.functional.cross_entropy` what it needs to compute in chunks. Anything else raises.
+is a few views, casts, scalings and perhaps a bias. :func:`lazy_logits` makes the layer return an object that follows
+them and hands :func:`torch.nn.functional.cross_entropy` what it needs to compute in chunks. Anything else raises.
 """
 
 import math
@@ -78,8 +78,8 @@ class LazyLogits:
     """Stands for ``gain * tanh(scale * (hidden @ weight.T + bias))``, without gain and tanh where the gain is None.
 
     Supports what lies between a final linear layer and its loss: views, casts and contiguity, slices of all but the
-    class dimension, that dimension moved second, scaling and soft-capping by numbers. Neither a tensor nor a
-    dataclass: what walks through a step's outputs takes it for a leaf.
+    class dimension, that dimension moved second, a number added to each class, scaling and soft-capping by numbers.
+    Neither a tensor nor a dataclass: what walks through a step's outputs takes it for a leaf.
     """
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> None:
@@ -199,6 +199,16 @@ class LazyLogits:
         self._require(not self.classes_second and _keeps_last_dimension(index, self.ndim), f"the index {index}")
         return self._with(hidden=self.hidden[index])
 
+    def __add__(self, other: Any) -> "LazyLogits":
+        is_tensor = isinstance(other, torch.Tensor)
+        is_bias = is_tensor and other.shape[-1:] == self.weight.shape[:1] and other.numel() == other.shape[-1]
+        self._require(
+            is_bias and self.tanh_gain is None and not self.classes_second,
+            f"addition of a {type(other).__name__}{list(other.shape) if is_tensor else ''}",
+        )
+        added = other.reshape(-1) / self.scale
+        return self._with(bias=added if self.bias is None else self.bias + added)
+
     def __mul__(self, factor: Any) -> "LazyLogits":
         self._require(isinstance(factor, int | float), f"multiplication by a {type(factor).__name__}")
         if self.tanh_gain is not None:
@@ -225,14 +235,14 @@ def _unsupported(operation: str) -> Callable[..., Any]:
 
 # Python looks operators up on the class, past __getattr__: each is named so that its error is ours.
 for _operator in (
-    "add", "radd", "sub", "rsub", "rtruediv", "matmul", "rmatmul", "pow", "neg", "abs", "eq", "ne", "lt", "le",
+    "radd", "sub", "rsub", "rtruediv", "matmul", "rmatmul", "pow", "neg", "abs", "eq", "ne", "lt", "le",
     "gt", "ge", "len", "iter", "float", "int", "bool", "setitem",
 ):  # fmt: skip
     setattr(LazyLogits, f"__{_operator}__", _unsupported(f"__{_operator}__"))
 
 _TORCH_FUNCTIONS = {
-    "div": "__truediv__", "flatten": "flatten", "mul": "__mul__", "permute": "permute", "reshape": "reshape",
-    "squeeze": "squeeze", "tanh": "tanh", "transpose": "transpose",
+    "add": "__add__", "div": "__truediv__", "flatten": "flatten", "mul": "__mul__", "permute": "permute",
+    "reshape": "reshape", "squeeze": "squeeze", "tanh": "tanh", "transpose": "transpose",
 }  # fmt: skip
 """``torch.<function>`` spellings of the methods above."""
 

@@ -176,6 +176,8 @@ def test_impossible_arguments_are_refused_with_what_was_given(changes, message):
         lambda logits, target: F.cross_entropy(logits[:, -1], target[:, -1]),
         lambda logits, target: F.cross_entropy(logits[target >= 0], target[target >= 0]),
         lambda logits, target: F.cross_entropy((5 * torch.tanh(logits / 5)).flatten(0, 1), target.flatten()),
+        lambda logits, target: F.cross_entropy((logits + torch.linspace(-1, 1, 300)).flatten(0, 1), target.flatten()),
+        lambda logits, target: F.cross_entropy(torch.add(logits * 2, torch.ones(1, 300))[0], target[0]),
         lambda logits, target: F.cross_entropy((logits * 0.5).to(torch.float32).flatten(0, 1), target.flatten()),
     ],
 )
@@ -192,13 +194,29 @@ def test_each_usual_way_from_the_layer_to_the_loss_gives_the_plain_loss_and_grad
     assert "forward" not in vars(head)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_what_is_added_to_each_class_gets_its_gradient(has_bias):
+    hidden, _, _, target = _inputs()
+    head, added = nn.Linear(16, 300, bias=has_bias), torch.zeros(1, 1, 300, requires_grad=True)
+
+    def loss():
+        return F.cross_entropy((head(hidden) / 2 + added).flatten(0, 1), target.flatten())
+
+    [wanted] = torch.autograd.grad(loss(), [added])
+    with lazy_logits(head):
+        [actual] = torch.autograd.grad(loss(), [added])
+    assert _relative_error(actual, wanted) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("use", "operation"),
     [
         (lambda logits: logits.argmax(-1), "argmax"),
         (lambda logits: torch.softmax(logits, -1), "softmax"),
         (lambda logits: logits.detach(), "detach"),
-        (lambda logits: logits + 1, "__add__"),
+        (lambda logits: logits + 1, "addition of a int"),
+        (lambda logits: logits + torch.ones(37, 300), r"addition of a Tensor\[37, 300\]"),
+        (lambda logits: torch.tanh(logits) + torch.ones(300), "addition"),
         (lambda logits: logits[..., :10], "the index"),
         (lambda logits: logits[..., 0], "the index"),
         (lambda logits: logits[0, 0, 0], "the index"),
