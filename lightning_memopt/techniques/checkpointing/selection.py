@@ -37,10 +37,11 @@ def select_regions(module: nn.Module, modules: Selector | Sequence[Selector] | N
     (:func:`fnmatch.fnmatchcase`); of nested matches the outermost. Otherwise the first of these that exists:
 
     1. the blocks of every stack (:func:`~lightning_memopt.models.blocks.find_block_stacks`);
-    2. every ``nn.Sequential`` of three or more layers, cut into about sqrt(n) segments of equal length
+    2. blocks that are alone in an ``nn.ModuleList``, which a model may call again and again (ALBERT);
+    3. every ``nn.Sequential`` of three or more layers, cut into about sqrt(n) segments of equal length
        (Chen et al. 2016, https://arxiv.org/abs/1604.06174: that many segments minimize checkpoints plus the
        segment being recomputed); no cut is made before a layer that changes its input in place;
-    3. recurrent layers, whose fused kernels keep a large workspace.
+    4. recurrent layers, whose fused kernels keep a large workspace.
 
     Raises:
         ValueError: Nothing matches, or a match is a container that is never called.
@@ -59,6 +60,8 @@ def select_regions(module: nn.Module, modules: Selector | Sequence[Selector] | N
             for stack in stacks
             for index, (name, block) in enumerate(zip(stack.names, stack.blocks, strict=True))
         ]
+    if alone := list(_alone_in_a_list(module)):
+        return [Region(name, block, index=index) for index, (name, block) in enumerate(alone)]
     regions = [segment for name, sequential in _sequentials(module) for segment in _segments(name, sequential)]
     if not regions:
         regions = [Region(n, m, is_block=False) for n, m in module.named_modules() if isinstance(m, nn.RNNBase)]
@@ -89,6 +92,19 @@ def _matching(root: nn.Module, selectors: list[Selector]) -> list[Region]:
             )
     outermost = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
     return [Region(name, match, index=index) for index, (name, match) in enumerate(outermost.items())]
+
+
+def _alone_in_a_list(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    children = list(module.named_children())
+    for child_name, child in children:
+        qualified = f"{name}.{child_name}" if name else child_name
+        is_composite = next(child.children(), None) is not None and not isinstance(
+            child, nn.ModuleList | nn.ModuleDict | nn.Sequential
+        )
+        if isinstance(module, nn.ModuleList) and len(children) == 1 and is_composite:
+            yield qualified, child
+        else:
+            yield from _alone_in_a_list(child, qualified)
 
 
 def _sequentials(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Sequential]]:

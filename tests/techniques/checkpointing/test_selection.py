@@ -4,6 +4,7 @@ from torch import nn
 
 from lightning_memopt.techniques.checkpointing.selection import select_regions
 from tests.zoo import ZOO
+from tests.zoo.architectures import ARCHITECTURES
 
 
 def _names(module: nn.Module, modules=None) -> list[str]:
@@ -13,6 +14,14 @@ def _names(module: nn.Module, modules=None) -> list[str]:
 def test_the_blocks_of_every_stack_are_found() -> None:
     names = _names(ZOO["t5"].build())
     assert names == [f"model.{side}.block.{i}" for side in ("decoder", "encoder") for i in range(2)]
+
+
+def test_a_block_that_is_alone_in_a_list_is_found_where_there_are_no_stacks() -> None:
+    assert _names(ARCHITECTURES["albert"].build()) == ["model.albert.encoder.albert_layer_groups.0"]
+    lone = nn.ModuleList([nn.TransformerEncoderLayer(8, 2)])
+    assert _names(nn.ModuleDict({"list": lone, "head": nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))})) == [
+        "list.0"
+    ]
 
 
 def test_a_plain_sequential_is_cut_into_about_sqrt_n_segments() -> None:
