@@ -24,21 +24,3 @@ def read_tensor_plans(module: nn.Module) -> dict[str, str]:
                 if fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
                     roles.setdefault(f"{prefix}.{name}" if prefix else name, role)
     return roles
-
-
-def is_split_experts(module: nn.Module, role: str | None) -> bool:
-    """Whether ``module`` holds experts as Mixtral does, and a plan says that each expert's features are split.
-
-    Args:
-        module: Any module; it is only read.
-        role: What :func:`read_tensor_plans` says of it.
-
-    Returns:
-        True for weights ``gate_up_proj`` ``(experts, 2 * inner, outer)`` and ``down_proj``
-        ``(experts, outer, inner)``, and nothing else.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    if role != "moe_tp_experts" or set(shapes) != {"gate_up_proj", "down_proj"} or len(shapes["down_proj"]) != 3:
-        return False
-    experts, outer, inner = shapes["down_proj"]
-    return shapes["gate_up_proj"] == (experts, 2 * inner, outer)

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -15,7 +16,9 @@ from tests.strategies.parity import (
     on_one_device,
     on_ranks,
 )
+from tests.zoo import Entry
 from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.text import LossInside
 
 STEPS = 3
 QUICK = ("falcon", "gemma2")
@@ -85,3 +88,30 @@ def test_four_ranks_train_as_one_device_with_fewer_key_heads_than_ranks(name):
     plain = in_double_precision(name, STEPS)
     for outcome in run_on_ranks(lambda: fit_zoo(ARCHITECTURES[name], 4, STEPS, **options), 4, deadline_seconds=120):
         assert_same_outcome(plain, outcome, rtol=1e-8, atol=1e-8, rounding=ROUNDING_OF_DOUBLES)
+
+
+@pytest.mark.slow
+def test_experts_with_biases_and_an_attention_with_a_number_for_each_head_are_split():
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=8, num_local_experts=4,
+        num_experts_per_tok=2, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+
+    def make(dropout: float) -> LossInside:
+        model = GptOssForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if "bias" in name:  # zeros would not tell whether they are added once
+                parameter.data.normal_(0, 0.1)
+        return LossInside(model)
+
+    entry = Entry("gpt_oss", make, ARCHITECTURES["mistral"].sample)
+
+    def fit():
+        strategy = memopt.TensorParallelStrategy()
+        return fit_zoo(entry, 2, STEPS, sizes=MeshSizes(tensor=2), strategy=strategy), strategy.describe()
+
+    plain = run_on_ranks(lambda: fit_zoo(entry, 1, STEPS), 1)[0]
+    for outcome, described in run_on_ranks(fit, 2, deadline_seconds=120):
+        assert_same_outcome(plain, outcome)
+        assert described.count(" experts ") == 2 and "gathered in" not in described

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from lightning_memopt.models.instance_patch import replaced
@@ -77,9 +78,11 @@ def adjusted(adjustment: Adjustment) -> Iterator[None]:
 
 @contextmanager
 def dealing_positions(owner: nn.Module, heads: int, mesh: DeviceMesh) -> Iterator[None]:
-    """Within the block, modules in ``owner`` that hold a number for each head (relative positions) give a part."""
+    """Within the block, modules in ``owner`` that hold a number for each head (relative positions) give a part, and
+    parameters of a number for each head (the sinks of gpt-oss) are this rank's."""
     with ExitStack() as stack:
         for module in owner.modules():
+            stack.enter_context(_dealing_parameters(module, heads, mesh))
             if isinstance(module, nn.Embedding) and module.embedding_dim == heads:
                 give = partial(_part_of_output, module.forward, mesh)
                 stack.enter_context(replaced(module, forward=give))
@@ -87,6 +90,22 @@ def dealing_positions(owner: nn.Module, heads: int, mesh: DeviceMesh) -> Iterato
                 give = partial(_heads_of_output, module.forward, heads, mesh)
                 stack.enter_context(replaced(module, forward=give))
         yield
+
+
+@contextmanager
+def _dealing_parameters(module: nn.Module, heads: int, mesh: DeviceMesh) -> Iterator[None]:
+    own = {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.numel() == heads and parameter.shape[:1] == (heads,)
+        if not isinstance(parameter, DTensor)
+    }
+    try:
+        for name, parameter in own.items():
+            module._parameters[name] = take_part(parameter, mesh, 0)  # type: ignore[assignment]
+        yield
+    finally:
+        module._parameters.update(own)
 
 
 def _holds_heads(module: nn.Module, heads: int) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from lightning_memopt.models.hf_experts import read_experts
 from lightning_memopt.models.linears import read_linear
 from lightning_memopt.parallel.tensor.attention import HeadParallelAttention
 from lightning_memopt.parallel.tensor.layers import (
@@ -89,8 +90,10 @@ def tensor_parallelize(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) ->
     for name, entry in plan.entries.items():
         layer = module.get_submodule(name)
         if entry.style != "whole" and not _is_elsewhere(layer):
-            shape = read_linear(layer)
-            vars(layer)["_tensor_split"] = SplitState(mesh, shape, entry.pieces)
+            experts = read_experts(layer, "moe_tp_experts") if entry.style == "experts" else None
+            added_once = experts.added_once if experts is not None else ()
+            state = SplitState(mesh, read_linear(layer), entry.pieces, added_once=added_once)
+            vars(layer)["_tensor_split"] = state
             handle.undo_later(partial(delattr, layer, "_tensor_split"))
             stand_in(handle, layer, _STAND_INS[entry.style])
             if entry.style == "attention":

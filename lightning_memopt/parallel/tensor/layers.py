@@ -33,6 +33,7 @@ class SplitState:
         shape: Of a linear layer: its sizes on one device.
         pieces: Equal parts of its outputs, each of which is split.
         region: The group of layers that it belongs to, if any.
+        added_once: Of experts: whole parameters that are part of what the ranks' outputs add up to.
         gives_shards: A head whose outputs go to the loss as a ``DTensor``, split by class, while training.
     """
 
@@ -40,6 +41,7 @@ class SplitState:
     shape: LinearShape | None = None
     pieces: int = 1
     region: "Region | None" = None
+    added_once: tuple[str, ...] = ()
     gives_shards: bool = False
 
 
@@ -114,6 +116,9 @@ class ExpertsParallel(nn.Module):
         mesh = self._tensor_split.mesh
         args, kwargs = tree_map(lambda x: enter(x, mesh) if _is_floating(x) else x, (args, kwargs))
         with _local_parameters(self):
+            for name in self._tensor_split.added_once:
+                whole: Any = self._parameters[name]
+                self._parameters[name] = enter(whole, mesh) / mesh.size()  # type: ignore[assignment]
             return add_up(super().forward(*args, **kwargs), mesh)
 
 

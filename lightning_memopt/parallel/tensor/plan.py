@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_memopt.models.hf_tensor_plans import is_split_experts, read_tensor_plans
+from lightning_memopt.models.hf_experts import read_experts
+from lightning_memopt.models.hf_tensor_plans import read_tensor_plans
 from lightning_memopt.models.linear_groups import Column, LinearGroup, find_linear_groups
 from lightning_memopt.models.linears import read_convolution, read_linear
 from lightning_memopt.models.weight_reads import find_weight_reads, reads_own
@@ -197,9 +198,9 @@ class _Planner:
             return "attention", self._attention_refusal(holder)
         if isinstance(holder, nn.Embedding):
             return "vocab", self._embedding_refusal(holder, role)
-        if is_split_experts(holder, self.theirs.get(name)):
-            inner = holder.get_parameter("down_proj").shape[-1]
-            return "experts", f"{inner} inner features do not divide by {self.size}" if inner % self.size else ""
+        if (experts := read_experts(holder, self.theirs.get(name))) is not None:
+            is_uneven = bool(experts.inner % self.size)
+            return "experts", f"{experts.inner} inner features do not divide by {self.size}" if is_uneven else ""
         if (convolution := read_convolution(holder)) is not None:
             return "channels", self._convolution_refusal(convolution.out_features, role)
         if read_linear(holder) is None:
@@ -310,7 +311,9 @@ def split_dimensions(holder: nn.Module, entry: PlanEntry) -> dict[str, tuple[int
         present = _own_parameters(holder)
         return {key: split for key, split in splits.items() if key in present}
     if entry.style == "experts":
-        return {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
+        experts = read_experts(holder, "moe_tp_experts")
+        assert experts is not None
+        return experts.splits
     if entry.style == "whole":
         return {}
     shape = read_convolution(holder) if entry.style == "channels" else read_linear(holder)
