@@ -26,23 +26,29 @@ class Adjustment:
             (``batch, length, width = x.shape``) then takes a rank's. The split layers know the whole input.
         deals_heads: What it takes, makes and gives for each head (biases, attention weights) is dealt out to the
             ranks, and put together again.
+        rows: Its arguments, by place or name, that have a row for each head, as :func:`is_row_of_heads` says. By
+            their shape alone they could be hidden states of one token.
     """
 
     numbers: Sequence[tuple[nn.Module, dict[str, int]]] = ()
     narrows: bool = False
     deals_heads: bool = False
+    rows: frozenset[int | str] = frozenset()
 
 
 NO_ADJUSTMENT = Adjustment()
 """For code that runs on a part as it is."""
 
 
-def possible_adjustments(group: LinearGroup, owner: nn.Module, width: int, size: int) -> list[Adjustment]:
+def possible_adjustments(
+    group: LinearGroup, owner: nn.Module, width: int, size: int, rows: frozenset[int | str] = frozenset()
+) -> list[Adjustment]:
     """What ``owner`` may need on one of ``size`` ranks, to be tried in order.
 
-    ``width`` is the number of features between the layers of ``group``. First nothing is changed: code that views
-    heads with ``-1`` needs nothing. Then numbers of heads (``num_heads``), then widths as well (``split_size``,
-    ``embed_dim``), then widths alone; and all that with narrower inputs, or with tensors of heads dealt out.
+    ``width`` is the number of features between the layers of ``group``, ``rows`` are those of an adjustment. First
+    nothing is changed: code that views heads with ``-1`` needs nothing. Then numbers of heads (``num_heads``), then
+    widths as well (``split_size``, ``embed_dim``), then widths alone; and all that with narrower inputs, or with
+    tensors of heads dealt out.
     """
     heads = {group.heads.queries, group.heads.keys} if group.heads is not None else set()
     widths = {width} | ({group.heads.keys * group.heads.size} if group.heads is not None else set())
@@ -60,7 +66,7 @@ def possible_adjustments(group: LinearGroup, owner: nn.Module, width: int, size:
         if candidate not in numbers:
             numbers.append(candidate)
     ways = [(False, False), *([(False, True)] if heads else []), (True, False)]
-    return [Adjustment(candidate, *way) for way in ways for candidate in numbers]
+    return [Adjustment(candidate, *way, rows if way[1] else frozenset()) for way in ways for candidate in numbers]
 
 
 def _counts_heads(name: str) -> bool:
@@ -121,22 +127,42 @@ def _heads_of_output(call: Callable[..., Any], heads: int, mesh: DeviceMesh, *ar
     return deal_heads(call(*args, **kwargs), heads, mesh)
 
 
+def deal_arguments(args: Any, kwargs: Any, adjustment: Adjustment, heads: int, mesh: DeviceMesh) -> Any:
+    """The arguments of a call, with this rank's heads of what they have for each."""
+    args, kwargs = deal_heads((args, kwargs), heads, mesh)
+    rows = {key: value for key, value in _arguments(args, kwargs) if key in adjustment.rows}
+    # As (batch, heads, 1, length), of which heads are dealt out.
+    parts = {
+        key: take_part(value.unflatten(0, (-1, heads)), mesh, 1).flatten(0, 1)
+        for key, value in rows.items()
+        if is_row_of_heads(value, heads)
+    }
+    return tuple(parts.get(place, x) for place, x in enumerate(args)), {k: parts.get(k, x) for k, x in kwargs.items()}
+
+
+def find_rows_of_heads(args: Any, kwargs: Any, heads: int) -> list[tuple[int | str, Tensor]]:
+    """The arguments that may have a row for each head, by place or name."""
+    return [(key, value) for key, value in _arguments(args, kwargs) if is_row_of_heads(value, heads)]
+
+
+def is_row_of_heads(x: Any, heads: int) -> bool:
+    """Whether it looks like ``(batch * heads, 1, length)``, as BLOOM and MPT have what they add to the scores."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and x.ndim == 3
+        and x.shape[1] == 1
+        and x.shape[0] % heads == 0
+    )
+
+
+def _arguments(args: Any, kwargs: Any) -> list[tuple[int | str, Any]]:
+    return [*enumerate(args), *kwargs.items()]
+
+
 def deal_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:
-    """``tree`` with this rank's heads of what it has for each.
-
-    That is floating-point tensors ``(batch, heads, length, length)``, and ``(batch * heads, 1, length)``, as which
-    BLOOM, Falcon and MPT hand around what they add to the scores.
-    """
-    return tree_map(lambda x: _part_of_heads(x, heads, mesh), tree)
-
-
-def _part_of_heads(x: Any, heads: int, mesh: DeviceMesh) -> Any:
-    if _has_heads(x, heads):
-        return take_part(x, mesh, 1)
-    is_row = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3 and x.shape[1] == 1
-    if is_row and x.shape[0] % heads == 0:
-        return take_part(x.unflatten(0, (-1, heads)), mesh, 1).flatten(0, 1)
-    return x
+    """``tree`` with this rank's heads of its floating-point tensors ``(batch, heads, length, length)``."""
+    return tree_map(lambda x: take_part(x, mesh, 1) if _has_heads(x, heads) else x, tree)
 
 
 def gather_heads(tree: Any, heads: int, mesh: DeviceMesh) -> Any:

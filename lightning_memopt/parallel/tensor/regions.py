@@ -23,7 +23,7 @@ from lightning_memopt.models.linears import LinearShape
 from lightning_memopt.parallel.tensor.adjust import (
     Adjustment,
     adjusted,
-    deal_heads,
+    deal_arguments,
     dealing_positions,
     entering,
     gather_heads,
@@ -106,7 +106,7 @@ class Region:
                 assert self.group.heads is not None
                 heads = self.group.heads.queries
                 stack.enter_context(dealing_positions(self.owner, heads, self.mesh))
-                args, kwargs = deal_heads((args, kwargs), heads, self.mesh)
+                args, kwargs = deal_arguments(args, kwargs, adjustment, heads, self.mesh)
                 return gather_heads(call(*args, **kwargs), heads, self.mesh)
         finally:
             self._entered.clear()

@@ -21,7 +21,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memopt.models.fake import is_fake
-from lightning_memopt.parallel.tensor.adjust import NO_ADJUSTMENT, Adjustment, possible_adjustments
+from lightning_memopt.parallel.tensor.adjust import (
+    NO_ADJUSTMENT,
+    Adjustment,
+    find_rows_of_heads,
+    possible_adjustments,
+)
 from lightning_memopt.parallel.tensor.collectives import part_of
 
 if TYPE_CHECKING:
@@ -109,7 +114,8 @@ def verify(region: "Region", call: Callable[..., Any], args: tuple[Any, ...], kw
         if not _agree(region.mesh, whole is not None and len(whole.row_inputs) > 0):
             return Verdict(error or "its layers are not all called", with_gradients=with_gradients)
         first_reason = ""
-        for adjustment in possible_adjustments(region.group, region.owner, region.width, region.mesh.size()):
+        rows = _find_rows(region, args, kwargs, whole)
+        for adjustment in possible_adjustments(region.group, region.owner, region.width, region.mesh.size(), rows):
             part, error = _run(region, True, call, args, kwargs, adjustment)
             reason = error if whole is None or part is None else _difference(whole, part)
             if _agree(region.mesh, not reason):
@@ -190,6 +196,17 @@ def _find_entering(whole: Trial, part: Trial) -> tuple[tuple[tuple[nn.Module, st
     if not _agree(region.mesh, not reason):
         return (), reason or "another rank of the group found a difference"
     return tuple(found), ""
+
+
+def _find_rows(
+    region: "Region", args: tuple[Any, ...], kwargs: dict[str, Any], whole: Trial | None
+) -> frozenset[int | str]:
+    """The arguments that have a row for each head, and are not what its columns take."""
+    if region.group.heads is None or whole is None:
+        return frozenset()
+    copies = {id(given): copy for given, copy in zip(_tensors((args, kwargs)), whole.arguments, strict=True)}
+    rows = find_rows_of_heads(args, kwargs, region.group.heads.queries)
+    return frozenset(key for key, value in rows if not any(copies[id(value)] is x for x in whole.column_inputs))
 
 
 def _find_input(whole: Trial) -> int | None:

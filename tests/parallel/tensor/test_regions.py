@@ -239,6 +239,26 @@ def test_parts_are_handed_over_where_that_gives_the_same_and_gathered_with_a_rea
     assert locals_ or name in ("multihead", "convolutions")
 
 
+def test_hidden_states_of_one_token_are_not_taken_for_rows_of_heads():
+    def compare() -> list[bool]:
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+        torch.manual_seed(0)
+        module, x, slopes = _Alibi(), torch.randn(HEADS, 1, WIDTH), torch.randn(HEADS, 1, 1)
+        expected = module(x, slopes)
+        split = tensor_parallelize(module, mesh, find_tensor_plan(module, 2))
+        for _ in range(2):
+            torch.testing.assert_close(module(x, slopes), expected)
+        longer = torch.randn(HEADS, WIDTH, WIDTH), torch.randn(HEADS, 1, WIDTH)  # as many tokens as features
+        given = module(*longer)
+        found = [region.is_local for region in split.regions]
+        split.undo()
+        torch.testing.assert_close(given, module(*longer))
+        return found
+
+    assert run_on_ranks(compare, 2) == [[True]] * 2
+
+
 def test_trying_leaves_no_trace_in_a_checkpoint_that_surrounds_it():
     def compare_each():
         dist.init_process_group("gloo")
