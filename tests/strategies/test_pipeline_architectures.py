@@ -2,17 +2,21 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.pipeline.torch_stage import CAN_SPLIT_BACKWARD
 from tests.distributed import run_on_ranks
 from tests.strategies.parity import Outcome, fit_zoo
+from tests.zoo import Entry
 from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.text import LossInside
 
 STEPS = 2
 IN_SINGLE = ("mixtral", "qwen3_moe")
@@ -34,8 +38,8 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
 """What the loss is a mean over, where samples have unequal shares in it."""
 
 
-def _fit(name: str, ranks: int, **options: Any) -> Outcome:
-    entry = ARCHITECTURES[name]
+def _fit(entry: Entry, ranks: int, **options: Any) -> Outcome:
+    name = entry.name
     fit: dict[str, Any] = {} if name in IN_SINGLE else {"precision": "64-true"}
     if ranks > 1:
         if name in COUNTS:
@@ -46,9 +50,9 @@ def _fit(name: str, ranks: int, **options: Any) -> Outcome:
     return fit_zoo(entry, ranks, STEPS, **fit)
 
 
-def _assert_same(name: str, **options: Any) -> None:
-    plain = run_on_ranks(lambda: _fit(name, 1), 1)[0]
-    for outcome in run_on_ranks(lambda: _fit(name, 2, **options), 2):
+def _assert_same(entry: Entry, **options: Any) -> None:
+    plain = run_on_ranks(lambda: _fit(entry, 1), 1)[0]
+    for outcome in run_on_ranks(lambda: _fit(entry, 2, **options), 2):
         np.testing.assert_allclose(outcome.losses, plain.losses, rtol=1e-5)
         np.testing.assert_allclose(outcome.grad_norms, plain.grad_norms, rtol=1e-5)
         for weight, expected in plain.weights.items():
@@ -61,7 +65,7 @@ def _slow_but(quick: Any, cases: Iterable[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("name", _slow_but([("mixtral",)], zip(ARCHITECTURES, strict=True)))
 def test_two_stages_train_each_family_as_one_device(name):
-    _assert_same(name)
+    _assert_same(ARCHITECTURES[name])
 
 
 WITH_FOUR_STAGES = ("bart", "whisper", "clip", "swin", "resnet", "segformer", "mobilenet_v2")
@@ -78,4 +82,22 @@ WITH_FOUR_STAGES = ("bart", "whisper", "clip", "swin", "resnet", "segformer", "m
 def test_two_stages_on_a_rank_train_as_one_device(name, schedule):
     if schedule == "zbv" and not CAN_SPLIT_BACKWARD:
         pytest.skip("the torch that is installed cannot split backwards")
-    _assert_same(name, schedule=schedule)
+    _assert_same(ARCHITECTURES[name], schedule=schedule)
+
+
+class ReadsEveryBlock(LossInside):
+    """Has a loss of what each block returns, or each router of a mixture of experts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        what = "router_logits" if "moe" in self.model.config.model_type else "hidden_states"
+        outputs = self.model(**batch, **{f"output_{what}": True})
+        return outputs.loss + sum((values.double() ** 2).mean() for values in outputs[what])
+
+
+@pytest.mark.parametrize(
+    "name", _slow_but([("qwen3_moe",)], zip(["qwen3_moe", "mistral", "roberta", "swin", "wav2vec2"], strict=True))
+)
+def test_what_every_block_returns_may_be_in_the_loss(name):
+    entry = ARCHITECTURES[name]
+    reads = replace(entry, make=lambda dropout: ReadsEveryBlock(entry.make(dropout).model))
+    _assert_same(reads, microbatches=1)  # the loss that balances experts is that of a whole batch

@@ -22,6 +22,9 @@ from lightning_memopt.parallel.refusal import StepRefused
 Listener = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
 """Told of each operator on stubs: the operator, its arguments and what it returned."""
 
+_CTC_LOSSES = (torch.ops.aten._ctc_loss.default, torch.ops.aten._ctc_loss.Tensor)
+"""The shape of what they keep for the backward follows from values, so torch refuses them on fake tensors."""
+
 
 class StubMode(FakeTensorMode):
     """Runs operators of which an argument is a stub; real tensors may stand beside them.
@@ -47,6 +50,8 @@ class StubMode(FakeTensorMode):
         try:
             if func is torch.ops.aten.embedding.default:
                 result = self._look_up(func, types, args, kwargs)
+            elif func in _CTC_LOSSES:
+                result = self._ctc_loss(*args[:2])
             else:
                 result = super().__torch_dispatch__(func, types, args, kwargs)
         finally:
@@ -67,6 +72,12 @@ class StubMode(FakeTensorMode):
             self._lookups[key] = result.shape, result.dtype
         shape, dtype = self._lookups[key]
         return FakeTensor(self, torch.empty(shape, dtype=dtype, device="meta"), table.device)
+
+    def _ctc_loss(self, log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each sample, and of each prefix of its target, of which there are not more than this."""
+        time, batch, _ = log_probs.shape
+        with self:
+            return log_probs.new_empty(batch), log_probs.new_empty(batch, time, 2 * targets.shape[-1] + 1)
 
     def _own(self, tensor: FakeTensor) -> FakeTensor:
         """A stub in place of a fake of another mode: in a run that is predicted, that is a tensor with values."""

@@ -94,6 +94,19 @@ def test_a_step_that_reads_values_is_cut_only_before_it_does():
     assert not found.is_whole
 
 
+def test_a_step_is_seen_to_its_end_where_that_is_a_ctc_loss():
+    model, mode = nn.Sequential(*(Block() for _ in range(3))), StubMode()
+    shadow, _ = shadow_of(model, {p: mode.stub(p, torch.device("cpu")) for p in model.parameters()})
+    targets, lengths = torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 2])
+
+    def step() -> torch.Tensor:
+        scores = shadow(torch.ones(5, 2, 4)).log_softmax(-1)
+        return torch.nn.functional.ctc_loss(scores, targets, torch.tensor([5, 5]), lengths)
+
+    run = run_silently(shadow, step)
+    assert survey(shadow, find_links(shadow, run), mode, run).is_whole
+
+
 def test_more_stages_than_blocks_are_refused():
     with pytest.raises(ValueError, match="5 stages are asked for, and there are 4"):
         partition(_survey("plain"), "auto", 5)
