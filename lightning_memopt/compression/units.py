@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.compression.concatenated import complete_copies
 from lightning_memopt.compression.fused import Fused, find_fused
 from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
 from lightning_memopt.compression.unreached import add_unreached
@@ -72,6 +73,7 @@ def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
             if any(id(slot.module) in joined for attention in attentions for slot in attention.slots):
                 group.kind = "width"
             groups.append(group)
+    complete_copies(module, call, groups)
     found = [*known, *join_tied(groups)]
     return [*found, *add_unreached(module, found, names)]
 

@@ -313,3 +313,48 @@ def test_a_module_that_is_loaded_knows_how_many_units_it_had_at_first(tmp_path):
     assert prune_structured(loaded, 0.5, call).removed == {}
     assert prune_structured(loaded, 0.75, call).removed == {"0": (8, 4)}
     assert "units" not in json.loads((save_compressed(make(), tmp_path / "whole") / "manifest.json").read_text())
+
+
+class Copied(nn.Module):
+    """Features twice over, side by side or each beside itself, a gate between what it opens, and a tied head."""
+
+    def __init__(self, side_by_side: bool) -> None:
+        super().__init__()
+        self.side_by_side = side_by_side
+        self.embed, self.both = nn.Embedding(10, 8), nn.Linear(8, 24)
+        self.narrow, self.reads = nn.Linear(12, 8), nn.Linear(16, 6)
+        self.back, self.head = nn.Linear(6, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        opened, gate = self.both(x).unflatten(-1, (-1, 2)).unbind(-1)
+        x = self.narrow(opened * gate.sigmoid()) + x
+        copies = torch.cat([x[:, 0], x[:, 1:].mean(1)], -1)
+        if not self.side_by_side:
+            copies = x.mean(1).repeat_interleave(2, -1)
+        return self.head(self.back(self.reads(copies).relu()))
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_copies_of_features_gates_between_others_and_tied_ends_are_cut_where_they_lie(side_by_side):
+    torch.manual_seed(0)
+    module, ids = Copied(side_by_side), torch.randint(0, 10, (3, 5))
+    call = lambda net: net(ids)  # noqa: E731
+    kept = [mask for _, mask in plan_structured(module, 0.5, call).kept]
+    unread = copy.deepcopy(module)
+    found = prune_structured(module, 0.5, call)
+    assert {size for size, _ in found.removed.values()} == {6, 8, 12}
+    width = next(mask for mask in kept if len(mask) == 8)
+    with torch.no_grad():
+        gone = (~width).nonzero().view(-1)
+        unread.embed.weight.index_fill_(1, gone, 0)
+        for layer in (unread.narrow, unread.back):
+            layer.weight.index_fill_(0, gone, 0), layer.bias.index_fill_(0, gone, 0)
+        for mask in kept:
+            if len(mask) == 6:
+                unread.back.weight.index_fill_(1, (~mask).nonzero().view(-1), 0)
+            elif len(mask) == 12:
+                unread.narrow.weight.index_fill_(1, (~mask).nonzero().view(-1), 0)
+    torch.testing.assert_close(call(module), call(unread))
+    assert module.head.weight is module.embed.weight and module.embed.weight.shape == (10, 4)

@@ -17,12 +17,12 @@ pytest.importorskip("torch_pruning")
 
 SLOW = [name for name in ARCHITECTURES if name not in ("phi3", "gpt_bigcode", "mixtral", "swin", "roberta")]
 
-LARGEST = {"wav2vec2": 0.78, "hubert": 0.78, "mamba2": 0.72, "swin": 0.6, "bloom": 0.63, "dinov2": 0.78}
+LARGEST = {"wav2vec2": 0.78, "hubert": 0.78, "mamba2": 0.72, "bloom": 0.63}
 """The part of the parameters that is left at most; of those that are not here, 0.62."""
 
 LEFT = {
     "bloom": "self_attention", "mpt": "attn",  # biases of positions, which are computed from the number of heads
-    "mamba2": "in_proj", "swin": "mlp.fc2", "dinov2": "projection", "segformer": "stages.0", "falcon": "query_key",
+    "mamba2": "in_proj", "segformer": "stages.0", "falcon": "query_key",
     "wav2vec2": "(output_dense|conv_layers.0.conv)", "hubert": "(output_dense|conv_layers.0.conv)",
 }  # fmt: skip
 """What of which is left whole, besides what gives its output its shape, and configs that cannot say it."""
@@ -45,8 +45,7 @@ def test_architectures_become_smaller_train_on_with_their_optimizer_and_are_read
     found = prune_structured(module, 0.3, call, optimizers=[optimizer])
     assert found.parameters_after < LARGEST.get(name, 0.62) * found.parameters_before
     left = [key for key, reason in found.skipped.items() if "gives out" not in reason and not key.endswith("config")]
-    assert bool(left) == (name in LEFT)
-    assert all(re.search(LEFT[name], key) for key in left)
+    assert all(name in LEFT and re.search(LEFT[name], key) for key in left)
     loss = call(module)
     loss.backward()
     optimizer.step()

@@ -41,6 +41,9 @@ class Contrastive(LossInside):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.model(**batch, return_loss=True).loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch, return_loss=True).loss)
+
 
 def _clip(dropout: float) -> Contrastive:
     options = {"projection_dim": 16, "text_config": _TEXT | {"projection_dim": 16}}
