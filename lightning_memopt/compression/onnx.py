@@ -120,6 +120,10 @@ def unpacked_copy(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]
             vars(module)["_trainer"] = trainer
     if hasattr(plain, "_jit_is_scripting"):  # a LightningModule: `trainer` is read by nothing in a forward
         vars(plain)["_trainer"] = None
+    for child in plain.modules():
+        config: Any = getattr(child, "config", None)
+        if getattr(config, "_experts_implementation", None) == "grouped_mm":
+            config._experts_implementation = "batched_mm"  # the same, of operators that exporters know
     held: dict[str, PackedWeight] = {}
     dense: dict[int, nn.Parameter] = {}  # by the packed one, so that ties stay
     for prefix, child in plain.named_modules():
@@ -142,18 +146,23 @@ def _narrow(graph: Any, held: Mapping[str, PackedWeight]) -> None:
         if dense is None or not isinstance(weight, Int8Weight | Float8Weight | HalfWeight):
             continue
         parts = []
+        is_stacked = not isinstance(weight, HalfWeight) and sum(size > 1 for size in weight.scale.shape) > 1
         for part, tensor in weight.parts.items():
-            if part == "scale":
+            if part == "scale" and not is_stacked:
                 tensor = tensor.flatten() if tensor.numel() > 1 else tensor.reshape(())
             parts.append(onnx_ir.val(f"{name}/{part}", const_value=TorchTensor(tensor.contiguous())))
             graph.register_initializer(parts[-1])
         if isinstance(weight, HalfWeight):
-            node = onnx_ir.node("Cast", parts, {"to": dense.dtype})
+            nodes = [onnx_ir.node("Cast", parts, {"to": dense.dtype})]
+        elif is_stacked:  # DequantizeLinear has scales along one dimension
+            cast = onnx_ir.node("Cast", parts[:1], {"to": dense.dtype})
+            nodes = [cast, onnx_ir.node("Mul", [cast.outputs[0], parts[1]])]
         else:
             lengths = list(weight.scale.shape)
-            node = onnx_ir.node("DequantizeLinear", parts, {"axis": lengths.index(max(lengths))})
-        widened = node.outputs[0]
-        widened.shape, widened.dtype = dense.shape, dense.dtype
-        graph.insert_before(graph[0], node)
+            nodes = [onnx_ir.node("DequantizeLinear", parts, {"axis": lengths.index(max(lengths))})]
+        for node in nodes:
+            node.outputs[0].shape, node.outputs[0].dtype = dense.shape, dense.dtype
+        widened = nodes[-1].outputs[0]
+        graph.insert_before(graph[0], nodes)
         dense.replace_all_uses_with(widened)
         del graph.initializers[name]

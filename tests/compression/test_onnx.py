@@ -7,6 +7,7 @@ from torch import nn
 from lightning_memopt.compression.onnx import export_onnx
 from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import quantize
+from tests.zoo.architectures import ARCHITECTURES
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -44,6 +45,45 @@ def test_attention_is_small_in_the_file(tmp_path):
     dense = export_onnx(module, x, tmp_path / "dense.onnx").stat().st_size
     quantize(module, "int8")
     assert export_onnx(module, x, tmp_path / "net.onnx").stat().st_size < 0.45 * dense
+
+
+class Experts(nn.Module):
+    """All experts on all inputs, from one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.weight = nn.Parameter(torch.randn(4, 96, 64) * torch.tensor([0.1, 1, 10, 100])[:, None, None])
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.weight)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_experts_in_one_parameter_keep_a_scale_for_each_output_of_each(scheme, tmp_path):
+    torch.manual_seed(0)
+    module, x = Experts().eval(), torch.randn(3, 64)
+    dense = export_onnx(module, x, tmp_path / "dense.onnx").stat().st_size
+    quantize(module, scheme)
+    assert export_onnx(module, x, tmp_path / "net.onnx").stat().st_size < 0.4 * dense
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "swin", "phi3"])
+def test_architectures_are_exported_in_int8_whatever_computes_their_experts(name, tmp_path):
+    class Logits(nn.Module):
+        def __init__(self, model, key):
+            super().__init__()
+            self.model, self.key = model, key
+
+        def forward(self, x):
+            return self.model(**{self.key: x}).logits
+
+    entry = ARCHITECTURES[name]
+    key, x = next((key, x) for key, x in entry.batch(2).items() if key != "labels")
+    module = Logits(entry.build().eval().model, key)
+    quantize(module, "int8")
+    assert export_onnx(module, x, tmp_path / "net.onnx").exists()
 
 
 def test_what_cannot_be_exported_is_refused_by_name(tmp_path):
