@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -21,11 +21,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.micro_batch_metrics import LogsOfMicroBatches, MetricSnapshot
-from lightning_memopt.models.fake import is_fake
+from lightning_memopt.models.compiled import is_compiled
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.batches import Split, batch_size, micro_batches
 from lightning_memopt.techniques.counting import Count, counter
+from lightning_memopt.techniques.mean_over_targets import CountTargets, are_proportional
 from lightning_memopt.techniques.micro_batching import (
     WHOLE_BATCH,
     average_gradients,
@@ -100,10 +102,12 @@ class MicroBatching(Callback):
             self._count = counter(normalize, count, mask_key)
         except ValueError as error:
             raise MisconfigurationException(f"MicroBatching: {error}") from error
+        self._by_samples = normalize == "samples"
         self._is_auto = size == "auto"
         self._size = WHOLE_BATCH if size == "auto" else size
         self._split = split
         self._undo = Patches()
+        self._looks_at_loss = False
 
     @property
     def size(self) -> int | None:
@@ -126,6 +130,8 @@ class MicroBatching(Callback):
             if problem := _why_not_auto(trainer, pl_module):
                 raise MisconfigurationException(f"MicroBatching(size='auto') cannot work here: {problem}")
         _warn_of_batch_norm(pl_module)
+        # The compiler would trace what looks on, and fake tensors have no counts.
+        self._looks_at_loss = self._by_samples and not (is_compiled(pl_module) or holds_fakes(pl_module))
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         self._undo.enter_context(replaced(optimization, _make_closure=partial(self._make_closure, trainer)))
 
@@ -177,7 +183,7 @@ class MicroBatching(Callback):
 
     def _until_it_fits(self, trainer: pl.Trainer, attempt: Callable[[int], Value], batch: Any, size: int) -> Value:
         module = trainer.lightning_module
-        if any(is_fake(parameter) for parameter in module.parameters()):
+        if holds_fakes(module):
             return attempt(size)  # fake tensors need no memory, and have no values to bring back
         snapshots = (StepSnapshot(module), MetricSnapshot(module))
 
@@ -215,6 +221,9 @@ class MicroBatching(Callback):
         logs = LogsOfMicroBatches()
         after_first = ExitStack()
         is_first = True
+        looks_at_loss = self._looks_at_loss and size != WHOLE_BATCH
+        counts: list[list[Tensor]] = []
+        weights: list[float | Tensor] = []
 
         def step(micro_batch: Any) -> dict[str, Any]:
             result = optimization._make_step_fn(kwargs | {"batch": micro_batch})()
@@ -231,8 +240,14 @@ class MicroBatching(Callback):
         @contextmanager
         def around(weight: float | Tensor, is_last: bool) -> Iterator[None]:
             logs.weight = weight
+            weights.append(weight)
+            targets = CountTargets()
+            counts.append(targets.counts)
             # Gradients of several attempts must not meet: with "auto" they are averaged when all ranks are through.
-            with _block_parallel_sync_behavior(trainer.strategy, block=self._is_auto or not is_last):
+            with (
+                _block_parallel_sync_behavior(trainer.strategy, block=self._is_auto or not is_last),
+                targets if looks_at_loss else nullcontext(),
+            ):
                 yield
 
         with after_first, _silenced(trainer, "on_after_backward"), replaced(results, log=logs.log):
@@ -245,6 +260,9 @@ class MicroBatching(Callback):
                 backward=backward_once_hooked,
                 around=around,
             )
+        if looks_at_loss and len(weights) > 1:
+            self._looks_at_loss = False
+            _warn_of_ignored_targets(trainer.lightning_module, counts, [float(weight) for weight in weights])
         return output, logs
 
 
@@ -296,6 +314,16 @@ def _why_not_auto(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
                 "out of memory leaves the others waiting. Give a size that fits, `MicroBatching(size=...)`."
             )
     return None
+
+
+def _warn_of_ignored_targets(module: pl.LightningModule, counts: list[list[Tensor]], weights: list[float]) -> None:
+    if not are_proportional(counts, weights):
+        found = ", ".join(str(int(sum(each))) for each in counts[:4]) + (", ..." if len(counts) > 4 else "")
+        rank_zero_warn(
+            f"MicroBatching weighs micro-batches by samples, but the loss of `{type(module).__name__}` is a mean "
+            f"over the targets that it does not ignore, and they hold {found} of these: the update is not that of "
+            "the whole batch. Give `normalize='tokens'` and what is counted: `mask_key`, or `count`."
+        )
 
 
 def _warn_of_batch_norm(module: pl.LightningModule) -> None:

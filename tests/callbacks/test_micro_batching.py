@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_memopt import GradientAccumulation, MicroBatching, predict_memory
+from lightning_memopt import ChunkedLoss, GradientAccumulation, MicroBatching, predict_memory
 from tests.callbacks.test_accumulation import TokenModel, by_hand, loader, token_batches
 from tests.parity import assert_parity, assert_same_training, train
 from tests.zoo import ZOO, slow_where
@@ -25,6 +25,39 @@ DOUBLE = {"precision": "64-true"}
 def test_uneven_micro_batches_train_as_the_whole_batch(name):
     run = assert_parity(ZOO[name], [MicroBatching(3)], **DOUBLE)
     assert run.trainer.global_step == 20
+
+
+class Padded(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def training_step(self, batch, batch_idx):
+        x, labels = batch
+        return F.cross_entropy(self.layer(x).flatten(0, 1), labels.flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_mean_over_padded_labels_that_samples_do_not_weigh_is_warned_of_once_and_tokens_are_not(chunked):
+    lengths = torch.tensor([3, 3, 5, 1])
+    labels = torch.ones(4, 5).long().where(torch.arange(5) < lengths[:, None], -100)
+    batches = DataLoader([(torch.randn(5, 4), each) for each in (*labels, *labels)], batch_size=4)
+
+    def warnings_of(**options):
+        with pytest.warns() as warned:
+            callbacks = [MicroBatching(2, **options), *([ChunkedLoss(head="layer")] if chunked else [])]
+            train(Padded(), batches, steps=4, callbacks=callbacks)
+        return [str(each.message) for each in warned if "MicroBatching" in str(each.message)]
+
+    assert warnings_of() == []  # 6 targets in each half
+    labels[3, 1] = 2
+    batches = DataLoader([(torch.randn(5, 4), each) for each in (*labels, *labels)], batch_size=4)
+    (said,) = warnings_of()
+    assert "the loss of `Padded` is a mean" in said and "they hold 6, 7 of these" in said
+    assert warnings_of(normalize="tokens", count=lambda batch: (batch[1] != -100).sum()) == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 8, 100])
