@@ -39,9 +39,10 @@ def find_block_stacks(module: nn.Module) -> list[BlockStack]:
     """Find the block stacks of ``module``, the one that holds the most parameters first.
 
     Stacks never nest: the outermost is taken, except where its blocks differ in size and hold stacks of their own
-    (the stages of a ResNet or a Swin transformer), in which case the inner ones are. Siblings that are plain
-    attributes (``self.block1``, ``self.block2``) count only where no container (``nn.ModuleList``,
-    ``nn.Sequential``, ``nn.ModuleDict``) below them holds a stack.
+    (the stages of a ResNet or a Swin transformer), in which case the inner ones are; a stage with only one such block
+    gives a stack of that one. Siblings that are plain attributes (``self.block1``, ``self.block2``) count only where
+    no container (``nn.ModuleList``, ``nn.Sequential``, ``nn.ModuleDict``) below them holds a stack. What is one layer
+    with its norm and activation is no block within another: a residual block of two of them is one block.
 
     Args:
         module: Any module; it is only read.
@@ -73,9 +74,43 @@ def _stacks_below(module: nn.Module, name: str) -> Iterator[BlockStack]:
             yield from _stacks_below(child, _join(name, child_name))
 
 
-def _stacks_below_blocks(stack: BlockStack) -> Iterator[BlockStack]:
-    for name, block in zip(stack.names, stack.blocks, strict=True):
-        yield from (inner for inner in _stacks_below(block, name))
+def _stacks_below_blocks(stages: BlockStack) -> Iterator[BlockStack]:
+    """The stacks within stages, and the blocks of a stage that has one where the others have several."""
+    inner = [
+        [stack for stack in _stacks_below(stage, name) if all(map(_has_two_layers, stack.blocks))]
+        for name, stage in zip(stages.names, stages.blocks, strict=True)
+    ]
+    places = {
+        (stack.name.removeprefix(name).lstrip("."), type(stack.blocks[0]))
+        for name, stacks in zip(stages.names, inner, strict=True)
+        for stack in stacks
+    }
+    outermost_first = sorted(places, key=lambda place: place[0].count("."))
+    for name, stage, stacks in zip(stages.names, stages.blocks, inner, strict=True):
+        for place, kind in outermost_first:
+            alone = _only_child(stage, name, place, kind)
+            if alone is not None and not any(_is_within(alone.names[0], stack) for stack in stacks):
+                stacks = [*(stack for stack in stacks if not _is_within(stack.name, alone)), alone]
+        yield from stacks
+
+
+def _only_child(stage: nn.Module, name: str, place: str, kind: type[nn.Module]) -> BlockStack | None:
+    holder = dict(stage.named_modules()).get(place)
+    found = [] if holder is None else [(n, child) for n, child in holder.named_children() if type(child) is kind]
+    if len(found) != 1:
+        return None
+    [(child_name, child)] = found
+    return BlockStack(_join(name, place), (_join(_join(name, place), child_name),), (child,))
+
+
+def _has_two_layers(block: nn.Module) -> bool:
+    """Whether it is more than one layer with its norm and activation."""
+    layers = [m for m in block.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+    return len(layers) > 1
+
+
+def _is_within(name: str, stack: BlockStack) -> bool:
+    return any(name == block or name.startswith(f"{block}.") for block in stack.names)
 
 
 def _sibling_stacks(module: nn.Module, name: str) -> list[BlockStack]:
@@ -93,4 +128,4 @@ def _differ_in_size(stack: BlockStack) -> bool:
 
 
 def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+    return f"{prefix}.{name}" if prefix and name else prefix or name

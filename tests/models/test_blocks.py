@@ -32,14 +32,40 @@ def _block(width: int) -> nn.Module:
     return nn.TransformerEncoderLayer(width, 2, width)
 
 
-def test_stages_of_different_size_give_their_inner_blocks():
-    class Stage(nn.Module):
-        def __init__(self, width, depth):
-            super().__init__()
-            self.blocks = nn.ModuleList(_block(width) for _ in range(depth))
+class _Stage(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
 
-    stages = nn.ModuleList([Stage(8, 2), Stage(16, 3)])
+
+def test_stages_of_different_size_give_their_inner_blocks():
+    stages = nn.ModuleList([_Stage(_block(8), _block(8)), _Stage(_block(16), _block(16), _block(16))])
     assert [stack.name for stack in find_block_stacks(stages)] == ["1.blocks", "0.blocks"]
+
+
+def test_a_stage_of_one_block_gives_that_block_where_others_have_several():
+    stages = nn.ModuleList([_Stage(_block(8)), _Stage(_block(16), _block(16)), _Stage(_block(32))])
+    assert [stack.names for stack in find_block_stacks(stages)] == [
+        ("2.blocks.0",), ("1.blocks.0", "1.blocks.1"), ("0.blocks.0",)
+    ]  # fmt: skip
+
+
+class _ConvLayer(nn.Sequential):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(nn.Conv2d(channels, out, 3), nn.BatchNorm2d(out), nn.ReLU())
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.shortcut = _ConvLayer(channels, out) if channels != out else nn.Identity()
+        self.layer = nn.Sequential(_ConvLayer(channels, out), _ConvLayer(out, out))
+
+
+def test_residual_blocks_of_layers_with_norm_and_activation_are_the_blocks_and_not_these_layers():
+    stages = nn.ModuleList([_Stage(_Residual(4, 4), _Residual(4, 4)), _Stage(_Residual(4, 8), _Residual(8, 8))])
+    assert [stack.name for stack in find_block_stacks(stages)] == ["1.blocks", "0.blocks"]
+    assert [stack.name for stack in find_block_stacks(_Stage(_Residual(4, 8), _Residual(8, 8)))] == ["blocks"]
 
 
 def test_plain_attributes_of_one_class_are_a_stack():
