@@ -12,6 +12,7 @@ import torch
 
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
 from tests.zoo import ZOO
+from tests.zoo.architectures import ARCHITECTURES
 
 RESULTS = Path(__file__).parent / "results" / "tensor_shares.json"
 RANKS = 2
@@ -25,8 +26,8 @@ def row(module: pl.LightningModule) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the results of the whole zoo."""
-    rows = {name: row(entry.build()) for name, entry in ZOO.items()}
+    """Write the results of the whole zoo, and of the families beside it."""
+    rows = {name: row(entry.build()) for name, entry in (ZOO | ARCHITECTURES).items()}
     RESULTS.write_text(json.dumps({"ranks": RANKS, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 
