@@ -193,6 +193,15 @@ def test_what_passes_blocks_by_is_sent_along_and_has_gradients(schedule: Any, ra
         np.testing.assert_allclose(losses, plain, rtol=1e-5)
 
 
+def test_what_passes_blocks_by_is_sent_where_blocks_are_checkpointed() -> None:
+    def fit(*arguments: Any) -> list[float]:
+        return losses_of(PassesBlocksBy(False), *arguments, callbacks=[memopt.ActivationCheckpointing()])
+
+    plain = run_on_ranks(lambda: losses_of(PassesBlocksBy(False)), 1)[0]
+    for losses in run_on_ranks(lambda: fit(2, MAKE["pp"]()), 2, deadline_seconds=60):
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
 class RaisesInValidation(Net):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         raise ValueError("no such label")

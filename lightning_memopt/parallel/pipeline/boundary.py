@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_leaves, tree_unflatten
 
 from lightning_memopt.parallel.pipeline.carried import Output, put
@@ -192,6 +193,7 @@ class StageRun:
         self._carried = {output: received[slot] for output, slot in before.carried.items()}
         self._watched = {name for name, _ in (*before.carried, *after.carried)}
         self._returned: dict[str, list[Any]] = {}
+        self._fakes = active_fake_mode()
         self._in_place_of: dict[int, tuple[Any, Tensor]] = {}  # by id of a stub, which is kept alive
         self._next = 0
         self._replaced: dict[int, dict[int, Tensor]] = {}
@@ -233,8 +235,8 @@ class StageRun:
 
     def returned(self, name: str, output: Any) -> Any:
         """Put what was received in the place of what a module returned, and keep what is to be sent."""
-        if name not in self._watched:
-            return None
+        if name not in self._watched or active_fake_mode() is not self._fakes:
+            return None  # or on fake tensors, to learn what it costs
         if name in self._returned:
             raise StepRefused(
                 f"`{name}` was called again, and in its first run the step called it once: what it returns is sent "
