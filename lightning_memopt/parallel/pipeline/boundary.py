@@ -202,10 +202,10 @@ class StageRun:
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass over links of earlier stages, run own ones on real values, and stop at the next stage's first."""
         if index != self._next:
+            before = f"where `{self._names[self._next]}` was before" if self._next < len(self._names) else "once more"
             raise StepRefused(
-                f"`{self._names[index]}` was called where `{self._names[self._next]}` was before: the step calls "
-                "its blocks in another order than in its first run, and a pipeline needs the same each time (no "
-                "skipped layers)."
+                f"`{self._names[index]}` was called {before}: the step calls its blocks in another order than in its "
+                "first run, and a pipeline needs the same each time (no skipped layers)."
             )
         self._next += 1
         if index < self._links.start:
