@@ -130,7 +130,7 @@ class MicroBatching(Callback):
             if problem := _why_not_auto(trainer, pl_module):
                 raise MisconfigurationException(f"MicroBatching(size='auto') cannot work here: {problem}")
         _warn_of_batch_norm(pl_module)
-        # The compiler would trace what looks on, and fake tensors have no counts.
+        # The compiler would trace what looks on, and a prediction would count it.
         self._looks_at_loss = self._by_samples and not (is_compiled(pl_module) or holds_fakes(pl_module))
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         self._undo.enter_context(replaced(optimization, _make_closure=partial(self._make_closure, trainer)))

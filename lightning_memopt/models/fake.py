@@ -21,7 +21,8 @@ def is_fake(tensor: torch.Tensor) -> bool:
         >>> is_fake(fake), is_fake(torch.ones(2))
         (True, False)
     """
-    return isinstance(tensor, FakeTensor) or isinstance(tensor.data, FakeTensor)
+    part = getattr(tensor, "_local_tensor", tensor)  # this rank's, of a split one
+    return isinstance(part, FakeTensor) or isinstance(part.data, FakeTensor)
 
 
 def holds_fakes(module: torch.nn.Module) -> bool:

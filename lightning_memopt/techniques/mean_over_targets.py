@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_memopt.models.fake import is_fake
 from lightning_memopt.techniques.counting import IGNORED_LABEL
 
 
@@ -17,6 +17,7 @@ class CountTargets(TorchFunctionMode):
         counts: One integer tensor of no dimension for each such loss, in the order in which they were computed.
 
     Example:
+        >>> import torch
         >>> with CountTargets() as seen:
         ...     loss = F.cross_entropy(torch.zeros(3, 5), torch.tensor([1, -100, 4]))
         >>> [int(count) for count in seen.counts]
@@ -54,9 +55,10 @@ def are_proportional(counts: list[list[Tensor]], weights: list[float]) -> bool:
 
     Args:
         counts: For each micro-batch those of its losses.
-        weights: What each micro-batch weighs.
+        weights: What each micro-batch weighs, more than 0.
     """
-    if not counts[0] or len({len(each) for each in counts}) > 1:
+    if len({len(each) for each in counts}) > 1 or any(is_fake(count) for each in counts for count in each):
         return True
-    shares = torch.stack([torch.stack(each) for each in counts]).cpu().double() / torch.tensor(weights).unsqueeze(1)
-    return torch.allclose(shares, shares[:1].expand_as(shares), rtol=1e-5)
+    losses = zip(*([int(count) for count in each] for each in counts), strict=True)
+    shares = [[count / weight for count, weight in zip(loss, weights, strict=True)] for loss in losses]
+    return all(max(loss) - min(loss) <= 1e-5 * max(loss) for loss in shares)

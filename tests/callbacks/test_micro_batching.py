@@ -1,5 +1,7 @@
 """Micro-batching: the update, the logs and the outputs of the whole batch."""
 
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -58,6 +60,9 @@ def test_a_mean_over_padded_labels_that_samples_do_not_weigh_is_warned_of_once_a
     (said,) = warnings_of()
     assert "the loss of `Padded` is a mean" in said and "they hold 6, 7 of these" in said
     assert warnings_of(normalize="tokens", count=lambda batch: (batch[1] != -100).sum()) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict_memory(Padded(), next(iter(batches)), callbacks=[MicroBatching(2)])
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 8, 100])
