@@ -20,7 +20,7 @@ def complete_copies(module: nn.Module, call: Callable[[nn.Module], Any], groups:
     """Find whose copies the inputs are that ``groups`` know in part, and correct their slots.
 
     Args:
-        module: The module; it is run once, in evaluation mode, where there are any.
+        module: A module that is ready to be followed; it is run once where there are any.
         call: Runs it.
         groups: Of the dependency graph.
     """
@@ -38,18 +38,15 @@ def complete_copies(module: nn.Module, call: Callable[[nn.Module], Any], groups:
             read[layer], given[layer] = inputs[0], output
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    modes = {child: child.training for child in module.modules()}
     try:
-        module.eval()
-        with torch.enable_grad():
-            call(module)
+        call(module)
         for group in partial:
             _complete(group, order, read, given)
+    except RuntimeError:  # gradients that cannot be asked for, as within a checkpoint: it is left as it was found
+        return
     finally:
         for handle in handles:
             handle.remove()
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def _is_partial(group: UnitGroup, slot: Slot) -> bool:

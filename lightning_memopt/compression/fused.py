@@ -53,7 +53,7 @@ def find_fused(module: nn.Module, call: Callable[[nn.Module], Any], groups: Sequ
     """The fused projections of ``module`` that a run of it proves to be such.
 
     Args:
-        module: Any module; it is run once in evaluation mode where it may have some.
+        module: A module that is ready to be followed; it is run once where it may have some.
         call: Runs it.
         groups: What is known of its linear layers; attentions among them are not looked at.
     """
@@ -121,11 +121,8 @@ def _proven(module: nn.Module, call: Callable[[nn.Module], Any], guesses: Sequen
 
     handles = [ways[0].column.register_forward_hook(keep_given) for ways in guesses]
     handles += [ways[0].row.register_forward_pre_hook(keep_read) for ways in guesses]
-    modes = {child: child.training for child in module.modules()}
     try:
-        module.eval()
-        with torch.enable_grad():
-            call(module)
+        call(module)
         proven = []
         for ways in guesses:
             output, inputs = given.get(ways[0].column), read.get(ways[0].row)
@@ -140,8 +137,6 @@ def _proven(module: nn.Module, call: Callable[[nn.Module], Any], guesses: Sequen
     finally:
         for handle in handles:
             handle.remove()
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def _dependences(output: Tensor, inputs: Tensor, pieces: int) -> dict[int, Tensor]:

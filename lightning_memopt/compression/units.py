@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_memopt.compression.concatenated import complete_copies
 from lightning_memopt.compression.fused import Fused, find_fused
 from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
+from lightning_memopt.compression.traceable import traceable
 from lightning_memopt.compression.unreached import add_unreached
 from lightning_memopt.models.heads import Heads
 from lightning_memopt.models.linear_groups import LinearGroup, find_linear_groups
@@ -52,6 +53,12 @@ def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
         ModuleNotFoundError: torch-pruning is missing; it comes with the extra ``lightning-memopt[prune]``.
         ValueError: The module cannot be traced.
     """
+    require_torch_pruning()
+    with traceable(module):
+        return _find_units(module, call)
+
+
+def _find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
     names = {id(child): name for name, child in module.named_modules()}
     linears = find_linear_groups(module)
     known = list(_find_attentions(module, names, linears))
@@ -134,7 +141,6 @@ def _find_channels(
     module: nn.Module, call: Call, names: Mapping[int, str], columns: Sequence[nn.Module]
 ) -> Iterator[UnitGroup]:
     """Groups of the dependency graph; it is not asked for those that start within an attention."""
-    require_torch_pruning()
     import torch_pruning
 
     lost: list[nn.Module] = []
@@ -143,26 +149,14 @@ def _find_channels(
         def get_pruning_group(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
             try:
                 return super().get_pruning_group(layer, *arguments, **options)
-            except (
-                IndexError,
-                ZeroDivisionError,
-            ):  # 1.6: some splits, such as of two outputs into a start and an end
+            except (IndexError, ZeroDivisionError):  # 1.6: some splits, as into a start and an end
                 lost.append(layer)
                 return []
 
     graph = Graph()
-    modes = {child: child.training for child in module.modules()}
-    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
-    # A cache of keys and values is concatenated to an empty one, where the graph loses count.
-    configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
-    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}
     transposed = {type(child) for child in module.modules() if _is_conv1d(child)}
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for config in caching.values():
-            config.use_cache = False
-        with torch.enable_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph.build_dependency(
                 module,
@@ -181,13 +175,6 @@ def _find_channels(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}. Prune single "
             'weights instead (method="magnitude"), or give a call that runs it in plain PyTorch'
         ) from error
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for config in caching.values():
-            config.use_cache = True
-        for child, mode in modes.items():
-            child.training = mode
     yield from (_read_group(graph, items, names) for items in found if items)
     for layer in lost:
         reason = "where they go is split in a way that cannot be followed"

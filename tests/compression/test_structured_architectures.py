@@ -94,3 +94,12 @@ def test_what_is_left_of_architectures_computes_what_it_did_with_the_removed_uni
 def _loss(module, batch):
     with torch.no_grad():
         return module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("name", ["phi3", "swin"])
+def test_frozen_architectures_are_followed_too_and_stay_frozen(name):
+    module, _, call = _build(name)
+    trained = prune_structured(copy.deepcopy(module), 0.3, call)
+    frozen = module.requires_grad_(False)
+    assert prune_structured(frozen, 0.3, call).removed == trained.removed
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
