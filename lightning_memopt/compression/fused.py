@@ -49,16 +49,23 @@ class Fused:
         return first.div(together, rounding_mode="floor"), inputs
 
 
-def find_fused(module: nn.Module, call: Callable[[nn.Module], Any], groups: Sequence[LinearGroup]) -> list[Fused]:
+def find_fused(
+    module: nn.Module, call: Callable[[nn.Module], Any], groups: Sequence[LinearGroup]
+) -> tuple[list[Fused], list[Fused]]:
     """The fused projections of ``module`` that a run of it proves to be such.
 
     Args:
         module: A module that is ready to be followed; it is run once where it may have some.
         call: Runs it.
-        groups: What is known of its linear layers; attentions among them are not looked at.
+        groups: What is known of its linear layers. That queries, keys and values of one layer lie as it says is a
+            guess too.
+
+    Returns:
+        Those that are proven, and attentions of which the run shows that they are none of those that are known.
     """
-    guesses = [*_gates(module, groups), *_attentions(module, groups)]
-    return _proven(module, call, guesses) if guesses else []
+    guesses = [*_gates(module, groups), *_known_attentions(module, groups), *_attentions(module, groups)]
+    innermost = {(ways[0].column, ways[0].row): ways for ways in guesses}
+    return _proven(module, call, list(innermost.values())) if guesses else ([], [])
 
 
 def _gates(module: nn.Module, groups: Sequence[LinearGroup]) -> Iterator[list[Fused]]:
@@ -74,6 +81,14 @@ def _gates(module: nn.Module, groups: Sequence[LinearGroup]) -> Iterator[list[Fu
         ]
 
 
+def _known_attentions(module: nn.Module, groups: Sequence[LinearGroup]) -> Iterator[list[Fused]]:
+    for group in groups:
+        if group.heads is not None and len(group.columns) == 1:
+            column, row = module.get_submodule(group.columns[0].name), module.get_submodule(group.row)
+            if ways := _ways_of(group.owner, column, row, group.heads.queries):
+                yield ways
+
+
 def _attentions(module: nn.Module, groups: Sequence[LinearGroup]) -> Iterator[list[Fused]]:
     """Modules with one layer for queries, keys and values, and one that reads what becomes of the queries."""
     known = {name for group in groups if group.heads is not None for name in group.names}
@@ -83,20 +98,22 @@ def _attentions(module: nn.Module, groups: Sequence[LinearGroup]) -> Iterator[li
         if len(linears) != 2 or len(linears) != sum(read_linear(child) is not None for _, child in inside):
             continue
         for column, row in (linears, linears[::-1]):
-            width, outputs = _shape(row).in_features, _shape(column).out_features
-            heads = read_heads(owner, width)
-            if heads is None or width % heads.queries or _shape(column).in_features != _shape(row).out_features:
+            heads = read_heads(owner, _shape(row).in_features)
+            if heads is None or _shape(column).in_features != _shape(row).out_features:
                 continue
-            size = width // heads.queries
-            keys = (outputs // size - heads.queries) // 2
-            if keys < 1 or (heads.queries + 2 * keys) * size != outputs or heads.queries % keys:
-                continue
-            # A key that all queries share stays, and queries go one by one, as if each had its own.
-            found = Heads(heads.queries, heads.queries if keys == 1 else keys, size)
-            yield [
-                Fused(name, column, row, heads.queries, readers, found)
-                for readers in _ways_of_heads(heads.queries, keys, size)
-            ]
+            if ways := _ways_of(name, column, row, heads.queries):
+                yield ways
+
+
+def _ways_of(owner: str, column: nn.Module, row: nn.Module, queries: int) -> list[Fused]:
+    width, outputs = _shape(row).in_features, _shape(column).out_features
+    size, rest = divmod(width, queries)
+    keys = (outputs // size - queries) // 2 if size and not rest else 0
+    if keys < 1 or (queries + 2 * keys) * size != outputs or queries % keys:
+        return []
+    # A key that all queries share stays, and queries go one by one, as if each had its own.
+    heads = Heads(queries, queries if keys == 1 else keys, size)
+    return [Fused(owner, column, row, queries, way, heads) for way in _ways_of_heads(queries, keys, size)]
 
 
 def _ways_of_heads(queries: int, keys: int, size: int) -> Iterator[Tensor]:
@@ -108,7 +125,9 @@ def _ways_of_heads(queries: int, keys: int, size: int) -> Iterator[Tensor]:
     yield from (way.repeat_interleave(size, 0) for way in (side_by_side, by_groups))
 
 
-def _proven(module: nn.Module, call: Callable[[nn.Module], Any], guesses: Sequence[Sequence[Fused]]) -> list[Fused]:
+def _proven(
+    module: nn.Module, call: Callable[[nn.Module], Any], guesses: Sequence[Sequence[Fused]]
+) -> tuple[list[Fused], list[Fused]]:
     given: dict[nn.Module, Tensor] = {}
     read: dict[nn.Module, Tensor] = {}
 
@@ -123,17 +142,18 @@ def _proven(module: nn.Module, call: Callable[[nn.Module], Any], guesses: Sequen
     handles += [ways[0].row.register_forward_pre_hook(keep_read) for ways in guesses]
     try:
         call(module)
-        proven = []
+        proven: list[Fused] = []
+        refuted: list[Fused] = []
         for ways in guesses:
             output, inputs = given.get(ways[0].column), read.get(ways[0].row)
-            if output is not None and inputs is not None:
-                seen = _dependences(output, inputs, ways[0].pieces)
-                proven += [way for way in ways if seen and all(_agrees(way, piece, seen[piece]) for piece in seen)][
-                    :1
-                ]
-        return proven
+            if output is None or inputs is None or not (seen := _dependences(output, inputs, ways[0].pieces)):
+                continue
+            agreeing = [way for way in ways if all(_agrees(way, *each) for each in seen.items())]
+            proven += agreeing[:1]
+            refuted += [] if agreeing or ways[0].heads is None else ways[:1]
+        return proven, refuted
     except Exception:  # what cannot be run is said where it is followed
-        return []
+        return [], []
     finally:
         for handle in handles:
             handle.remove()

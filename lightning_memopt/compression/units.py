@@ -61,8 +61,13 @@ def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
 def _find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
     names = {id(child): name for name, child in module.named_modules()}
     linears = find_linear_groups(module)
-    known = list(_find_attentions(module, names, linears))
-    known += [_read_fused(fused) for fused in find_fused(module, call, linears)]
+    fused, refuted = find_fused(module, call, linears)
+    seen = {one.column for one in (*fused, *refuted)}
+    others = [each for each in linears if not any(module.get_submodule(c.name) in seen for c in each.columns)]
+    known = [*_find_attentions(module, names, others), *(_read_fused(one) for one in fused)]
+    for one in refuted:
+        known.append(_read_fused(one))
+        known[-1].reason = "where the queries, keys and values of each head lie in the one layer cannot be told"
     inside = {(id(slot.module), slot.name, slot.dimension) for group in known for slot in group.slots}
     groups = []
     columns = [

@@ -358,3 +358,60 @@ def test_copies_of_features_gates_between_others_and_tied_ends_are_cut_where_the
                 unread.narrow.weight.index_fill_(1, (~mask).nonzero().view(-1), 0)
     torch.testing.assert_close(call(module), call(unread))
     assert module.head.weight is module.embed.weight and module.embed.weight.shape == (10, 4)
+
+
+class Grouped(nn.Module):
+    """An attention of grouped queries in one layer, each group's queries beside its key and value, within another."""
+
+    def __init__(self, queries: int, keys: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = queries, keys, 4
+        self.made = nn.Linear(16, (queries + 2 * keys) * 4)
+        self.out = nn.Linear(queries * 4, 16)
+
+    def forward(self, x):
+        made = self.made(x).view(*x.shape[:2], self.num_kv_heads, -1, self.head_dim)
+        each = self.num_heads // self.num_kv_heads
+        queries = made[..., :-2, :].flatten(2, 3).transpose(1, 2)
+        keys, values = (made[..., i, :].repeat_interleave(each, 2).transpose(1, 2) for i in (-2, -1))
+        return self.out(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("queries", "keys", "left"), [(8, 4, (4, 2)), (8, 1, (8, 4)), (4, 4, (4, 2))])
+def test_heads_of_a_fused_layer_go_in_groups_and_the_one_key_of_all_stays(queries, keys, left):
+    torch.manual_seed(0)
+    module, x = (
+        nn.Sequential(nn.Linear(6, 16), nn.Sequential(Grouped(queries, keys)), nn.Linear(16, 2)),
+        torch.randn(2, 5, 6),
+    )
+    call = lambda net: net(x)  # noqa: E731
+    unread = copy.deepcopy(module)
+    ((_, kept),) = plan_structured(module, 0.5, call, include="1.0", exclude="1.0.out").kept
+    assert prune_structured(module, 0.5, call, include="1.0", exclude="1.0.out").removed == {"1.0": left}
+    with torch.no_grad():
+        gone = (~kept).repeat_interleave(queries * 4 // len(kept)).nonzero().view(-1)
+        unread[1][0].out.weight.index_fill_(1, gone, 0)
+    torch.testing.assert_close(call(module), call(unread))
+    assert module[1][0].made.out_features == (queries // 2 + 2 * max(1, keys // 2)) * 4
+
+
+class Strided(nn.Module):
+    """An attention in whose one layer the features of a head lie apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.made, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        queries, keys, values = self.made(x).view(*x.shape[:2], -1, self.num_heads, 3).transpose(1, 3).unbind(-1)
+        queries, keys, values = (each.transpose(2, 3) for each in (queries, keys, values))
+        return self.out(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
+
+
+def test_heads_that_lie_in_a_layer_as_in_none_that_is_known_are_left_and_named():
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(6, 16), Strided(), nn.Linear(16, 8), nn.Linear(8, 2)), torch.randn(2, 5, 6)
+    found = prune_structured(module, 0.5, lambda net: net(x))
+    assert module[1].made.out_features == 48 and "cannot be told" in found.skipped["1"]
+    assert found.removed["2"] == (8, 4)

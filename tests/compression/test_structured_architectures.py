@@ -54,7 +54,9 @@ def test_architectures_become_smaller_train_on_with_their_optimizer_and_are_read
     assert again.removed == {} and again.parameters_after == found.parameters_after
     loaded = load_compressed(save_compressed(module, tmp_path / "net"), partial(ARCHITECTURES[name].build, seed=1))
     loaded.log = module.log
-    assert torch.equal(call(module.eval()), call(loaded))
+    states = (module.state_dict(), loaded.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    torch.testing.assert_close(call(module.eval()), call(loaded))  # kernels round by where tensors lie in memory
 
 
 NORMED = {
