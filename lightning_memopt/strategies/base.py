@@ -37,7 +37,7 @@ from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.parallel.moving import move_in_place
 from lightning_memopt.parallel.operators import teach_operators
-from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.parallel.refusal import StepRefused, failing_module
 from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.even_batches import EvenBatches
 from lightning_memopt.strategies.finetuning import unfreezing_by_identity
@@ -287,18 +287,20 @@ class MemoptStrategy(WatchedStrategy):
             except RuntimeError as error:
                 if "mixed torch.Tensor and DTensor" not in str(error):
                     raise
-                raise self._refusal_to_mix(name) from error
+                assert self.lightning_module is not None
+                raise self._refusal_to_mix(name, failing_module(error, self.lightning_module)) from error
         # torch adds a scalar of shards to a plain loss, and fails in the backward, where the cause cannot be seen.
         if isinstance(output.get("loss") if isinstance(output, Mapping) else output, DTensor):
             raise self._refusal_to_mix(name)
         return output
 
-    def _refusal_to_mix(self, step: str) -> MisconfigurationException:
+    def _refusal_to_mix(self, step: str, where: str = "") -> MisconfigurationException:
+        place = f", in `{where}`," if where else ""
         return MisconfigurationException(
-            f"{type(self).__name__}: `{step}` computes with a parameter outside of the call of its module, where "
-            "each rank holds a part of it, and mixes the result with plain tensors. Make it whole first "
-            "(`weight.pow(2).sum().full_tensor()`), or use `memopt_ddp`; instead of a penalty on weights, give the "
-            "optimizer `weight_decay`."
+            f"{type(self).__name__}: `{step}`{place} computes with a parameter outside of the call of its module, "
+            "where each rank holds a part of it, and mixes the result with plain tensors. Make it whole first "
+            "(`weight.pow(2).sum().full_tensor()`), or use `memopt_ddp`; call blocks, not their `forward`; instead "
+            "of a penalty on weights, give the optimizer `weight_decay`."
         )
 
     def call_through(self, called: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

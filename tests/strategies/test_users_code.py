@@ -179,6 +179,28 @@ def test_a_penalty_on_weights_is_refused_where_ranks_hold_parts_and_trains_as_on
         np.testing.assert_allclose(losses, plain, rtol=1e-5)
 
 
+class CallsForward(Net):
+    """Calls what its blocks do, and not the blocks, which goes past what gathers their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block.forward(x)
+        return super().forward(x)
+
+
+def test_the_module_whose_parameters_were_not_gathered_is_named():
+    def fit() -> None:
+        said = r"`training_step`, in `blocks.0.0`, computes with a parameter .*call blocks, not their `forward`"
+        with pytest.raises(MisconfigurationException, match=said):
+            losses_of(CallsForward(), 2, MAKE["zero3"]())
+
+    run_on_ranks(fit, 2)
+
+
 class RaisesInBackward(PenalizesWhole):
     def on_before_backward(self, loss: torch.Tensor) -> None:
         raise KeyError("of the user's")
