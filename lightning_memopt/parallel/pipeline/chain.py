@@ -1,5 +1,6 @@
 """The modules that a pipeline may be cut before, in the order in which a step calls them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -23,32 +24,47 @@ class Chain:
     It gives the modules a subclass of their class, as FSDP2 does, until :meth:`remove`.
 
     Args:
-        modules: Each is one link.
+        modules: Each is one link, or several where it is called so often: each of its calls is one.
         watched: By name, modules of which the observer is told what they return, before their other hooks are.
-
-    Attributes:
-        observer: Who is told; ``None`` while calls go through.
     """
 
     def __init__(self, modules: Iterable[nn.Module], watched: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
-        self.modules = list(modules)
-        self.observer: Observer | None = None
+        self._observer: Observer | None = None
         self._is_inside = False
-        self._index = {module: index for index, module in enumerate(self.modules)}
-        self._classes = [type(module) for module in self.modules]
+        self._indices: dict[nn.Module, list[int]] = {}
+        for index, module in enumerate(modules):
+            self._indices.setdefault(module, []).append(index)
+        self._calls: Counter[nn.Module] = Counter()
+        self._classes = [type(module) for module in self._indices]
         linked = {cls: self._linked(cls) for cls in set(self._classes)}
-        for module, cls in zip(self.modules, self._classes, strict=True):
+        for module, cls in zip(self._indices, self._classes, strict=True):
             module.__class__ = linked[cls]
         self._hooks = [
             module.register_forward_hook(self._watch(name), prepend=True) for name, module in watched.items()
         ]
 
+    @property
+    def observer(self) -> Observer | None:
+        """Who is told of a run; ``None`` while calls go through."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._observer = observer
+        self._calls.clear()
+
     def remove(self) -> None:
         """Give the modules their classes back."""
         for hook in self._hooks:
             hook.remove()
-        for module, cls in zip(self.modules, self._classes, strict=True):
+        for module, cls in zip(self._indices, self._classes, strict=True):
             module.__class__ = cls
+
+    def _index_of_call(self, module: nn.Module) -> int:
+        """Of this call; that of the last where there are more than links."""
+        indices = self._indices[module]
+        self._calls[module] += 1
+        return indices[min(self._calls[module], len(indices)) - 1]
 
     def _watch(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def tell(module: nn.Module, args: Any, output: Any) -> Any:
@@ -71,9 +87,9 @@ class Chain:
                     chain._is_inside = False
 
             # What a link calls by itself is its own: a copy of it that is profiled, or it again.
-            if chain.observer is None or chain._is_inside or module not in chain._index:
+            if chain.observer is None or chain._is_inside or module not in chain._indices:
                 return own(*args, **kwargs)
-            return chain.observer.called(chain._index[module], entered, args, kwargs)
+            return chain.observer.called(chain._index_of_call(module), entered, args, kwargs)
 
         names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         return type(cls.__name__, (cls,), names)

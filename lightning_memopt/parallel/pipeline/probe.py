@@ -1,6 +1,6 @@
 """Run a step once on stubs, to learn what calls what, what it costs, and where it can be cut."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_memopt.parallel.pipeline.boundary import Boundary, can_stand_for,
 from lightning_memopt.parallel.pipeline.carried import Origins, Output
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
-from lightning_memopt.parallel.pipeline.recompute import is_checkpointed_reentrantly
+from lightning_memopt.parallel.pipeline.recompute import is_checkpointed, is_checkpointed_reentrantly
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
 from lightning_memopt.parallel.refusal import StepRefused
 
@@ -59,7 +59,10 @@ class Survey:
 
 
 def find_links(module: nn.Module, run: Step) -> list[str]:
-    """Names of the modules to cut before: the blocks, or without blocks every layer; called once each, in order.
+    """Names of the modules to cut before: the blocks, or without blocks every layer, in the order of their calls.
+
+    Each is called once, but for what is called again and again in place of blocks (ALBERT's one block): each of its
+    calls is a link, and stages share what it holds.
 
     Args:
         module: A shadow of the model; ``run`` runs a step on it.
@@ -69,36 +72,56 @@ def find_links(module: nn.Module, run: Step) -> list[str]:
     """
     names = {submodule: name for name, submodule in module.named_modules()}
     blocks = [block for stack in find_block_stacks(module) for block in stack.blocks]
-    layers = [m for m in names if m is not module and next(m.parameters(recurse=False), None) is not None]
-    order, error = _order_of_calls({*blocks, *layers}, run)
-    for candidates in (blocks, layers):
-        known = set(candidates)
-        once = [m for m in order if m in known and order.count(m) == 1]
-        links = [names[m] for m in once if not any(other is not m and other in once for other in m.modules())]
+    layers = [m for m in names if m is not module and _holds(m, recurse=False)]
+    parts = [m for m in names if m is not module and (_holds(m) or next(m.buffers(), None) is not None)]
+    order, checkpointed, error = _order_of_calls(parts, run)
+    counts = Counter(order)
+    candidates = {*blocks, *layers}
+    if error is not None and candidates.isdisjoint(counts):
+        raise ValueError(_why_not(error)) from error
+    again = {m for m in parts if counts[m] > 1}
+    if not again.isdisjoint(checkpointed) or any(next(m.buffers(), None) is not None for m in again):
+        again.clear()  # buffers would be written on several stages, each without what the others wrote
+    repeated = again - {inner for m in again for inner in m.modules() if inner is not m}
+    for known, often in ((blocks, set[nn.Module]()), (layers, repeated)):
+        chosen = often.union(m for m in known if counts[m] == 1)
+        innermost = {m for m in chosen if not any(other is not m and other in chosen for other in m.modules())}
+        links = [names[m] for m in order if m in innermost]
         if len(links) > 1:
             return links
     raise ValueError(
         f"{type(module).__name__} has nothing to cut before: of its modules with parameters, the step calls "
-        f"{', '.join(f'`{names[m]}`' for m in dict.fromkeys(order)) or 'none'}, and a pipeline needs at least two "
-        "that are called once each; use `memopt_zero3` to split the parameters."
+        f"{', '.join(f'`{names[m]}`' for m in counts if m in candidates) or 'none'}, and a pipeline needs at least "
+        "two calls of them; use `memopt_zero3` to split the parameters."
     ) from error
 
 
-def _order_of_calls(modules: Iterable[nn.Module], run: Step) -> tuple[list[nn.Module], Exception | None]:
-    """The calls, and the error that the run ended with."""
+def _holds(module: nn.Module, recurse: bool = True) -> bool:
+    return next(module.parameters(recurse), None) is not None
+
+
+def _order_of_calls(
+    modules: Iterable[nn.Module], run: Step
+) -> tuple[list[nn.Module], set[nn.Module], Exception | None]:
+    """The calls, what is called by ``torch.utils.checkpoint``, and the error that the run ended with."""
     order: list[nn.Module] = []
+    checkpointed: set[nn.Module] = set()
     ended_with = None
-    hooks = [m.register_forward_pre_hook(lambda called, _: order.append(called)) for m in modules]
+
+    def see(called: nn.Module, _: Any) -> None:
+        if called in order and is_checkpointed():  # whose calls cannot be told apart when they are recomputed
+            checkpointed.add(called)
+        order.append(called)
+
+    hooks = [m.register_forward_pre_hook(see) for m in modules]
     try:
         run()
     except Exception as error:
-        if not order:
-            raise ValueError(_why_not(error)) from error
         ended_with = error
     finally:
         for hook in hooks:
             hook.remove()
-    return order, ended_with
+    return order, checkpointed, ended_with
 
 
 def survey(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_memopt.parallel.pipeline.probe import Survey, find_links, run_silently, survey
 from lightning_memopt.parallel.pipeline.schedules import number_of_micro_batches
@@ -92,6 +93,42 @@ def test_a_step_that_reads_values_is_cut_only_before_it_does():
     found = _survey("reads")  # behind block 1, so the last stage has to begin there at the latest
     assert found.names == ["blocks.0", "blocks.1"]
     assert not found.is_whole
+
+
+class Repeats(nn.Module):
+    """Calls one block three times."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.inlet, self.outlet = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), *layers)
+
+    def forward(self, x: torch.Tensor, recomputes: bool) -> torch.Tensor:
+        hidden = self.inlet(x)
+        for _ in range(3):
+            hidden = checkpoint(self.block, hidden, use_reentrant=False) if recomputes else self.block(hidden)
+        return self.outlet(hidden).sum()
+
+
+def _survey_of_repeats(*layers: nn.Module, recomputes: bool = False) -> Survey:
+    model, mode = Repeats(*layers), StubMode()
+    shadow, _ = shadow_of(
+        model, {t: mode.stub(t, torch.device("cpu")) for t in (*model.parameters(), *model.buffers())}
+    )
+    run = run_silently(shadow, lambda: shadow(torch.ones(2, 4), recomputes))
+    return survey(shadow, find_links(shadow, run), mode, run)
+
+
+def test_each_call_of_a_block_that_is_called_again_and_again_is_a_place_to_cut():
+    found = _survey_of_repeats()
+    assert found.names == ["inlet", "block", "block", "block", "outlet"]
+    assert not set(found.uncut) - {0}
+    assert partition(found, "auto", 3).starts == (0, 2, 3)
+
+
+def test_a_block_that_is_called_again_is_no_place_to_cut_where_it_writes_buffers_or_is_recomputed():
+    assert _survey_of_repeats(nn.BatchNorm1d(4)).names == ["inlet", "outlet"]
+    assert _survey_of_repeats(recomputes=True).names == ["inlet", "outlet"]
 
 
 def test_a_step_is_seen_to_its_end_where_that_is_a_ctc_loss():
