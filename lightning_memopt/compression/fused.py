@@ -63,9 +63,16 @@ def find_fused(
     Returns:
         Those that are proven, and attentions of which the run shows that they are none of those that are known.
     """
-    guesses = [*_gates(module, groups), *_known_attentions(module, groups), *_attentions(module, groups)]
-    innermost = {(ways[0].column, ways[0].row): ways for ways in guesses}
-    return _proven(module, call, list(innermost.values())) if guesses else ([], [])
+    said = [*_gates(module, groups), *_known_attentions(module, groups)]
+    guessed = {(ways[0].column, ways[0].row): ways for ways in _attentions(module, groups)}  # of the innermost module
+    guesses = [*said, *guessed.values()]
+    agreeing = _agreeing(module, call, guesses) if guesses else {}
+    found: dict[nn.Module, Fused] = {}
+    for way in agreeing.values():
+        if way is not None:
+            found.setdefault(way.column, way)
+    wrong = [ways[0] for place, ways in enumerate(said) if place in agreeing and agreeing[place] is None]
+    return list(found.values()), [one for one in wrong if one.heads is not None and one.column not in found]
 
 
 def _gates(module: nn.Module, groups: Sequence[LinearGroup]) -> Iterator[list[Fused]]:
@@ -125,9 +132,10 @@ def _ways_of_heads(queries: int, keys: int, size: int) -> Iterator[Tensor]:
     yield from (way.repeat_interleave(size, 0) for way in (side_by_side, by_groups))
 
 
-def _proven(
+def _agreeing(
     module: nn.Module, call: Callable[[nn.Module], Any], guesses: Sequence[Sequence[Fused]]
-) -> tuple[list[Fused], list[Fused]]:
+) -> dict[int, Fused | None]:
+    """Of each of ``guesses`` of which something could be seen, by its place, the way that it was, or ``None``."""
     given: dict[nn.Module, Tensor] = {}
     read: dict[nn.Module, Tensor] = {}
 
@@ -142,18 +150,15 @@ def _proven(
     handles += [ways[0].row.register_forward_pre_hook(keep_read) for ways in guesses]
     try:
         call(module)
-        proven: list[Fused] = []
-        refuted: list[Fused] = []
-        for ways in guesses:
+        agreeing: dict[int, Fused | None] = {}
+        for place, ways in enumerate(guesses):
             output, inputs = given.get(ways[0].column), read.get(ways[0].row)
-            if output is None or inputs is None or not (seen := _dependences(output, inputs, ways[0].pieces)):
-                continue
-            agreeing = [way for way in ways if all(_agrees(way, *each) for each in seen.items())]
-            proven += agreeing[:1]
-            refuted += [] if agreeing or ways[0].heads is None else ways[:1]
-        return proven, refuted
+            if output is not None and inputs is not None and (seen := _dependences(output, inputs, ways[0].pieces)):
+                fits = (way for way in ways if all(_agrees(way, *each) for each in seen.items()))
+                agreeing[place] = next(fits, None)
+        return agreeing
     except Exception:  # what cannot be run is said where it is followed
-        return [], []
+        return {}
     finally:
         for handle in handles:
             handle.remove()
