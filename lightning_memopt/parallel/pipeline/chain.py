@@ -8,6 +8,15 @@ from typing import Any, Protocol
 from torch import nn
 
 
+class _Link:
+    """What the modules of a chain are instances of besides."""
+
+
+def holds_links(module: nn.Module) -> bool:
+    """Whether a pipeline may be cut within ``module``, of which a call has not all values on a stage then."""
+    return any(isinstance(part, _Link) for part in module.modules() if part is not module)
+
+
 class Observer(Protocol):
     """Stands in for each call of a module of the chain."""
 
@@ -92,4 +101,4 @@ class Chain:
             return chain.observer.called(chain._index_of_call(module), entered, args, kwargs)
 
         names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        return type(cls.__name__, (cls,), names)
+        return type(cls.__name__, (cls, _Link), names)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_memopt.models.linear_groups import LinearGroup
 from lightning_memopt.models.linears import LinearShape
+from lightning_memopt.parallel.pipeline.chain import holds_links
 from lightning_memopt.parallel.tensor.adjust import (
     Adjustment,
     adjusted,
@@ -32,6 +33,7 @@ from lightning_memopt.parallel.tensor.collectives import enter, gather_tokens
 from lightning_memopt.parallel.tensor.trial import Trial, Verdict, verify
 
 GATHERED = "not called yet, so what lies between its layers is gathered"
+CUT = "a pipeline is cut within the module that holds its layers"
 
 
 class Region:
@@ -126,7 +128,8 @@ class Region:
         needs_gradients = torch.is_grad_enabled()
         if self._verdict is not None and (self._verdict.with_gradients or not needs_gradients):
             return
-        self._verdict = verify(self, call, args, kwargs)
+        is_cut = holds_links(self.owner)
+        self._verdict = Verdict(CUT, with_gradients=True) if is_cut else verify(self, call, args, kwargs)
         self.is_local, self.reason = not self._verdict.reason, self._verdict.reason
 
     def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

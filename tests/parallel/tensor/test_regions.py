@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memopt.demo.model import Attention as DemoAttention
+from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.shards import whole_of_shards
 from lightning_memopt.parallel.tensor.apply import tensor_parallelize
 from lightning_memopt.parallel.tensor.plan import find_tensor_plan
@@ -237,6 +238,23 @@ def test_parts_are_handed_over_where_that_gives_the_same_and_gathered_with_a_rea
     assert all(local is is_local for local in locals_)
     assert all(reason in said if reason else not said for said in reasons)
     assert locals_ or name in ("multihead", "convolutions")
+
+
+def test_layers_around_what_a_pipeline_is_cut_before_hand_over_whole_values():
+    def compare() -> list[str]:
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+        torch.manual_seed(0)
+        module, x = _Pair(nn.ReLU()), torch.randn(3, LENGTH, WIDTH)
+        expected = module(x)
+        chain = Chain([module.between])
+        split = tensor_parallelize(module, mesh, find_tensor_plan(module, 2))
+        torch.testing.assert_close(module(x), expected)
+        chain.remove()
+        return [region.reason for region in split.regions]
+
+    for reasons in run_on_ranks(compare, 2):
+        assert reasons == ["a pipeline is cut within the module that holds its layers"]
 
 
 def test_hidden_states_of_one_token_are_not_taken_for_rows_of_heads():
