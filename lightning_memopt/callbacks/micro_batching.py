@@ -222,7 +222,7 @@ class MicroBatching(Callback):
         after_first = ExitStack()
         is_first = True
         looks_at_loss = self._looks_at_loss and size != WHOLE_BATCH
-        counts: list[list[Tensor]] = []
+        seen: list[CountTargets] = []
         weights: list[float | Tensor] = []
 
         def step(micro_batch: Any) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class MicroBatching(Callback):
             logs.weight = weight
             weights.append(weight)
             targets = CountTargets()
-            counts.append(targets.counts)
+            seen.append(targets)
             # Gradients of several attempts must not meet: with "auto" they are averaged when all ranks are through.
             with (
                 _block_parallel_sync_behavior(trainer.strategy, block=self._is_auto or not is_last),
@@ -262,7 +262,7 @@ class MicroBatching(Callback):
             )
         if looks_at_loss and len(weights) > 1:
             self._looks_at_loss = False
-            _warn_of_ignored_targets(trainer.lightning_module, counts, [float(weight) for weight in weights])
+            _warn_of_loss(trainer.lightning_module, seen, [float(weight) for weight in weights])
         return output, logs
 
 
@@ -316,13 +316,21 @@ def _why_not_auto(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
     return None
 
 
-def _warn_of_ignored_targets(module: pl.LightningModule, counts: list[list[Tensor]], weights: list[float]) -> None:
-    if not are_proportional(counts, weights):
+def _warn_of_loss(module: pl.LightningModule, seen: list[CountTargets], weights: list[float]) -> None:
+    counts = [targets.counts for targets in seen]
+    name = type(module).__name__
+    if any(targets.compares_samples for targets in seen):
+        rank_zero_warn(
+            f"MicroBatching changes the loss of `{name}`, which compares the samples of a batch with each other: "
+            "those of a micro-batch are compared among themselves alone. Keep such batches whole; "
+            "ActivationCheckpointing leaves them so."
+        )
+    elif not are_proportional(counts, weights):
         found = ", ".join(str(int(sum(each))) for each in counts[:4]) + (", ..." if len(counts) > 4 else "")
         rank_zero_warn(
-            f"MicroBatching weighs micro-batches by samples, but the loss of `{type(module).__name__}` is a mean "
-            f"over the targets that it does not ignore, and they hold {found} of these: the update is not that of "
-            "the whole batch. Give `normalize='tokens'` and what is counted: `mask_key`, or `count`."
+            f"MicroBatching weighs micro-batches by samples, but the loss of `{name}` is a mean over the targets "
+            f"that it does not ignore, and they hold {found} of these: the update is not that of the whole batch. "
+            "Give `normalize='tokens'` and what is counted: `mask_key`, or `count`."
         )
 
 

@@ -21,7 +21,7 @@ def fake_copy(mode: FakeTensorMode, original: Any) -> Any:
     What :func:`~lightning_memopt.planning.known_values.stays_real` keeps is copied for real.
     """
     memo: dict[int, Any] = {}
-    for tensor in _tensors(original):
+    for tensor in tensors_of(original):
         if stays_real(tensor):
             memo[id(tensor)] = tensor.clone().cpu()
         elif tensor.device.type != "cpu" or isinstance(tensor, FakeTensor):
@@ -74,7 +74,8 @@ def _zero(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.zeros(())
 
 
-def _tensors(original: Any) -> list[torch.Tensor]:
+def tensors_of(original: Any) -> list[torch.Tensor]:
+    """The parameters and buffers of a module, or the tensors in a batch."""
     if isinstance(original, nn.Module):
         return [*original.parameters(), *original.buffers()]
     leaves = tree_leaves(dict(original) if hasattr(original, "keys") else original)

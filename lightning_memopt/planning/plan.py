@@ -18,7 +18,14 @@ from lightning_memopt.planning.expectations import Expectations
 from lightning_memopt.planning.explain import explain
 from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
-from lightning_memopt.planning.read_module import can_be_copied, check_budget, most_stages, read_space, without_memory
+from lightning_memopt.planning.read_module import (
+    can_be_copied,
+    check_budget,
+    ignores_unequal_targets,
+    most_stages,
+    read_space,
+    without_memory,
+)
 from lightning_memopt.planning.refine import keep_what_fits
 from lightning_memopt.planning.search import Evaluation, Found, Refused, find_smallest, may_fit, search
 from lightning_memopt.planning.space import Choice, Layout, Space, find_layouts, widest_tensor
@@ -184,6 +191,12 @@ def plan(
     return planner.run(budget_bytes, wanted, layouts, exact)
 
 
+_NO_MICRO_BATCHES = (
+    "micro-batches are left out: samples of the batch ignore unequal numbers of targets (-100), of which these would "
+    "have to be told: MicroBatching(size, normalize='tokens', mask_key=...)"
+)
+
+
 class _Planner:
     """One run of :func:`plan`."""
 
@@ -206,6 +219,7 @@ class _Planner:
         self._nodes = nodes
         self._trainer_options = trainer_options
         self._samples = batch_size(batch) if space.micro_batches else 1
+        self._left_out = {_NO_MICRO_BATCHES} if ignores_unequal_targets(batch) else set()
 
     def run(self, budget_bytes: int, wanted: int, layouts: Sequence[Layout], exact: bool) -> PlanResult:
         plain = Choice(layouts[0], self._space.plain)
@@ -296,7 +310,7 @@ class _Planner:
             )
             for choice, evaluation in ranked
         )
-        notes = tuple(sorted({note for choice, _ in ranked for note in self._notes(choice)}))
+        notes = tuple(sorted({note for choice, _ in ranked for note in self._notes(choice)} | self._left_out))
         if found.fitting:
             return PlanResult(plans, 0, budget_bytes, notes=notes)
         assert smallest is not None

@@ -12,10 +12,12 @@ from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.models.blocks import find_block_stacks
 from lightning_memopt.parallel.agreement import find_batch_norms
 from lightning_memopt.planning.build import build_fake
-from lightning_memopt.planning.fake import fake_copy
+from lightning_memopt.planning.fake import fake_copy, tensors_of
+from lightning_memopt.planning.known_values import stays_real
 from lightning_memopt.planning.predict import Module
 from lightning_memopt.planning.space import Space, Techniques, halvings
 from lightning_memopt.techniques.batches import batch_size
+from lightning_memopt.techniques.counting import IGNORED_LABEL
 
 
 def without_memory(module: Module) -> pl.LightningModule:
@@ -56,12 +58,24 @@ def read_space(module: pl.LightningModule, batch: Any, precision: str, trainer_o
     accumulates = trainer_options.get("accumulate_grad_batches", 1) > 1
     return Space(
         Techniques(precision=precision),
-        halvings(_samples(batch)) if automatic and not find_batch_norms(module) else (),
+        halvings(_samples(batch))
+        if automatic and not (find_batch_norms(module) or ignores_unequal_targets(batch))
+        else (),
         chunked_loss=_has_head(module),
         in_backward=automatic
         and not (clips_by_norm or accumulates or is_overridden("configure_gradient_clipping", module)),
         accumulates=accumulates,
     )
+
+
+def ignores_unequal_targets(batch: Any) -> bool:
+    """Whether samples hold unequal numbers of labels that a mean leaves out, by which micro-batches do not weigh."""
+    ignored = [
+        (tensor == IGNORED_LABEL).flatten(1).sum(1)
+        for tensor in tensors_of(batch)
+        if tensor.dim() > 1 and stays_real(tensor)
+    ]
+    return any(bool((each != each[:1]).any()) for each in ignored)
 
 
 def most_stages(module: pl.LightningModule, batch: Any) -> int:

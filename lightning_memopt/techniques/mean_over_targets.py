@@ -15,6 +15,7 @@ class CountTargets(TorchFunctionMode):
 
     Attributes:
         counts: One integer tensor of no dimension for each such loss, in the order in which they were computed.
+        compares_samples: Whether one of them is contrastive: each sample's class is its own place among the samples.
 
     Example:
         >>> import torch
@@ -27,6 +28,7 @@ class CountTargets(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: list[Tensor] = []
+        self.compares_samples = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,6 +50,8 @@ class CountTargets(TorchFunctionMode):
     ) -> None:
         if reduction == "mean" and not target.is_floating_point():
             self.counts.append((target != ignore_index).sum())
+            if tuple(input.shape) == (len(target), len(target)) and not is_fake(target):
+                self.compares_samples |= target.tolist() == list(range(len(target)))
 
 
 def are_proportional(counts: list[list[Tensor]], weights: list[float]) -> bool:

@@ -65,6 +65,19 @@ def test_a_mean_over_padded_labels_that_samples_do_not_weigh_is_warned_of_once_a
         predict_memory(Padded(), next(iter(batches)), callbacks=[MicroBatching(2)])
 
 
+def test_a_loss_that_compares_the_samples_of_a_batch_is_warned_of():
+    class Contrastive(Padded):
+        def training_step(self, batch, batch_idx):
+            (x,) = batch
+            return F.cross_entropy(self.layer(x) @ self.layer(x).T, torch.arange(len(x)))
+
+    batches = DataLoader([(torch.randn(4),) for _ in range(8)], batch_size=4)
+    with pytest.warns(
+        UserWarning, match="loss of `Contrastive`, which compares the samples of a batch with each other"
+    ):
+        train(Contrastive(), batches, steps=2, callbacks=[MicroBatching(2)])
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 8, 100])
 def test_any_size_trains_as_the_whole_batch(size):
     assert_parity(ZOO["metrics_mlp"], [MicroBatching(size)], **DOUBLE)

@@ -74,6 +74,15 @@ def test_the_chosen_plan_fits_when_it_is_measured_and_as_exactly_as_it_says(tigh
     assert sum(best.by_category.values()) == best.peak_bytes
 
 
+def test_micro_batches_are_left_out_where_samples_ignore_unequal_numbers_of_labels():
+    labels = torch.ones(4, 5, dtype=torch.long)
+    assert read_space(Deep(), {"labels": labels}, "32-true", {}).micro_batches
+    labels[:, 3:] = -100
+    assert read_space(Deep(), {"labels": labels}, "32-true", {}).micro_batches
+    labels[0, 2] = -100
+    assert not read_space(Deep(), {"labels": labels}, "32-true", {}).micro_batches
+
+
 def test_plans_are_ranked_by_time_and_those_that_fit_come_first(tight):
     fitting = [plan.relative_time for plan in tight.plans if plan.fits]
     assert tight.chosen == 0 and fitting == sorted(fitting) and len(fitting) > 1
