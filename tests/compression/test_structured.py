@@ -415,3 +415,33 @@ def test_heads_that_lie_in_a_layer_as_in_none_that_is_known_are_left_and_named()
     found = prune_structured(module, 0.5, lambda net: net(x))
     assert module[1].made.out_features == 48 and "cannot be told" in found.skipped["1"]
     assert found.removed["2"] == (8, 4)
+
+
+class Interleaved(nn.Module):
+    """Experts stored inputs by outputs, each gate beside what it opens, with biases; all of them are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.is_transposed, self.is_concatenated = 2, True, False
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(2, 8, 64)), nn.Parameter(torch.randn(2, 32, 8))
+        self.gate_up_proj_bias, self.down_proj_bias = (
+            nn.Parameter(torch.randn(2, 64)),
+            nn.Parameter(torch.randn(2, 8)),
+        )
+
+    def forward(self, x):
+        made = (x @ self.gate_up_proj + self.gate_up_proj_bias[:, None]).unflatten(-1, (-1, 2))
+        inner = made[..., 0].sigmoid() * made[..., 1]
+        return (inner @ self.down_proj + self.down_proj_bias[:, None]).sum(0)
+
+
+def test_features_of_experts_are_cut_with_their_gates_and_biases_by_multiples_of_eight():
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(4, 8), Interleaved(), nn.Linear(8, 2)), torch.randn(3, 4)
+    unread = copy.deepcopy(module)
+    ((_, kept),) = plan_structured(module, 0.3, lambda net: net(x), include="1").kept
+    assert prune_structured(module, 0.3, lambda net: net(x), include="1").removed == {"1": (32, 24)}
+    with torch.no_grad():
+        unread[1].down_proj.index_fill_(1, (~kept).nonzero().view(-1), 0)
+    torch.testing.assert_close(module(x), unread(x))
+    assert module[1].gate_up_proj.shape == (2, 8, 48) and module[1].gate_up_proj_bias.shape == (2, 48)
