@@ -177,7 +177,8 @@ class MemoptStrategy(WatchedStrategy):
     @override
     def configure_ddp(self) -> None:
         if not self.splits_module:
-            super().configure_ddp()
+            if self.world_size > 1:  # one rank has nobody to exchange gradients with, and buckets take memory
+                super().configure_ddp()
             return
         assert self.lightning_module is not None
         for submodule in self.lightning_module.modules():

@@ -365,7 +365,9 @@ def test_one_of_stacked_matrices_is_looked_up_without_the_others_and_multiplies_
     monkeypatch.setattr(cls, "dequantize", lambda self, plain=cls.dequantize: sizes.append(len(self)) or plain(self))
     with torch.inference_mode(inference):
         for index in (1, torch.tensor(2)):
-            tolerance = {"rtol": 0, "atol": 50.0} if "inputs" in options else {"rtol": 1e-2, "atol": 1e-3}
+            # Some round the inputs, too: to 8 bits, or to bfloat16 where the processor multiplies in it.
+            atol = 50.0 if "inputs" in options else 5.0 if scheme == "bf16" else 1e-3
+            tolerance = {"rtol": 1e-2, "atol": atol}
             torch.testing.assert_close(F.linear(x, packed[index]), F.linear(x, dense[index]), **tolerance)
         # A half of a matrix of 10 x 24 is no whole number of blocks.
         assert 3 not in sizes or (width == 24 and scheme in ("int4", "nf4"))
