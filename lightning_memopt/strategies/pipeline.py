@@ -23,7 +23,12 @@ from lightning_memopt.parallel.pipeline.splitting import Split
 from lightning_memopt.parallel.pipeline.stubs import shadow_of
 from lightning_memopt.parallel.refusal import StepRefused
 from lightning_memopt.strategies.base import MemoptStrategy
-from lightning_memopt.strategies.pipeline_checks import check_optimizers, check_trainer, warn_of_batch_norm
+from lightning_memopt.strategies.pipeline_checks import (
+    check_optimizers,
+    check_trainer,
+    warn_of_batch_norm,
+    warn_of_unseen,
+)
 from lightning_memopt.strategies.pipeline_steps import PipelineSteps, refuse_to_cut
 from lightning_memopt.strategies.sample_batch import sample_batch
 from lightning_memopt.techniques.batches import CannotCut, batch_size, copied, split_evenly
@@ -147,6 +152,7 @@ class PipelineParallelStrategy(MemoptStrategy):
             except MisconfigurationException as refusal:
                 self._let_own_error_out(name, batch, refusal)
                 raise
+            warn_of_unseen(self.pipeline)
             self._steps = PipelineSteps(self, self.pipeline)
             self._undo_patches.enter_context(self._steps.metrics())
             # Lightning's summary would run it through a module of which each rank holds a part.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_memopt.callbacks.micro_batching import MicroBatching
 from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward
 from lightning_memopt.parallel.agreement import find_batch_norms
+from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 
 
 def check_trainer(strategy: str, trainer: pl.Trainer) -> None:
@@ -71,4 +72,15 @@ def warn_of_batch_norm(module: pl.LightningModule) -> None:
         rank_zero_warn(
             f"`{names[0]}`{more} normalizes over the micro-batch instead of the batch, so training differs from one "
             "device with the same batches; GroupNorm or LayerNorm would not."
+        )
+
+
+def warn_of_unseen(pipeline: Pipeline) -> None:
+    """Say that most of the model is on the last stage, since the step reads values on the way."""
+    if pipeline.unseen_share > 0.5:
+        rank_zero_warn(
+            f"the step reads values of tensors behind `{pipeline.partition.names[-1]}` ({pipeline.stopped_by}), and "
+            f"where that is cannot be seen beyond: {pipeline.unseen_share:.0%} of the parameters are on the last "
+            "stage. Compute without values there (experts in grouped products instead of a loop over those that have "
+            "tokens), or use `memopt_zero3`."
         )

@@ -1,5 +1,7 @@
 """What users write in the steps of a module works in a pipeline as on one device, or is refused."""
 
+import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -393,6 +395,29 @@ def test_lists_that_steps_make_are_on_every_rank_and_hold_one_item_a_batch() -> 
     plain = run_on_ranks(lambda: fit(1, "auto"), 1)[0]
     for losses in run_on_ranks(lambda: fit(2, memopt.PipelineParallelStrategy()), 2, deadline_seconds=30):
         assert losses == pytest.approx(plain, rel=1e-4)
+
+
+class ReadsOnItsWay(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*self.net[:-1], nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.net[:3](x)
+        return self.net[3:](hidden * (1 if hidden.abs().sum() > 0 else 2))
+
+
+def test_a_step_that_reads_values_before_most_of_its_layers_is_warned_of_and_trains_as_on_one_device() -> None:
+    def fit(*arguments: Any) -> tuple[list[float], list[str]]:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            losses = losses_of(ReadsOnItsWay(), *arguments)
+        return losses, [str(warning.message) for warning in warned if "reads values" in str(warning.message)]
+
+    ((plain, _),) = run_on_ranks(fit, 1)
+    (losses, said), (others, _) = run_on_ranks(lambda: fit(2, MAKE["pp"]()), 2)
+    assert losses == others == pytest.approx(plain, rel=1e-4)
+    assert re.search(r"behind `net.2` \(.*\), .*: 68% of the parameters are on the last", said[0])
 
 
 class LogsEarlyValue(Net):

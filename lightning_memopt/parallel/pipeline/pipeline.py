@@ -64,6 +64,9 @@ class Pipeline:
 
     Attributes:
         partition: How it was cut.
+        unseen_share: Of the parameters, the part that is used behind where a run without values stopped, all of it on
+            the last stage.
+        stopped_by: The error that it stopped with.
 
     Raises:
         ValueError: It cannot be cut so; says why.
@@ -109,6 +112,9 @@ class Pipeline:
             found.costs = gather_values(tuple(times.costs(len(found.costs))) if dist.get_rank() == 0 else None)[0]
         self.partition = partition(found, split, count)
         held = holders(module, found, self.partition, self._stubs)
+        unseen = [p for p in module.parameters() if not found.is_whole and self._stubs[p] not in found.uses]
+        self.unseen_share = sum(p.numel() for p in unseen) / max(1, sum(p.numel() for p in module.parameters()))
+        self.stopped_by = found.stopped_by
         self._stages = [stage for stage in range(count) if rank_of_stage(schedule, stage, self._ranks) == self._rank]
         self._share(held, pipelines)
         self._free(held)

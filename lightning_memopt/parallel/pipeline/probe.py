@@ -44,6 +44,7 @@ class Survey:
         uncut: Links before which the step cannot be cut, and why.
         called: Of links before which it can be, the links that a stage has to call though others hold them.
         is_whole: Whether the step ran to its end; it may stop behind the last link, where it looks at values.
+        stopped_by: The error that it stopped with.
         boundaries: Of each link, what a stage that begins with it would be sent.
         outputs: What each link returned, where that has no data.
     """
@@ -54,6 +55,7 @@ class Survey:
     uncut: dict[int, str] = field(default_factory=dict)
     called: dict[int, set[int]] = field(default_factory=dict)
     is_whole: bool = True
+    stopped_by: str = ""
     boundaries: list[Boundary] = field(default_factory=list)
     outputs: dict[int, Any] = field(default_factory=dict)
 
@@ -148,6 +150,7 @@ def survey(
         if observer.position < len(links):
             raise ValueError(_why_not(error)) from error
         observer.found.is_whole = False
+        observer.found.stopped_by = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         chain.observer, mode.listener = None, None
         chain.remove()
