@@ -104,7 +104,7 @@ def test_the_lower_layers_do_not_import_lightning():
 
 def test_layers_import_downward_only():
     order = [
-        "models", "memory", "techniques", "parallel", "compression", "planning",
+        "models", "memory", "parallel", "techniques", "compression", "planning",
         "callbacks", "precision", "strategies", "demo",
     ]  # fmt: skip
     allowed_sideways = {("callbacks", "precision"), ("precision", "callbacks")}
