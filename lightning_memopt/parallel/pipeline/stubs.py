@@ -53,7 +53,8 @@ class StubMode(FakeTensorMode):
             elif func in _CTC_LOSSES:
                 result = self._ctc_loss(*args[:2])
             else:
-                result = super().__torch_dispatch__(func, types, args, kwargs)
+                stubs = args if func._schema.is_mutable else tuple(map(self._without_values, args))
+                result = super().__torch_dispatch__(func, types, stubs, kwargs)
         finally:
             self._depth -= 1
         if self.listener is not None and self._depth == 0:
@@ -78,6 +79,14 @@ class StubMode(FakeTensorMode):
         time, batch, _ = log_probs.shape
         with self:
             return log_probs.new_empty(batch), log_probs.new_empty(batch, time, 2 * targets.shape[-1] + 1)
+
+    def _without_values(self, value: Any) -> Any:
+        """A stub in place of a real tensor, of which torch would copy all that is known of it, its views and
+        gradients too: that takes as long as the operator. Numbers have rules of their own and stay."""
+        if type(value) not in (Tensor, nn.Parameter) or value.dim() == 0 or value.layout != torch.strided:
+            return value
+        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return FakeTensor(self, meta, value.device)
 
     def _own(self, tensor: FakeTensor) -> FakeTensor:
         """A stub in place of a fake of another mode: in a run that is predicted, that is a tensor with values."""
