@@ -31,6 +31,7 @@ _VERDICT = "verdict"
 _STORE_ANSWERS_SECONDS = 5
 _BETWEEN_SIGNS_SECONDS = 0.05  # at least: a thread that gives signs takes time from the one that trains
 _BETWEEN_READINGS_SECONDS = 0.2
+_CHECKS_OF_A_CLOSED_STORE = 20
 _LONG_SILENCE_SECONDS = 5
 _LONG_PHASE_SECONDS = 5
 
@@ -209,7 +210,11 @@ class RankWatch:
         if host is not None and host.done:
             return None
         first = host or Beat(0, host="unknown", process="")
-        return find_dead({0: first}) or first.failure(
+        for _ in range(_CHECKS_OF_A_CLOSED_STORE):  # a process that is killed closes its sockets before it is gone
+            if dead := find_dead({0: first}):
+                return dead
+            time.sleep(_BETWEEN_SIGNS_SECONDS)
+        return first.failure(
             f"the store that the ranks meet at, on rank 0 or in its launcher, does not answer ({error})"
         )
 
