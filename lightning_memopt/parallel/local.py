@@ -1,5 +1,8 @@
-"""What a rank holds of a sharded tensor, as a plain tensor, and the way back."""
+"""Plain tensors of a rank's own: what it holds of a sharded one, and what it got from others."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -27,3 +30,22 @@ def like_shard(local: Tensor, parameter: Tensor) -> Tensor:
         local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
         stride=parameter.stride(),
     )  # fmt: skip
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def own(x: Tensor) -> Tensor:
+    """``x`` as something that was computed, for code that may change it in place (Falcon's ``mlp_output += ...``).
+
+    What comes out of a ``DTensor`` is a view, and what a stage receives a leaf: autograd lets nobody write to either.
+    """
+    result: Tensor = _Own.apply(x)
+    return result

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_memopt.parallel.local import own
 from lightning_memopt.parallel.pipeline.torch_stage import Received, TorchStage, grad_metas_of, metas_of
 
 Forward = Callable[[int, int, tuple[Tensor, ...]], Any]
@@ -28,18 +29,6 @@ def _nothing_left() -> Callable[..., None]:
     return lambda: None
 
 
-class _Handed(torch.autograd.Function):
-    """What was received, as something that was computed: the step may write into it in place."""
-
-    @staticmethod
-    def forward(_: Any, received: Tensor) -> Tensor:
-        return received.detach()
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
 class StageModule(nn.Module):
     """What torch's stage calls: the user's step by way of ``forward``, and the parameters of the stage."""
 
@@ -55,7 +44,7 @@ class StageModule(nn.Module):
 
     def forward(self, *received: Tensor, index: Tensor) -> Any:
         """Run micro-batch ``index``."""
-        handed = tuple(_Handed.apply(tensor) if tensor.requires_grad else tensor for tensor in received)
+        handed = tuple(own(tensor) if tensor.requires_grad else tensor for tensor in received)
         return self._forward_of_stage(self._stage, int(index), handed)
 
 

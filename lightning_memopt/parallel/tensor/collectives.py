@@ -4,12 +4,11 @@ Every function has a forward and the backward that belongs to it; Shoeybi et al.
 (https://arxiv.org/abs/1909.08053) call the first two *f* and *g*.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from lightning_memopt.parallel.local import own
 
 
 def enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -20,24 +19,6 @@ def enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
         mesh: The tensor group.
     """
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def own(x: Tensor) -> Tensor:
-    """``x``, which nothing else holds, for code that may change it in place (Falcon's ``mlp_output += attention``).
-
-    What comes out of a ``DTensor`` is a view that autograd lets nobody write to.
-    """
-    return _Own.apply(x)
 
 
 def add_up(x: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lightning_memopt.models.linears import LinearShape
-from lightning_memopt.parallel.tensor.collectives import add_up, add_up_tokens, enter, gather, own, take_part
+from lightning_memopt.parallel.local import own
+from lightning_memopt.parallel.tensor.collectives import add_up, add_up_tokens, enter, gather, take_part
 
 if TYPE_CHECKING:
     from lightning_memopt.parallel.tensor.regions import Region
