@@ -14,12 +14,11 @@ from tests.strategies.parity import (
     on_one_device,
     on_ranks,
 )
-from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.architectures import ARCHITECTURES, IN_SINGLE_PRECISION
 
 STEPS = 3
 STRATEGIES = ("memopt_ddp", "memopt_zero1", "memopt_zero3")
 QUICK = (("clip", "memopt_zero3"),)
-IN_SINGLE_PRECISION = ("mixtral", "qwen3_moe")  # torch has no grouped products of doubles
 MASKED = ("qwen2", "opt", "bloom", "roberta", "albert", "modernbert")
 """Their loss is a mean over the tokens of a rank's share, and shares have more or fewer."""
 

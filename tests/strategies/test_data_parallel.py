@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_memopt import DataParallelStrategy, HybridStrategy, measure_memory
+from lightning_memopt import DataParallelStrategy, HybridStrategy
 from lightning_memopt.parallel.mesh import MeshSizes
 from tests.distributed import run_on_ranks
 from tests.parity import train
@@ -507,17 +507,3 @@ def test_a_module_that_cannot_be_sharded_is_refused_by_name_on_all_ranks_and_lef
 def test_bad_arguments_are_refused_where_they_are_given(arguments, said):
     with pytest.raises(MisconfigurationException, match=said):
         DataParallelStrategy(**arguments)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gan"])
-def test_one_rank_alone_trains_and_holds_what_one_device_does(name: str) -> None:
-    def train_alone() -> tuple[dict[str, torch.Tensor], int]:
-        entry = ZOO[name]
-        weights = train(entry.build(), entry.loader(4), steps=4, strategy="memopt_ddp").weights
-        return weights, measure_memory(entry.build(), entry.batch(), strategy="memopt_ddp").peak_bytes
-
-    entry = ZOO[name]
-    plain = train(entry.build(), entry.loader(4), steps=4).weights
-    ((weights, peak),) = run_on_ranks(train_alone, 1)
-    torch.testing.assert_close(weights, plain, rtol=0, atol=0)
-    assert peak == pytest.approx(measure_memory(entry.build(), entry.batch()).peak_bytes, rel=0.01)

@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+from lightning_memopt import measure_memory
+from tests.distributed import run_on_ranks
+from tests.parity import train
 from tests.strategies.parity import STRATEGIES, assert_same_outcome, on_one_device, on_ranks
 from tests.zoo import ZOO
 
@@ -31,3 +35,17 @@ def test_both_ranks_end_with_the_same_weights_where_batch_norm_sees_only_a_share
     for name, weight in first.weights.items():
         if "running" not in name:
             np.testing.assert_array_equal(second.weights[name], weight, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gan"])
+def test_one_rank_alone_trains_and_holds_what_one_device_does(name: str) -> None:
+    def train_alone() -> tuple[dict[str, torch.Tensor], int]:
+        entry = ZOO[name]
+        weights = train(entry.build(), entry.loader(4), steps=4, strategy="memopt_ddp").weights
+        return weights, measure_memory(entry.build(), entry.batch(), strategy="memopt_ddp").peak_bytes
+
+    entry = ZOO[name]
+    plain = train(entry.build(), entry.loader(4), steps=4).weights
+    ((weights, peak),) = run_on_ranks(train_alone, 1)
+    torch.testing.assert_close(weights, plain, rtol=0, atol=0)
+    assert peak == pytest.approx(measure_memory(entry.build(), entry.batch()).peak_bytes, rel=0.01)

@@ -17,12 +17,10 @@ from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer
 from tests.strategies.parity import Outcome, fit_zoo
 from tests.zoo import Entry
-from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.architectures import ARCHITECTURES, IN_SINGLE_PRECISION
 from tests.zoo.text import LossInside
 
 STEPS = 2
-IN_SINGLE = ("mixtral", "qwen3_moe")
-"""torch has no grouped products of doubles."""
 
 
 def _labels(batch: Any) -> Any:
@@ -42,7 +40,7 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
 
 def _fit(entry: Entry, sizes: dict[str, int] | None = None, callbacks: Any = (), **options: Any) -> Outcome:
     name = entry.name
-    fit: dict[str, Any] = {} if name in IN_SINGLE else {"precision": "64-true"}
+    fit: dict[str, Any] = {} if name in IN_SINGLE_PRECISION else {"precision": "64-true"}
     if sizes is None:
         return fit_zoo(entry, 1, STEPS, **fit)
     if name in COUNTS:

@@ -17,12 +17,11 @@ from tests.strategies.parity import (
     on_ranks,
 )
 from tests.zoo import Entry
-from tests.zoo.architectures import ARCHITECTURES
+from tests.zoo.architectures import ARCHITECTURES, IN_SINGLE_PRECISION
 from tests.zoo.text import LossInside
 
 STEPS = 3
 QUICK = ("falcon", "gemma2")
-IN_SINGLE_PRECISION = ("mixtral", "qwen3_moe")  # torch has no grouped products of doubles
 SHARE = 0.53
 SHARES = {
     "mamba2": 0.65,  # its code reads `out_proj` past the call

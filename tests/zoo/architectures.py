@@ -228,3 +228,6 @@ _LIST = [
 ]  # fmt: skip
 
 ARCHITECTURES: dict[str, Entry] = {entry.name: entry for entry in _LIST}
+
+IN_SINGLE_PRECISION = ("mixtral", "qwen3_moe")
+"""torch has no grouped products of doubles."""
