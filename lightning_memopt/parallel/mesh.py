@@ -5,7 +5,7 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_rank, new_group
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 DIMENSIONS = ("pipeline", "data", "shard", "tensor")
@@ -126,10 +126,15 @@ class ParallelMesh:
 
     def __init__(self, device_type: str, sizes: MeshSizes) -> None:
         self.sizes = sizes
-        shape = tuple(sizes.of(name) for name in DIMENSIONS)
-        self.whole: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
+        # Only what divides: each dimension is a process group, with threads and connections of its own, but for one
+        # that holds all ranks by itself. FSDP2 asks replicas for the shards of each, if only one.
+        names = [name for name in DIMENSIONS if sizes.of(name) > 1 or (name == "shard" and sizes.data > 1)]
+        self.whole: DeviceMesh = init_device_mesh(
+            device_type, tuple(map(sizes.of, names)) or (1,), mesh_dim_names=tuple(names) or ("shard",)
+        )
         # Made by all ranks together, so not when a rank first asks for it.
-        self._batches: DeviceMesh = self.whole["data", "shard"]._flatten("batches")
+        self.batch_group: ProcessGroup = self._make_batch_group()
+        """The ranks that together have each of a step's batches once: what a mean over the batch is taken over."""
 
     @property
     def tensor(self) -> DeviceMesh:
@@ -144,15 +149,16 @@ class ParallelMesh:
     @property
     def pipelines(self) -> list[list[int]]:
         """The global ranks of each pipeline of the world, from the first stage on."""
-        ranks: list[list[int]] = self.whole.mesh.flatten(1).T.tolist()
-        return ranks
+        apart = self.sizes.world // self.sizes.pipeline  # it is the outermost of the dimensions
+        return [list(range(first, self.sizes.world, apart)) for first in range(apart)]
 
     @cached_property
     def shards(self) -> DeviceMesh:
         """What FSDP2 shards over: one dimension, or two, of which the first replicates."""
         return self.whole["shard"] if self.sizes.data == 1 else self.whole["data", "shard"]
 
-    @property
-    def batch_group(self) -> ProcessGroup:
-        """The ranks that together have each of a step's batches once: what a mean over the batch is taken over."""
-        return self._batches.get_group()
+    def _make_batch_group(self) -> ProcessGroup:
+        if self.sizes.batches == 1 < self.sizes.world:
+            return new_group([get_rank()], use_local_synchronization=True)
+        shards = self.shards
+        return (shards if shards.ndim == 1 else shards._flatten("batches")).get_group()

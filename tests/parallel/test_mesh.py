@@ -49,3 +49,17 @@ def test_the_batch_group_holds_each_batch_once():
         return found
 
     assert run_on_ranks(batches, 4) == [[0, 1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "groups"),
+    [({"shard": 4}, 1), ({"tensor": 4}, 2), ({"shard": 2, "tensor": 2}, 3)],
+    ids=["shards: the world's", "tensor: and its own batch's", "both: and one for each"],
+)
+def test_dimensions_that_divide_nothing_have_no_process_group(given, groups):
+    def count() -> int:
+        dist.init_process_group("gloo")
+        ParallelMesh("cpu", resolve_sizes(4, **given))
+        return len(dist.distributed_c10d._world.pg_map)
+
+    assert run_on_ranks(count, 4) == [groups] * 4
