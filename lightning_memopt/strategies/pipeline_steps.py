@@ -92,7 +92,7 @@ class PipelineSteps:
     def evaluate(self, name: str, batch: Any, rest: tuple[Any, ...], run: Callable[..., Any]) -> Any:
         """Run a step without backward, and return what it returns for the batch on every rank."""
         self._check_same_batch(name, batch)
-        pieces, sizes, weights = self._split(batch, counts_samples=False)
+        pieces, sizes, weights = self._split(name, batch)
         outputs: list[Any] = []
         appended = AppendedToLists(self._module)
 
@@ -138,7 +138,7 @@ class PipelineSteps:
             zero_grad()  # before the forward, since the first backward comes before the last forward
         backward = optimization._make_backward_fn(optimizer)
         self._check_same_batch("training_step", kwargs["batch"])
-        pieces, sizes, weights = self._split(kwargs["batch"], counts_samples=True)
+        pieces, sizes, weights = self._split("training_step", kwargs["batch"])
         rest = tuple(value for key, value in kwargs.items() if key != "batch")
         outputs: list[Any] = []
         appended = AppendedToLists(self._module)
@@ -286,24 +286,34 @@ class PipelineSteps:
                 "seed on all ranks (`seed_everything`; Lightning's `DistributedSampler` does for shuffling)."
             )
 
-    def _split(self, batch: Any, counts_samples: bool) -> tuple[list[Any], list[int | None], list[float | Tensor]]:
+    def _split(self, name: str, batch: Any) -> tuple[list[Any], list[int | None], list[float | Tensor]]:
         strategy = self._strategy
         if strategy.microbatches == 1:
             return [batch], [None], [1.0]
         try:
             samples = batch_size(batch)
         except CannotCut as error:
-            if counts_samples:
+            if name == "training_step":
                 raise refuse_to_cut(error) from error
             return [batch], [None], [1.0]
         count = number_of_micro_batches(
             strategy.microbatches, self._pipeline.schedule, dist.get_world_size(self._pipeline.group), samples
         )
         pieces = split_evenly(batch, count)
-        counts = [strategy.count(piece) for piece in pieces] if counts_samples else [batch_size(p) for p in pieces]
-        total = sum(counts)
+        sizes: list[int | None] = [batch_size(piece) for piece in pieces]
+        counts = self._counts(name, pieces) or sizes
+        total: Any = sum(counts)
         total = torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total or 1
-        return pieces, [batch_size(piece) for piece in pieces], [counted / total for counted in counts]
+        return pieces, sizes, [counted / total for counted in counts]
+
+    def _counts(self, name: str, pieces: Sequence[Any]) -> list[Any]:
+        """What micro-batches weigh; none where they are evaluated and cannot be counted, as those without labels."""
+        try:
+            return [self._strategy.count(piece) for piece in pieces]
+        except (ValueError, TypeError, LookupError, AttributeError):
+            if name == "training_step":
+                raise
+            return []
 
     def _for_stage(self, micro_batch: Any) -> Any:
         """The step may change its batch, and runs once for each stage of the rank."""

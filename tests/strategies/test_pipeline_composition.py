@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,26 @@ def test_batches_of_any_size_and_length_train_as_on_one_device():
     assert len(plain) == 10
     for losses in run_on_ranks(lambda: _varied(2, strategy="memopt_pp"), 2):
         np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
+def _validated(ranks: int, **options: Any) -> dict[str, float]:
+    ids = torch.randint(2, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([16, 3, 2, 2, 9, 5, 4, 13])
+    labels = ids.masked_fill(torch.arange(16) >= ends[:, None], -100)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=ranks, logger=False, enable_progress_bar=False, use_distributed_sampler=False,
+        **options,
+    )  # fmt: skip
+    loader = DataLoader([{"input_ids": ids, "labels": labels}], batch_size=None)
+    validated: dict[str, float] = trainer.validate(ZOO["gpt2"].build(), loader, verbose=False)[0]
+    return validated
+
+
+def test_a_mean_over_tokens_is_validated_as_on_one_device():
+    plain = run_on_ranks(lambda: _validated(1), 1)[0]
+    strategy = {"normalize": "tokens", "count": lambda batch: (batch["labels"][:, 1:] != -100).sum()}
+    for found in run_on_ranks(lambda: _validated(2, strategy=memopt.PipelineParallelStrategy(**strategy)), 2):
+        assert found == pytest.approx(plain, rel=1e-5)
 
 
 def _demo(ranks: int, **options: Any) -> list[float]:
