@@ -72,8 +72,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _against_by_hand(strategy: str) -> Callable[[Size, int], dict[str, Any]]:
+def _against_by_hand(strategy: str, times: int = 1) -> Callable[[Size, int], dict[str, Any]]:
+    """With batches so many times as large: what a micro-batch costs besides its layers is the same for any."""
+
     def measure(size: Size, pairs: int) -> dict[str, Any]:
+        size = replace(size, batch_size=times * size.batch_size)
         with (
             RankGroup(loop_by_hand, strategy, size, ranks=RANKS) as by_hand,
             RankGroup(train, strategy, size, "turns", ranks=RANKS) as ours,
@@ -183,6 +186,11 @@ def _once(strategy: str, size: Size, kind: str, method: str | None = None) -> fl
 STRATEGIES = ("memopt_ddp", "memopt_zero3", "memopt_tp", "memopt_pp")
 ROWS: dict[str, Row] = {
     **{f"{s}_by_hand": Row(f"{s}: step, against a loop by hand", _against_by_hand(s), 1.05) for s in STRATEGIES},
+    "memopt_pp_by_hand_of_fours": Row(
+        "memopt_pp: step of micro-batches of four sequences, against a loop by hand",
+        _against_by_hand("memopt_pp", times=4),
+        1.05,
+    ),
     **{f"{s}_lightning": Row(f"{s}: step, against {t}", _against_lightning(s), 1.0) for s, t in LIGHTNINGS.items()},
     **{f"{s}_memory": Row(f"{s}: peak memory, against {t}", _memory(s), 1.0) for s, t in LIGHTNINGS.items()},
     "memopt_pp_watch": Row("memopt_pp: processor time of a step, against none watching other ranks", _watch, 1.02),
