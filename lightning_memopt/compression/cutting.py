@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from lightning_memopt.compression.model_config import is_model_config
 from lightning_memopt.compression.slots import UnitGroup
@@ -274,8 +276,21 @@ def _output_shapes(module: nn.Module, call: Call) -> list[torch.Size]:
     modes = {child: child.training for child in module.modules()}
     try:
         module.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), _NoEmptyAttention():
             return [tensor.shape for tensor in output_tensors(call(module))]
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+class _NoEmptyAttention(TorchFunctionMode):
+    """Refuses attention without heads, as numbers make it that do not fit: it computes nothing, in the shapes asked
+    for, and ends the process by a division by zero with torch 2.11."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and any(
+            isinstance(value, Tensor) and value.numel() == 0 for value in (*args, *kwargs.values())
+        ):
+            raise ValueError("no heads are left to attention")
+        return func(*args, **kwargs)

@@ -115,7 +115,8 @@ class PackedWeight(Tensor):
     @property
     def held_bytes(self) -> int:
         """Bytes in memory."""
-        return sum(part.nbytes for part in self.parts.values())
+        # No `nbytes`, which torch 2.11 cannot tell of parts whose shapes the compiler left open.
+        return sum(part.numel() * part.itemsize for part in self.parts.values())
 
     @property
     def parts(self) -> dict[str, Tensor]:
