@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -28,9 +28,10 @@ class OptimizerInBackward(Callback):
 
     Gradients never exist all together: at any moment there are those of the one or two parameters that the backward
     is working on. The optimizer, its state, its checkpoints and the learning-rate schedulers are the user's own,
-    and the numbers are the same. What needs all gradients at once is refused by name before the first step:
-    clipping by norm, accumulation, fp16 loss scaling, several devices, manual optimization, and optimizers whose
-    step is joint (LBFGS). Hooks that read gradients (``on_before_optimizer_step``) find none.
+    and the numbers are the same. Where ranks hold shards or parts (ZeRO, tensor parallelism) each steps its own, once
+    their gradient is reduced. What needs all gradients at once is refused by name before the first step: clipping by
+    norm, accumulation, fp16 loss scaling, replicas (DDP), pipelines, manual optimization, and optimizers whose step
+    is joint (LBFGS). Hooks that read gradients (``on_before_optimizer_step``) find none.
 
     Raises:
         MisconfigurationException: At the start of ``fit``, for what cannot work with it.
@@ -125,11 +126,8 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
             "to be used. Use automatic optimization, or call `step_in_backward` (in `lightning_memopt.techniques."
             "optimizer_in_backward`) yourself."
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return (
-            f"{type(trainer.strategy).__name__} reduces gradients over the devices after they are complete, and each "
-            "parameter would be stepped before that. Train on one device, or leave OptimizerInBackward out."
-        )
+    if reason := _why_not_under(trainer.strategy):
+        return reason
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if any(kind.__name__ in _ACCUMULATING_CALLBACKS for kind in type(callback).__mro__):
             return (
@@ -157,3 +155,15 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
             "knows whether to step. Use bf16, which needs no scaling."
         )
     return None
+
+
+def _why_not_under(strategy: Strategy) -> str | None:
+    if isinstance(strategy, SingleDeviceStrategy):
+        return None
+    name = type(strategy).__name__
+    foreign = (
+        "reduces gradients over the devices after they are complete, and each parameter would be stepped before "
+        "that. Use `memopt_zero3`, train on one device, or leave OptimizerInBackward out."
+    )
+    reason = getattr(strategy, "why_not_in_backward", foreign)  # of this package's strategies
+    return f"{name} {reason}" if reason else None

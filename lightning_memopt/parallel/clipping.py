@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
-def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """What this rank holds of each gradient, as plain tensors that share its memory.
 
     A gradient that is still a sum over ranks (``Partial``) is added up first, in place of the pending one.
@@ -105,13 +105,13 @@ def clip_by_norm(
 
 
 @torch.no_grad()
-def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> None:
+def clip_by_value(parameters: Iterable[Tensor], max_value: float) -> None:
     """Bring each element of each gradient into ``[-max_value, max_value]``."""
     for gradient in local_gradients(parameters):
         gradient.clamp_(-max_value, max_value)
 
 
-def _add_up(parameter: nn.Parameter) -> None:
+def _add_up(parameter: Tensor) -> None:
     gradient = parameter.grad
     if isinstance(gradient, DTensor) and any(isinstance(placement, Partial) for placement in gradient.placements):
         placements = [Replicate() if isinstance(p, Partial) else p for p in gradient.placements]

@@ -75,6 +75,14 @@ class MemoptStrategy(WatchedStrategy):
         """Whether ranks wait for each other within evaluation steps too, and so need equally many batches."""
         return self.splits_module
 
+    @property
+    def why_not_in_backward(self) -> str | None:
+        """Why optimizers cannot step in the backward and what to do, to be put after the strategy's name.
+
+        ``None`` where they can: hooks after the accumulation of a gradient find it reduced over the ranks.
+        """
+        return None
+
     def counts(self, parameter: nn.Parameter) -> bool:
         """Whether this rank, of the pipeline stages that hold ``parameter``, is the one that counts it in a norm."""
         return True

@@ -76,6 +76,16 @@ class DataParallelStrategy(MemoptStrategy):
     def splits_module(self) -> bool:
         return self.shard != "none"
 
+    @property
+    @override
+    def why_not_in_backward(self) -> str | None:
+        if self.splits_module or self.world_size == 1:
+            return super().why_not_in_backward
+        return (
+            "reduces the gradients of replicas in buckets that hold all of them from one step to the next, so that "
+            "freeing one would free no memory. Use `memopt_zero3`, or leave OptimizerInBackward out."
+        )
+
     # Setting up and taking down
 
     @override

@@ -126,6 +126,16 @@ class PipelineParallelStrategy(MemoptStrategy):
     def splits_module(self) -> bool:
         return True
 
+    @property
+    @override
+    def why_not_in_backward(self) -> str | None:
+        if self.sizes.pipeline == 1:
+            return super().why_not_in_backward
+        return (
+            "adds up the gradients of its micro-batches, which are complete only after the last. Use LowBitOptimizer "
+            "to save optimizer memory, or `memopt_zero3`."
+        )
+
     @override
     def counts(self, parameter: nn.Parameter) -> bool:
         return self.pipeline is None or self.pipeline.counts(parameter)

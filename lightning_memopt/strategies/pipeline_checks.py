@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_memopt.callbacks.micro_batching import MicroBatching
-from lightning_memopt.callbacks.optimizer_in_backward import OptimizerInBackward
 from lightning_memopt.parallel.agreement import find_batch_norms
 from lightning_memopt.parallel.pipeline.pipeline import Pipeline
 
@@ -42,11 +41,6 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
             return (
                 "MicroBatching cannot work here: the pipeline splits batches into micro-batches itself. Leave it "
                 "out, and give `microbatches=`."
-            )
-        if isinstance(callback, OptimizerInBackward):
-            return (
-                "OptimizerInBackward cannot work here: gradients are complete only after the last micro-batch. Use "
-                "LowBitOptimizer to save optimizer memory."
             )
     return None
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memopt.parallel.clipping import clip_by_value
 from lightning_memopt.techniques.per_parameter import StepParameter, step_one
 
 
@@ -25,6 +27,10 @@ def step_in_backward(
     The training loop stays as it is: its ``optimizer.step()`` finds no gradients and changes nothing, but still
     runs the step hooks and keeps learning-rate schedulers content. The numbers are those of the plain loop, since
     a parameter is stepped only after the last operation of the backward that reads it.
+
+    Parameters may be shards of FSDP2's, which calls the hooks of a shard once its gradient is reduced, or tensor
+    parallel parts. Hooks that make a gradient complete (an average over ranks) have to be there before: hooks run in
+    the order in which they were registered.
 
     Args:
         module: Owns the parameters; used to name them.
@@ -116,10 +122,17 @@ class BackwardStepper:
                     "gradients, and where activations are checkpointed, use `use_reentrant=False`."
                 )
             self._stepped.add(parameter)
-            if self._clip_value is not None and parameter.grad is not None:
-                parameter.grad.clamp_(-self._clip_value, self._clip_value)
+            _wait_for_copy(parameter)
+            if self._clip_value is not None:
+                clip_by_value([parameter], self._clip_value)
             self._step(optimizer, parameter, group_index)
         parameter.grad = None
 
     def _name(self, parameter: torch.Tensor) -> str:
         return self._names.get(parameter, f"<parameter outside the module, shape {tuple(parameter.shape)}>")  # type: ignore[call-overload]
+
+
+def _wait_for_copy(parameter: torch.Tensor) -> None:
+    """Wait for the gradient of an offloaded shard: before torch 2.13 FSDP2 lets a copy to the host still run here."""
+    if isinstance(parameter, DTensor) and parameter.device.type == "cpu" != parameter.device_mesh.device_type:
+        torch.accelerator.current_stream().synchronize()

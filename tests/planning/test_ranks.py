@@ -1,8 +1,10 @@
 """What one rank of many is predicted to hold is what a rank holds."""
 
+from collections.abc import Callable
 from itertools import takewhile
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -23,27 +25,22 @@ LAYOUTS = {
 }
 
 
-def _measured(name: str, strategy: str, bits: int | None = None) -> int:
+def _measured(name: str, strategy: str, *callbacks: Callback) -> int:
     """Bytes at the peak of this rank."""
     entry = ZOO[name]
-    callbacks = _low_bit(bits)
     return memopt.measure_memory(
-        entry.build(), entry.batch(), strategy=strategy, devices=2, callbacks=callbacks
+        entry.build(), entry.batch(), strategy=strategy, devices=2, callbacks=list(callbacks)
     ).peak_bytes
 
 
-def _low_bit(bits: int | None) -> list[memopt.LowBitOptimizer]:
-    return [memopt.LowBitOptimizer(bits)] if bits else []
-
-
-def _assert_predicted(name: str, strategy: str, bits: int | None = None) -> None:
+def _assert_predicted(name: str, strategy: str, *make_callbacks: Callable[[], Callback]) -> None:
     entry = ZOO[name]
     with one_of_many(Layout(strategy, LAYOUTS[strategy])) as rank_strategy:
         predicted = predict_step(
-            entry.build(), entry.batch(), callbacks=_low_bit(bits), rank_strategy=rank_strategy
+            entry.build(), entry.batch(), callbacks=[make() for make in make_callbacks], rank_strategy=rank_strategy
         ).peak_bytes
     # Tensors that threads of gloo drop last, which is a matter of chance, are not seen to be released.
-    measured = (run_on_ranks(_measured, 2, name, strategy, bits)[0] for _ in range(3))
+    measured = (run_on_ranks(_measured, 2, name, strategy, *(make() for make in make_callbacks))[0] for _ in range(3))
     wrong = list(takewhile(lambda peak: predicted != pytest.approx(peak, rel=0.02, abs=33 * 2**10), measured))
     assert len(wrong) < 3, (predicted, wrong)
 
@@ -51,7 +48,19 @@ def _assert_predicted(name: str, strategy: str, bits: int | None = None) -> None
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["memopt_zero3", pytest.param("memopt_tp", marks=pytest.mark.slow)])
 def test_the_state_in_few_bits_of_a_rank_is_predicted(strategy):
-    _assert_predicted("bert_qa", strategy, bits=8)
+    _assert_predicted("bert_qa", strategy, lambda: memopt.LowBitOptimizer(8))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "memopt_zero3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("memopt_zero1", "memopt_zero2", "memopt_tp")),
+    ],
+)
+def test_gradients_that_a_rank_frees_in_the_backward_are_predicted(strategy):
+    _assert_predicted("bert_qa", strategy, memopt.OptimizerInBackward)
 
 
 PIPELINED = ("gpt2", "encoder", "llama", "t5", "bert_qa", "vit")

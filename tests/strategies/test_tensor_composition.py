@@ -1,11 +1,10 @@
-"""Single-device techniques inside tensor parallel training: the numbers of one device, or a refusal by name."""
+"""Single-device techniques inside tensor parallel training: the numbers of one device."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -20,18 +19,7 @@ TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
     "checkpointing_budget": lambda: {"extra": [memopt.ActivationCheckpointing("budget", budget=0.5)]},
     "bf16_mixed": lambda: {"precision": "bf16-mixed"},
     "half_kahan": lambda: {"plugins": [memopt.HalfPrecision("bf16", rounding="kahan")]},
-    "low_bit": lambda: {"extra": [memopt.LowBitOptimizer(8)]},
     "clip_by_value": lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-}
-REFUSED = {
-    "optimizer_in_backward": (
-        lambda: {
-            "extra": [memopt.OptimizerInBackward()],
-            "accumulate_grad_batches": 1,
-            "gradient_clip_val": None,
-        },
-        "OptimizerInBackward cannot work here: TensorParallelStrategy",
-    ),
 }
 TENSOR = {"strategy": "memopt_tp", "sizes": MeshSizes(tensor=2)}
 
@@ -56,14 +44,3 @@ def test_each_technique_gives_the_losses_of_one_device(zoo, techniques):
         for name, expected in one_device.items():
             tolerance = TOLERANCE.get(name, 1e-3 if "16" in name or "half" in name else 1e-5)
             np.testing.assert_allclose(two_ranks[name], expected, rtol=tolerance, err_msg=name)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_whole_parameters_refuses_parts_by_name(name):
-    options, said = REFUSED[name]
-
-    def fit() -> None:
-        with pytest.raises(MisconfigurationException, match=said):
-            fit_zoo(ZOO["gpt2"], 2, 1, **TENSOR, **options())
-
-    run_on_ranks(fit, 2)
