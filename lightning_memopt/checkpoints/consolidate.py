@@ -105,19 +105,22 @@ class _Place:
 
 def _with_places(checkpoint: ShardedCheckpoint) -> dict[str, Any]:
     """Lightning's checkpoint, with a :class:`_Place` for each tensor that ranks wrote; one for each group of ties."""
-    about = checkpoint.about
-    places = {first: _Place(weight_key(first)) for first in about["weights"].values()}
-    weights = {
+    weights = {state: _weight_places(about, state) for state, about in checkpoint.states.items()}
+    layout = {**checkpoint.rest, "state_dict": weights.pop("weights"), **weights}
+    if checkpoint.about["optimizers"]:
+        layout["optimizer_states"] = [
+            {"state": _state_places(checkpoint, number, of), **of["others"]}
+            for number, of in enumerate(checkpoint.about["optimizers"])
+        ]
+    return layout
+
+
+def _weight_places(about: Mapping[str, Any], state: str) -> dict[str, Any]:
+    places = {first: _Place(weight_key(first, state)) for first in about["weights"].values()}
+    return {
         name: about["plain_weights"][name] if name in about["plain_weights"] else places[first]
         for name, first in about["weights"].items()
     }
-    layout = {**checkpoint.rest, "state_dict": weights}
-    if about["optimizers"]:
-        layout["optimizer_states"] = [
-            {"state": _state_places(checkpoint, number, of), **of["others"]}
-            for number, of in enumerate(about["optimizers"])
-        ]
-    return layout
 
 
 def _state_places(checkpoint: ShardedCheckpoint, number: int, about: Mapping[str, Any]) -> dict[Any, Any]:

@@ -1,6 +1,7 @@
 """A sharded checkpoint: a directory of ``torch.distributed.checkpoint``, and one file for the rest.
 
-Weights lie under ``weights/NAME`` and optimizer state under ``optimizer/NUMBER/PARAMETER/KEY``, by the names that the
+Weights lie under ``weights/NAME``, those that training goes on with where these are averages under
+``current_model_state/NAME``, and optimizer state under ``optimizer/NUMBER/PARAMETER/KEY``, by the names that the
 user wrote. The file (``rest.ckpt``) is the remainder of Lightning's checkpoint; under ``memopt_sharded`` it says how
 the optimizers number their parameters and which names are tied. Nothing is read that could run code: the index that
 torch pickles may name only the classes that it is made of, and there are no entries but tensors.
@@ -46,9 +47,13 @@ _ALLOWED = {
 }
 
 
-def weight_key(name: str) -> str:
-    """Where the weight ``name`` lies."""
-    return f"weights/{name}"
+BESIDE = ("current_model_state",)
+"""Keys of Lightning's checkpoint that hold a ``state_dict`` of the module too: what its averages were made of."""
+
+
+def weight_key(name: str, state: str = "weights") -> str:
+    """Where the weight ``name`` lies; of the ``state_dict``, or of the ``state`` beside it."""
+    return f"{state}/{name}"
 
 
 def state_key(optimizer: int, parameter: str, key: str) -> str:
@@ -112,15 +117,21 @@ class ShardedCheckpoint:
         """Of ``state_dict``, in the order in which the module has them."""
         return list(self.about["weights"])
 
-    def weights(self) -> dict[str, Any]:
-        """The ``state_dict`` of the module: whole tensors, tied ones still tied."""
-        state: dict[str, Any] = {}
-        for name, first in self.about["weights"].items():
-            if name in self.about["plain_weights"]:
-                state[name] = self.about["plain_weights"][name]
+    @property
+    def states(self) -> dict[str, Mapping[str, Any]]:
+        """By where they lie, what is told of the ``state_dict`` and of those that are beside it."""
+        return {"weights": self.about, **self.about.get("beside", {})}
+
+    def weights(self, state: str = "weights") -> dict[str, Any]:
+        """The ``state_dict`` of the module, or the ``state`` beside it: whole tensors, tied ones still tied."""
+        about = self.states[state]
+        values: dict[str, Any] = {}
+        for name, first in about["weights"].items():
+            if name in about["plain_weights"]:
+                values[name] = about["plain_weights"][name]
             else:
-                state[name] = state[first] if first in state else self.read(weight_key(first))
-        return state
+                values[name] = values[first] if first in values else self.read(weight_key(first, state))
+        return values
 
     def optimizer_states(self) -> list[dict[str, Any]]:
         """As Lightning's ``optimizer_states``; the tensors are read one by one when they are asked for."""
@@ -148,7 +159,8 @@ class ShardedCheckpoint:
         Args:
             lazily: Leave optimizer state where it is; its mappings read each tensor when it is asked for.
         """
-        checkpoint = {**self.rest, "state_dict": self.weights()}
+        beside = {state: self.weights(state) for state in self.states if state != "weights"}
+        checkpoint = {**self.rest, "state_dict": self.weights(), **beside}
         if self.about["optimizers"]:
             states = self.optimizer_states()
             checkpoint["optimizer_states"] = states if lazily else [_read(state) for state in states]

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_memopt.checkpoints.atomic import commit, is_disk_full, remove, save_file, temporary_of
-from lightning_memopt.checkpoints.sharded import ABOUT, REST, state_key, weight_key
+from lightning_memopt.checkpoints.sharded import ABOUT, BESIDE, REST, state_key, weight_key
 from lightning_memopt.parallel.agreement import gather_values
 from lightning_memopt.parallel.gather import find_owners, full_on_cpu
 
@@ -35,19 +35,14 @@ def split_checkpoint(
         module: Whose parameters have the names.
         optimizers: Of ``optimizer_states``, in their order.
     """
-    rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-    weights: Mapping[str, Any] = checkpoint["state_dict"]
-    firsts: dict[int, str] = {}
-    for name, value in weights.items():
-        firsts.setdefault(id(value), name)
-    tensors = {weight_key(name): weights[name] for name in firsts.values() if isinstance(weights[name], Tensor)}
-    tensors = _without_copies(tensors, module)
-    about: dict[str, Any] = {
-        "version": 1,
-        "weights": {name: firsts[id(value)] for name, value in weights.items()},
-        "plain_weights": {name: value for name, value in weights.items() if not isinstance(value, Tensor)},
-        "optimizers": [],
-    }
+    apart = ("state_dict", "optimizer_states", *BESIDE)
+    rest = {name: value for name, value in checkpoint.items() if name not in apart}
+    tensors, described = _split_weights(checkpoint["state_dict"], "weights", module)
+    about: dict[str, Any] = {"version": 1, **described, "beside": {}, "optimizers": []}
+    for state in BESIDE:
+        if state in checkpoint:
+            own, about["beside"][state] = _split_weights(checkpoint[state], state, module)
+            tensors.update(own)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for number, (state, optimizer) in enumerate(zip(checkpoint.get("optimizer_states", []), optimizers, strict=True)):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -203,6 +198,21 @@ def _item_bytes(item: Any) -> int:
     return size
 
 
+def _split_weights(
+    weights: Mapping[str, Any], state: str, module: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    firsts: dict[int, str] = {}
+    for name, value in weights.items():
+        firsts.setdefault(id(value), name)
+    tensors = {
+        weight_key(name, state): weights[name] for name in firsts.values() if isinstance(weights[name], Tensor)
+    }
+    return _without_copies(tensors, state, module), {
+        "weights": {name: firsts[id(value)] for name, value in weights.items()},
+        "plain_weights": {name: value for name, value in weights.items() if not isinstance(value, Tensor)},
+    }
+
+
 def _split_state(
     number: int, state: Mapping[str, Any], named: Mapping[Any, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -235,9 +245,9 @@ def _split_state(
     }
 
 
-def _without_copies(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def _without_copies(tensors: dict[str, Tensor], state: str, module: nn.Module) -> dict[str, Tensor]:
     """Leave out what a lower rank writes: buffers differ between replicas, and the first one's are saved."""
-    parameters = {weight_key(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = {weight_key(name, state) for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {key: value for key, value in tensors.items() if key not in parameters}
     rank = dist.get_rank() if dist.is_initialized() else 0
     owners = dict(zip(buffers, find_owners(buffers.values()), strict=True))

@@ -94,14 +94,14 @@ def gather_optimizer_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
 def shard_module_state(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """Cut whole tensors the way the parameters of ``module`` are cut, without communication."""
     like = module.state_dict(keep_vars=True)
-    return {name: _cut_like(value, like.get(name)) for name, value in state.items()}
+    return {name: cut_like(value, like.get(name)) for name, value in state.items()}
 
 
 def shard_optimizer_state(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Cut a whole optimizer ``state_dict`` the way the parameters of ``optimizer`` are cut, without communication."""
     like = _by_key(state_dict, optimizer)
     state = {
-        key: {name: _cut_like(value, like[key]) for name, value in entry.items()} if key in like else entry
+        key: {name: cut_like(value, like[key]) for name, value in entry.items()} if key in like else entry
         for key, entry in state_dict["state"].items()
         if key not in like or not like[key].is_meta
     }
@@ -174,7 +174,8 @@ def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _cut_like(value: Any, like: Any) -> Any:
+def cut_like(value: Any, like: Any) -> Any:
+    """What this rank holds of ``value``, which every rank has whole, by the measure of ``like``; no communication."""
     if isinstance(like, Tensor) and like.is_meta:
         return like  # loading it changes nothing
     if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.ndim == 0:

@@ -92,6 +92,9 @@ class Sharding:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        # Within a forward FSDP2 keeps what it keeps until the backward, and one that was unwound never ended. The
+        # hooks with which it saves shards do not ask.
+        nn.Module.state_dict(self.module, keep_vars=True)
 
     def undo(self, gather: bool = True) -> None:
         """Put classes and hooks back, and whole plain parameters on the CPU in place of the shards.

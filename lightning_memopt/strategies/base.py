@@ -39,9 +39,9 @@ from lightning_memopt.parallel.moving import move_in_place
 from lightning_memopt.parallel.operators import teach_operators
 from lightning_memopt.parallel.refusal import StepRefused, failing_module
 from lightning_memopt.parallel.scalars import PlainScalars
+from lightning_memopt.strategies.averaging import AverageOfParts, share_averages
 from lightning_memopt.strategies.even_batches import EvenBatches
 from lightning_memopt.strategies.finetuning import unfreezing_by_identity
-from lightning_memopt.strategies.split_checks import refuse_averaging
 from lightning_memopt.strategies.termination import stopping_together
 from lightning_memopt.strategies.watched import WatchedStrategy
 
@@ -62,6 +62,7 @@ class MemoptStrategy(WatchedStrategy):
         # first module that has one.
         super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, **options)
         self._undo_patches = ExitStack()
+        self._averages: list[AverageOfParts] = []
 
     # What subclasses say of themselves
 
@@ -92,6 +93,11 @@ class MemoptStrategy(WatchedStrategy):
 
     def parallelize(self) -> None:
         """Take the module apart: own part first, then what is inside it (``super()``). All ranks together."""
+        module = self.lightning_module
+        assert module is not None
+        if self.splits_module and self.world_size > 1:
+            with self.refusals():
+                self._averages = share_averages(module.trainer, module, self.reshard, self.state_of)
 
     def undo(self, gather: bool) -> None:
         """Put the module back as the user wrote it: what is inside first (``super()``), then the own part.
@@ -100,6 +106,11 @@ class MemoptStrategy(WatchedStrategy):
             gather: Communicate to make it whole, on all ranks. ``False`` after a failure: where one rank failed the
                 others may be anywhere, and communicating would wait for it for ever.
         """
+        while self._averages:
+            self._averages.pop().undo(gather)
+
+    def reshard(self) -> None:
+        """Free what evaluation has gathered of the module, so that it has what this rank holds of it."""
 
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``training_step``, ``validation_step``, ``test_step`` or ``predict_step``."""
@@ -170,7 +181,6 @@ class MemoptStrategy(WatchedStrategy):
         separate_elements(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             if self.splits_module and self.world_size > 1:
-                refuse_averaging(type(self).__name__, trainer)
                 self._undo_patches.enter_context(unfreezing_by_identity())
             self._warn_of_batch_norm()
         if self.splits_module:

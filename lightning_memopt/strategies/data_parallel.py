@@ -179,9 +179,15 @@ class DataParallelStrategy(MemoptStrategy):
         return result
 
     @override
-    def on_validation_end(self) -> None:
+    def reshard(self) -> None:
+        super().reshard()
         if self._sharding is not None:
             self._sharding.reshard()
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        self.reshard()
 
     # Checkpoints
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -41,6 +42,12 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
             return (
                 "MicroBatching cannot work here: the pipeline splits batches into micro-batches itself. Leave it "
                 "out, and give `microbatches=`."
+            )
+        if isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
+            return (
+                "StochasticWeightAveraging cannot work here: at its end it has BatchNorm count all batches again, "
+                "in a pass without a backward, and a pipeline runs both in one. Use EMAWeightAveraging, which "
+                "averages what was counted while training, or `memopt_zero3`."
             )
     return None
 

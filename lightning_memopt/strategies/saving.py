@@ -15,7 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -66,15 +66,18 @@ class SavingStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        module = self.lightning_module
-        assert module is not None
-        if self.save != "full":
-            state = module.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones stay one
-            values = {id(value): value.detach() if isinstance(value, Tensor) else value for value in state.values()}
-            return {name: values[id(value)] for name, value in state.items()}
-        if not self.splits_module:
+        assert self.lightning_module is not None
+        if self.save == "full" and not self.splits_module:
             return super().lightning_module_state_dict()
-        return gather_module_state(module, keep=self.is_global_zero)
+        return self.state_of(self.lightning_module)
+
+    def state_of(self, module: nn.Module) -> dict[str, Any]:
+        """What of ``module``, of which this rank may hold parts, goes into a checkpoint; all ranks together."""
+        if self.save == "full":
+            return gather_module_state(module, keep=self.is_global_zero)
+        state = module.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones stay one
+        values = {id(value): value.detach() if isinstance(value, Tensor) else value for value in state.values()}
+        return {name: values[id(value)] for name, value in state.items()}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

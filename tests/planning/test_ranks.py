@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import takewhile
 
 import pytest
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -61,6 +61,13 @@ def test_the_state_in_few_bits_of_a_rank_is_predicted(strategy):
 )
 def test_gradients_that_a_rank_frees_in_the_backward_are_predicted(strategy):
     _assert_predicted("bert_qa", strategy, memopt.OptimizerInBackward)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["memopt_zero1", "memopt_zero3", "memopt_tp"])
+def test_the_average_that_a_rank_holds_is_predicted(strategy):
+    _assert_predicted("bert_qa", strategy, EMAWeightAveraging)
 
 
 PIPELINED = ("gpt2", "encoder", "llama", "t5", "bert_qa", "vit")

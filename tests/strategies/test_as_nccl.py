@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 import lightning_memopt as memopt
@@ -101,14 +102,19 @@ def test_no_device_holds_all_of_a_module_before_it_is_taken_apart(strategy: str)
     run_on_ranks(lambda: trainer_with(MAKE[strategy]()).fit(SeesMoves(), small_loader(), small_loader()), 2)
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "tp", "pp"])
+@pytest.mark.parametrize(
+    ("strategy", "averages"),
+    [("zero3", True), *((name, False) for name in ("zero3", "tp", "pp")),
+     *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("tp", "pp"))],
+)  # fmt: skip
 def test_evaluation_in_inference_mode_trains_and_validates_as_one_device(
-    strategy: str, monkeypatch: pytest.MonkeyPatch
+    strategy: str, averages: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fit(ranks: int, made: Any = "auto") -> dict[str, float]:
         # Lightning evaluates over gloo alone without it.
         monkeypatch.setattr(loop_utilities, "_distributed_is_initialized", lambda: False)
-        trainer = trainer_with(made, devices=ranks, max_epochs=2)
+        callbacks = [EMAWeightAveraging(decay=0.8)] if averages else []
+        trainer = trainer_with(made, devices=ranks, max_epochs=2, callbacks=callbacks)
         trainer.fit(module := Validates(), small_loader(), small_loader())
         return {**trainer.validate(module, small_loader())[0], "fit": float(trainer.callback_metrics["val_loss"])}
 

@@ -72,17 +72,6 @@ AVERAGING: dict[str, Callable[[], pl.Callback]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3", "tp", "pp"])
-def test_averages_of_whole_weights_are_refused_by_name_where_ranks_hold_parts(strategy: str) -> None:
-    def fit() -> None:
-        for name, make in AVERAGING.items():
-            trainer = trainer_with(MAKE[strategy](), callbacks=[make()])
-            with pytest.raises(MisconfigurationException, match=rf"Strategy: {name} cannot work here.*memopt_ddp"):
-                trainer.fit(Net(), small_loader())
-
-    run_on_ranks(fit, 2)
-
-
 @pytest.mark.parametrize("name", AVERAGING)
 def test_replicas_average_their_weights_as_one_device_does(name: str) -> None:
     def fit(ranks: int, strategy: Any) -> np.ndarray:
