@@ -18,14 +18,19 @@ def find_scalars(module: nn.Module) -> list[nn.Parameter]:
 def average_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> list[Callable[[], Any]]:
     """Have each backward pass average the gradients of ``parameters`` over ``mesh``, as FSDP2 does those of shards.
 
-    What was accumulated and averaged before is the same on all ranks, and so stays what it is.
+    What was accumulated and averaged before is the same on all ranks, and so stays what it is. Those that are frozen
+    may be trained later.
 
     Returns:
         What takes the hooks off again.
     """
-    average = partial(_average, mesh)
-    trained = [parameter for parameter in parameters if parameter.requires_grad and not parameter.is_meta]
-    return [parameter.register_post_accumulate_grad_hook(average).remove for parameter in trained]
+    removals = []
+    for parameter in [parameter for parameter in parameters if not parameter.is_meta]:
+        is_trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # torch hooks no other
+        removals.append(parameter.register_post_accumulate_grad_hook(partial(_average, mesh)).remove)
+        parameter.requires_grad_(is_trained)
+    return removals
 
 
 @torch.no_grad()

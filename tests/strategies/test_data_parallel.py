@@ -426,7 +426,7 @@ def test_batch_norm_is_warned_of_by_name(strategy):
 
 
 class Tempered(type(MLP.build())):  # type: ignore[misc]
-    """Has a scalar that trains, as CLIP does, and one that does not."""
+    """Has a scalar that trains, as CLIP does, and one that does so later."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__(dropout)
@@ -435,6 +435,9 @@ class Tempered(type(MLP.build())):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * self.temperature.exp() / self.frozen
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.frozen.requires_grad_(self.global_step > 1)
 
 
 @pytest.mark.parametrize("strategy", [*SHARDED, "memopt_tp", "memopt_hybrid"])
@@ -448,7 +451,7 @@ def test_scalars_stay_whole_and_train_as_on_one_device(strategy):
         return fit_zoo(entry, ranks, 4, extra=[kinds], **options), kinds.seen
 
     plain, _ = run_on_ranks(lambda: fit(1), 1)[0]
-    assert plain.weights["temperature"] != 1.0
+    assert plain.weights["temperature"] != 1.0 and plain.weights["frozen"] != 2.0
     for outcome, kinds in run_on_ranks(lambda: fit(2, strategy=given, sizes=sizes), 2):
         assert_same_outcome(plain, outcome)
         assert kinds == [nn.Parameter]
