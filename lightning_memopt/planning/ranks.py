@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.planning.lone_environment import LoneEnvironment
 from lightning_memopt.planning.own_chunks import cutting_own_chunks
+from lightning_memopt.planning.propagation import unseen_propagation
 from lightning_memopt.planning.space import Layout
 
 Value = TypeVar("Value")
@@ -45,7 +46,7 @@ def one_of_many(layout: Layout, stage: int = 0, **options: Any) -> Iterator[Stra
     rank = stage * (world // layout.sizes.pipeline)  # the pipeline is the outermost of the mesh's dimensions
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
-        with cutting_own_chunks():
+        with cutting_own_chunks(), unseen_propagation():
             yield _pretended(layout, rank, options)
     finally:
         dist.destroy_process_group()
