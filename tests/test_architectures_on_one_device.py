@@ -15,9 +15,9 @@ from tests.zoo.architectures import ARCHITECTURES
 pytestmark = pytest.mark.slow
 
 LANGUAGE_MODELS = [
-    "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "cohere", "stablelm", "mixtral", "qwen3_moe", "gpt_neox",
-    "opt", "bloom", "falcon", "mpt", "gptj", "gpt_bigcode", "mamba2", "roberta", "albert", "modernbert", "bart",
-    "marian", "whisper",
+    "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "cohere", "stablelm", "mixtral", "qwen3_moe", "gpt_oss",
+    "gpt_neox", "opt", "bloom", "falcon", "mpt", "gptj", "gpt_bigcode", "mamba2", "roberta", "albert", "modernbert",
+    "bart", "marian", "whisper",
 ]  # fmt: skip
 SHIFTED_AND_PADDED = ["qwen2", "opt", "bloom"]
 PADDED = ["roberta", "albert", "modernbert"]

@@ -26,13 +26,13 @@ from lightning_memopt.callbacks.fit_end import (
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
+from lightning_memopt.compression.graph import require_torch_pruning
 from lightning_memopt.compression.masks import Masks, find_sparsity
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import StructuredPruning, prune_structured
-from lightning_memopt.compression.units import require_torch_pruning
 from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from lightning_memopt.compression.graph import Call, output_tensors
 from lightning_memopt.compression.model_config import is_model_config
 from lightning_memopt.compression.slots import UnitGroup
-from lightning_memopt.compression.units import Call, output_tensors
 
 _WIDTH_NAMES = ("dim", "size", "width", "features", "channels", "hidden", "embed", "d_model", "inner")
 _NO_WIDTHS = (

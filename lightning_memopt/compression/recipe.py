@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_memopt.compression.choose import Choice, check_sparsity
 from lightning_memopt.compression.clustering import check_clusters, cluster_weights
+from lightning_memopt.compression.graph import Call
 from lightning_memopt.compression.masks import prune_weights
 from lightning_memopt.compression.quantize import packing, quantize
 from lightning_memopt.compression.ranges import Range
@@ -16,7 +17,6 @@ from lightning_memopt.compression.report import CompressionReport, compression_r
 from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.compression.structured import prune_structured
-from lightning_memopt.compression.units import Call
 
 _SELECTS = ("include", "exclude")
 _KNOWN = {

@@ -222,7 +222,7 @@ def _kind(parameter: Tensor, place: _Place) -> Kind | None:
 
 
 def _why_not(parameter: Tensor, place: _Place) -> str:
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or place.attribute.endswith("_bias"):  # stacked experts have one each
         return "a bias, a scale or another vector: few bytes, and sensitive"
     if ".parametrizations." in f".{place.name}":
         return "an original from which a parametrization computes the weight; remove the parametrization first"

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from lightning_memopt.compression.cutting import Smaller, Trials
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
+from lightning_memopt.compression.graph import Call
 from lightning_memopt.compression.model_config import update_configs
 from lightning_memopt.compression.slots import Slot, UnitGroup
-from lightning_memopt.compression.units import Call, find_units
+from lightning_memopt.compression.units import find_units
 from lightning_memopt.models.compiled import uncompiled
 from lightning_memopt.models.experts import holds_experts, output_dim
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show

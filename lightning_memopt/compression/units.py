@@ -5,41 +5,23 @@ https://arxiv.org/abs/2301.12900), taught Hugging Face's ``Conv1D``. Attention i
 track of which feature is whose between splits, rotations and repeated keys: heads are read from the layers.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.compression.concatenated import complete_copies
 from lightning_memopt.compression.fused import Fused, find_fused
+from lightning_memopt.compression.graph import Call, follow, is_conv1d, require_torch_pruning
 from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
 from lightning_memopt.compression.traceable import traceable
 from lightning_memopt.compression.unreached import add_unreached
 from lightning_memopt.models.heads import Heads
 from lightning_memopt.models.linear_groups import LinearGroup, find_linear_groups
 from lightning_memopt.models.linears import read_linear
-
-Call = Callable[[nn.Module], Any]
-"""Runs a module once on real inputs and returns what its loss is computed from, or the loss."""
-
-
-def require_torch_pruning() -> None:
-    """Raise where the package that follows a module is missing.
-
-    Raises:
-        ModuleNotFoundError: Says what installs it.
-    """
-    try:
-        import torch_pruning  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'structured pruning needs torch-pruning, which is not installed: pip install "lightning-memopt[prune]"'
-        ) from error
 
 
 def find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
@@ -74,7 +56,7 @@ def _find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
         slot.module
         for group in known
         for slot in group.slots
-        if slot.name == "weight" and slot.dimension == int(_is_conv1d(slot.module))
+        if slot.name == "weight" and slot.dimension == int(is_conv1d(slot.module))
     ]
     attentions = [group for group in known if group.kind == "heads"]
     for group in _find_channels(module, call, names, columns):
@@ -146,41 +128,8 @@ def _find_channels(
     module: nn.Module, call: Call, names: Mapping[int, str], columns: Sequence[nn.Module]
 ) -> Iterator[UnitGroup]:
     """Groups of the dependency graph; it is not asked for those that start within an attention."""
-    import torch_pruning
-
-    lost: list[nn.Module] = []
-
-    class Graph(torch_pruning.DependencyGraph):
-        def get_pruning_group(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
-            try:
-                return super().get_pruning_group(layer, *arguments, **options)
-            except (IndexError, ZeroDivisionError):  # 1.6: some splits, as into a start and an end
-                lost.append(layer)
-                return []
-
-    graph = Graph()
-    transposed = {type(child) for child in module.modules() if _is_conv1d(child)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                module,
-                example_inputs=(),
-                # Times one, so that what comes out is never straight from a layer: the graph then sees an output.
-                forward_fn=lambda model, _: [leaf * 1 for leaf in output_tensors(call(model))],
-                unwrapped_parameters=[(table.weight, 1) for table in _tables_read_by_hand(module, call)],
-                customized_pruners={kind: _conv1d_pruner(torch_pruning) for kind in transposed},
-                verbose=False,
-            )
-            roots = (_ConvNd, nn.Linear, nn.Embedding, *transposed)
-            found = list(graph.get_all_groups(ignored_layers=list(columns), root_module_types=roots))
-    except Exception as error:
-        raise ValueError(
-            f"{type(module).__name__} cannot be pruned by structure: following one run of it failed with "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}. Prune single "
-            'weights instead (method="magnitude"), or give a call that runs it in plain PyTorch'
-        ) from error
-    yield from (_read_group(graph, items, names) for items in found if items)
+    graph, found, lost = follow(module, call, columns)
+    yield from (_read_group(graph, items, names) for items in found)
     for layer in lost:
         reason = "where they go is split in a way that cannot be followed"
         yield UnitGroup(names.get(id(layer), "?"), "channels", 0, reason=reason)
@@ -242,7 +191,7 @@ def _layer_slots(layer: nn.Module, units: Mapping[int, int], is_output: bool) ->
                 yield _slot(layer, "bias", 0, units)
         else:
             yield _slot(layer, "weight", 1 - int(layer.transposed), units)
-    elif isinstance(layer, nn.Linear) or _is_conv1d(layer):
+    elif isinstance(layer, nn.Linear) or is_conv1d(layer):
         places = (_outputs if is_output else _inputs)(layer, torch.empty(0))
         yield from (_slot(slot.module, slot.name, slot.dimension, units) for slot in places)
     elif isinstance(layer, _NormBase | nn.PReLU):
@@ -255,24 +204,6 @@ def _layer_slots(layer: nn.Module, units: Mapping[int, int], is_output: bool) ->
         yield _slot(layer, "weight", 1, units)
 
 
-def _tables_read_by_hand(module: nn.Module, call: Call) -> list[nn.Embedding]:
-    """Embeddings that are not called: positions of which ``weight[:length]`` is taken."""
-    called: list[nn.Module] = []
-    tables = [child for child in module.modules() if isinstance(child, nn.Embedding)]
-    hooks = [table.register_forward_hook(lambda table, *_: called.append(table)) for table in tables]
-    try:
-        call(module)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shared = [parameter for child in module.modules() for parameter in child._parameters.values()]
-    return [
-        table
-        for table in tables
-        if table not in called and sum(table.weight is parameter for parameter in shared) == 1
-    ]
-
-
 def _slot(module: nn.Module, name: str, dimension: int, units: Mapping[int, int]) -> Slot:
     of = torch.full((getattr(module, name).shape[dimension],), -1)
     of[list(units)] = torch.tensor(list(units.values()))
@@ -280,12 +211,12 @@ def _slot(module: nn.Module, name: str, dimension: int, units: Mapping[int, int]
 
 
 def _outputs(layer: nn.Module, units: Tensor) -> list[Slot]:
-    slots = [Slot(layer, "weight", 1 if _is_conv1d(layer) else 0, units)]
+    slots = [Slot(layer, "weight", 1 if is_conv1d(layer) else 0, units)]
     return slots if layer.bias is None else [*slots, Slot(layer, "bias", 0, units)]
 
 
 def _inputs(layer: nn.Module, units: Tensor) -> list[Slot]:
-    return [Slot(layer, "weight", 0 if _is_conv1d(layer) else 1, units)]
+    return [Slot(layer, "weight", 0 if is_conv1d(layer) else 1, units)]
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -300,34 +231,3 @@ def _owner(model: nn.Module, parameter: nn.Parameter) -> tuple[nn.Module, str]:
             if other is parameter:
                 return module, name
     raise LookupError("a parameter of the trace is no parameter of the model")
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors with gradients in what a call returned; a cache of keys and values is no output."""
-    if isinstance(output, Mapping):
-        output = {name: value for name, value in output.items() if name != "past_key_values"}
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    shape = read_linear(module)
-    return shape is not None and shape.transposed
-
-
-def _conv1d_pruner(torch_pruning: Any) -> Any:
-    """Tells torch-pruning's graph that a ``Conv1D`` has outputs and inputs. Nothing is removed through it."""
-
-    class Conv1DPruner(torch_pruning.BasePruningFunc):
-        def prune_out_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
-            return layer
-
-        def prune_in_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
-            return layer
-
-        def get_out_channels(self, layer: Any) -> int:
-            return layer.weight.shape[1]
-
-        def get_in_channels(self, layer: Any) -> int:
-            return layer.weight.shape[0]
-
-    return Conv1DPruner()

@@ -26,8 +26,6 @@ def add_unreached(module: nn.Module, groups: Sequence[UnitGroup], names: Mapping
         names: Qualified names of its modules, by their ids.
     """
     held = {id(tensor) for child in module.modules() if read_experts(child) for tensor in child._parameters.values()}
-    for group in groups:  # the graph takes the inputs of experts for their outputs
-        group.slots = [slot for slot in group.slots if id(slot.tensor) not in held]
     reached = {id(slot.tensor) for group in groups for slot in group.slots}
     for group, slot in [*_beside_heads(module, groups), *_of_streams(module, groups, names)]:
         if id(slot.tensor) not in reached:
@@ -37,7 +35,7 @@ def add_unreached(module: nn.Module, groups: Sequence[UnitGroup], names: Mapping
 
 
 def _beside_heads(module: nn.Module, groups: Sequence[UnitGroup]) -> Iterator[tuple[UnitGroup, Slot]]:
-    """Norms over all heads at once, and tables with a column for each head, such as biases of positions."""
+    """Norms over all heads at once, and what has a column for each, such as biases of positions, or a number."""
     attentions = [group for group in groups if group.heads is not None and group.reason is None]
     slots = {id(group): list(_in_attention(module.get_submodule(group.name), group)) for group in attentions}
     for group in attentions:
@@ -65,7 +63,7 @@ def _in_attention(owner: nn.Module, group: UnitGroup) -> Iterator[Slot]:
                 if len(tensor) in (heads.width, len(keys)):
                     units = keys if len(tensor) == len(keys) else by_query.repeat_interleave(heads.size)
                     yield Slot(child, name, 0, units)
-            elif not is_norm and tensor.ndim > 1 and list(tensor.shape).count(heads.queries) == 1:
+            elif not is_norm and list(tensor.shape).count(heads.queries) == 1:
                 yield Slot(child, name, list(tensor.shape).index(heads.queries), by_query)
 
 

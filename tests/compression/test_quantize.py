@@ -222,8 +222,8 @@ _CLOSE = {"int8_dynamic": 0.04, "int8_static": 0.06, "bf16": 0.02}
 they are the same, and in bf16 products may be."""
 
 _LEFT = {
-    "mixtral": "router", "qwen3_moe": "router", "swin": "RelativePositionBias", "dinov2": "Embeddings",
-    "beit": "Embeddings", "patchtst": "PositionalEncoding", "wav2vec2": "parametrization",
+    "mixtral": "router", "qwen3_moe": "router", "gpt_oss": "router", "swin": "RelativePositionBias",
+    "dinov2": "Embeddings", "beit": "Embeddings", "patchtst": "PositionalEncoding", "wav2vec2": "parametrization",
     "hubert": "parametrization",
 }  # fmt: skip
 """What of which architecture is left besides vectors: a word of each reason."""

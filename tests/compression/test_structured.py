@@ -360,6 +360,46 @@ def test_copies_of_features_gates_between_others_and_tied_ends_are_cut_where_the
     assert module.head.weight is module.embed.weight and module.embed.weight.shape == (10, 4)
 
 
+class Drifting(nn.Module):
+    """What is added to each feature comes from two others: the graph goes from one to the next without end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        self.gates = nn.ParameterList(nn.Parameter(torch.randn(32, 64) / 10) for _ in range(4))
+        self.hidden, self.last = nn.Linear(32, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        for gate in self.gates:
+            both = x @ gate
+            x = x + both[..., ::2].sigmoid() * both[..., 1::2]
+        return self.last(self.hidden(x).relu())
+
+
+def test_features_that_are_followed_without_end_are_left_and_named_and_the_rest_is_removed():
+    found = prune_structured(Drifting(), 0.5, lambda module: module(torch.ones(2, 8)))
+    assert found.removed == {"hidden": (24, 12)}
+    assert "cannot be followed" in found.skipped["first"]
+
+
+class Joined(nn.Module):
+    """A hundred layers side by side: many neighbours, and no walk without end."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(8, 4) for _ in range(100))
+        self.last = nn.Linear(400, 4)
+
+    def forward(self, x):
+        return self.last(torch.cat([part(x).relu() for part in self.parts], -1))
+
+
+def test_features_that_are_joined_with_those_of_many_layers_are_removed():
+    found = prune_structured(Joined(), 0.5, lambda module: module(torch.ones(2, 8)))
+    assert found.removed == {f"parts.{place}": (4, 2) for place in range(100)}
+
+
 class Grouped(nn.Module):
     """An attention of grouped queries in one layer, each group's queries beside its key and value, within another."""
 

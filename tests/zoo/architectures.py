@@ -145,6 +145,7 @@ _LIST = [
         "qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _causal, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=32, **_DECODER,
     ),
+    _entry("gpt_oss", "GptOssForCausalLM", "GptOssConfig", _causal, sliding_window=8, **_DECODER, **_MOE),
     _entry("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", _causal, **_TEXT, use_cache=False),
     _entry(
         "opt", "OPTForCausalLM", "OPTConfig", _masked, ffn_dim=64, word_embed_proj_dim=32, use_cache=False, **_TEXT
@@ -229,5 +230,5 @@ _LIST = [
 
 ARCHITECTURES: dict[str, Entry] = {entry.name: entry for entry in _LIST}
 
-IN_SINGLE_PRECISION = ("mixtral", "qwen3_moe")
+IN_SINGLE_PRECISION = ("mixtral", "qwen3_moe", "gpt_oss")
 """torch has no grouped products of doubles."""

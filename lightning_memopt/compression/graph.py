@@ -1,0 +1,157 @@
+"""Follow a run of a module by torch-pruning's dependency graph, taught Hugging Face's ``Conv1D``, and to an end."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from lightning_memopt.models.linears import read_linear
+
+Call = Callable[[nn.Module], Any]
+"""Runs a module once on real inputs and returns what its loss is computed from, or the loss."""
+
+
+def require_torch_pruning() -> None:
+    """Raise where the package that follows a module is missing.
+
+    Raises:
+        ModuleNotFoundError: Says what installs it.
+    """
+    try:
+        import torch_pruning  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'structured pruning needs torch-pruning, which is not installed: pip install "lightning-memopt[prune]"'
+        ) from error
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer whose weight is stored as ``(inputs, outputs)``."""
+    shape = read_linear(module)
+    return shape is not None and shape.transposed
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors with gradients in what a call returned; a cache of keys and values is no output."""
+    if isinstance(output, Mapping):
+        output = {name: value for name, value in output.items() if name != "past_key_values"}
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+
+
+MOST_VISITS = 32
+"""How often a walk through the graph may come to one of its nodes: the most in 50 architectures is six."""
+
+
+class _NoEnd(Exception):
+    """A walk goes round in the graph, with other features each time."""
+
+
+class _Visited(list[Any]):
+    """The dependencies of a node, which a walk asks for at each of its visits."""
+
+    left = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise _NoEnd
+        return super().__iter__()
+
+
+def follow(module: nn.Module, call: Call, ignored: Sequence[nn.Module]) -> tuple[Any, list[Any], list[nn.Module]]:
+    """Follow a run of ``module``.
+
+    Args:
+        module: A module that is ready to be followed.
+        call: Runs it.
+        ignored: Layers whose outputs are known already, so that no group begins there.
+
+    Returns:
+        The graph, torch-pruning's groups, and the layers of which it cannot be told where their outputs go.
+
+    Raises:
+        ValueError: The module cannot be traced.
+    """
+    import torch_pruning
+
+    lost: list[nn.Module] = []
+
+    class Graph(torch_pruning.DependencyGraph):
+        def build_dependency(self, *arguments: Any, **options: Any) -> Any:
+            super().build_dependency(*arguments, **options)
+            for node in self.module2node.values():
+                node.dependencies = _Visited(node.dependencies)
+            return self
+
+        def get_pruning_group(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
+            for node in self.module2node.values():  # which are read once for each neighbour, before the walk
+                node.dependencies.left = MOST_VISITS + 4 * len(node.dependencies)
+            try:
+                return super().get_pruning_group(layer, *arguments, **options)
+            except (IndexError, ZeroDivisionError, _NoEnd):  # 1.6: some splits, as into a start and an end
+                lost.append(layer)
+                return []
+
+    graph = Graph()
+    transposed = {type(child) for child in module.modules() if is_conv1d(child)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                module,
+                example_inputs=(),
+                # Times one, so that what comes out is never straight from a layer: the graph then sees an output.
+                forward_fn=lambda model, _: [leaf * 1 for leaf in output_tensors(call(model))],
+                unwrapped_parameters=[(table.weight, 1) for table in _tables_read_by_hand(module, call)],
+                customized_pruners={kind: _conv1d_pruner(torch_pruning) for kind in transposed},
+                verbose=False,
+            )
+            roots = (_ConvNd, nn.Linear, nn.Embedding, *transposed)
+            found = list(graph.get_all_groups(ignored_layers=list(ignored), root_module_types=roots))
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be pruned by structure: following one run of it failed with "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}. Prune single "
+            'weights instead (method="magnitude"), or give a call that runs it in plain PyTorch'
+        ) from error
+    return graph, [items for items in found if items], lost
+
+
+def _tables_read_by_hand(module: nn.Module, call: Call) -> list[nn.Embedding]:
+    """Embeddings that are not called: positions of which ``weight[:length]`` is taken."""
+    called: list[nn.Module] = []
+    tables = [child for child in module.modules() if isinstance(child, nn.Embedding)]
+    hooks = [table.register_forward_hook(lambda table, *_: called.append(table)) for table in tables]
+    try:
+        call(module)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = [parameter for child in module.modules() for parameter in child._parameters.values()]
+    return [
+        table
+        for table in tables
+        if table not in called and sum(table.weight is parameter for parameter in shared) == 1
+    ]
+
+
+def _conv1d_pruner(torch_pruning: Any) -> Any:
+    """Tells torch-pruning's graph that a ``Conv1D`` has outputs and inputs. Nothing is removed through it."""
+
+    class Conv1DPruner(torch_pruning.BasePruningFunc):
+        def prune_out_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
+            return layer
+
+        def prune_in_channels(self, layer: nn.Module, indices: Any) -> nn.Module:
+            return layer
+
+        def get_out_channels(self, layer: Any) -> int:
+            return layer.weight.shape[1]
+
+        def get_in_channels(self, layer: Any) -> int:
+            return layer.weight.shape[0]
+
+    return Conv1DPruner()
