@@ -86,9 +86,9 @@ def choose_pruned(
 ) -> Iterator[tuple[Weight, Tensor]]:
     """Which elements to prune so that a share ``sparsity`` is, in all: a target, not an addition.
 
-    No more is pruned than that, and ties are broken by position, so that the result depends on the values alone. What
-    is found is exact, without a sort and without the scores of all weights at once: the threshold is narrowed down
-    byte by byte over histograms.
+    No more is pruned than that, at least one element stays, and ties are broken by position, so that the result
+    depends on the values alone. What is found is exact, without a sort and without the scores of all weights at once:
+    the threshold is narrowed down byte by byte over histograms.
 
     Args:
         weights: What to choose from. Sharded ones are gathered one at a time, by all ranks together.
@@ -108,7 +108,8 @@ def choose_pruned(
         return _read_keys(weight, choice, before(weight) if before else None)
 
     for group in [list(weights)] if choice.scope == "global" else [[weight] for weight in weights]:
-        budget = round(sparsity * sum(weight.parameter.numel() for weight in group))
+        total = sum(weight.parameter.numel() for weight in group)
+        budget = min(round(sparsity * total), total - 1)  # less than all
         threshold, rest = _find_threshold(group, keys_of, budget)
         for weight in group:
             keys = keys_of(weight)

@@ -160,6 +160,14 @@ def test_an_amount_that_is_no_share_is_refused(amount):
         prune_weights(_net(), amount)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_share_just_below_all_leaves_one_element(scope):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+    prune_weights(net, 0.999999, scope=scope)
+    left = [int(layer.weight.count_nonzero()) for layer in net]
+    assert left == [1, 1] if scope == "layer" else sum(left) == 1
+
+
 @pytest.mark.parametrize(("how", "message"), [({"method": "l1"}, "method='l1'"), ({"scope": "all"}, "scope='all'")])
 def test_an_unknown_method_or_scope_is_refused(how, message):
     with pytest.raises(ValueError, match=message):
