@@ -81,7 +81,7 @@ class FitEndCallback(ReportingCallback):
         if holds_fakes(pl_module) or getattr(trainer.strategy, "splits_module", False):
             return
         if self._gate is not None:
-            with isolate_rng():
+            with isolate_rng(), named_errors(self):
                 self._gate.check(validate_now(trainer, pl_module, batches=1))
 
     @override
@@ -89,7 +89,8 @@ class FitEndCallback(ReportingCallback):
         logged = trainer.callback_metrics
         is_known = logged or not trainer.sanity_checking  # where Lightning leaves out those of several loaders
         if self._gate is not None and trainer.state.fn == TrainerFn.FITTING and is_known:
-            self._gate.check(logged)
+            with named_errors(self):
+                self._gate.check(logged)
 
     def _export(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | Path | None:
         """Write what was not refused, and return where."""

@@ -108,11 +108,11 @@ class PruneOnFitEnd(FitEndCallback):
         mode: Literal["min", "max"] = "max",
         export_path: str | Path | None = None,
     ) -> None:
-        super().__init__(max_metric_drop, monitor, mode, export_path)
         self.amount = amount
         self._is_structured = method == "structured"
         self._batch: Any = None
         with named_errors(self):
+            super().__init__(max_metric_drop, monitor, mode, export_path)
             self._which = WeightFilter(include, exclude, embeddings)
             check_sparsity(amount)
             self._choice = _choice_of(method, amount, pattern, scope, seed)

@@ -106,7 +106,8 @@ class PolynomialSparsity:
                 f"initial={self.initial!r} is not below final={self.final!r}; what is pruned stays pruned, "
                 "so sparsity can only grow."
             )
-        if self.end_step <= self.begin_step or self.frequency < 1 or not self.power > 0:
+        is_number = isinstance(self.power, int | float)
+        if self.end_step <= self.begin_step or self.frequency < 1 or not (is_number and self.power > 0):
             raise ValueError(
                 f"{self} has no way to go: end_step must be after begin_step, frequency at least 1, power positive."
             )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
+from lightning_memopt.compression.choose import check_sparsity
 from lightning_memopt.compression.cutting import Smaller, Trials
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.graph import Call
@@ -88,8 +89,7 @@ def prune_structured(
         >>> prune_structured(net, 0.5, lambda net: net(torch.ones(1, 4))).removed
         {'0': (8, 4)}
     """
-    if not 0 < amount < 1:
-        raise ValueError(f"amount={amount!r} is no share that can be removed; give a number between 0 and 1")
+    check_sparsity(amount)
     before, call = _count(module), uncompiled(call)
     plan = plan_structured(module, amount, call, include=include, exclude=exclude, scores=scores)
     if not plan.kept:  # all that can be removed has been

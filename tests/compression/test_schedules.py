@@ -29,6 +29,7 @@ def test_the_polynomial_goes_from_initial_to_final_in_steps_of_frequency_and_nev
         (lambda: PolynomialSparsity("0", 0.8, 0, 10), "initial='0' is no share"),
         (lambda: PolynomialSparsity(float("nan"), 0.8, 0, 10), "initial=nan is no share"),
         (lambda: PolynomialSparsity(0.0, 0.8, 0, 10, power=float("nan")), "power positive"),
+        (lambda: PolynomialSparsity(0.0, 0.8, 0, 10, power="3"), "power positive"),
         (lambda: PolynomialSparsity(0.0, 0.8, 0, 10, frequency=None), "frequency=None is no number"),
         (lambda: PolynomialSparsity(0.9, 0.8, 0, 10), "initial=0.9 is not below final=0.8"),
         (lambda: PolynomialSparsity(0.0, 1.5, 0, 10), "final=1.5 is no share"),

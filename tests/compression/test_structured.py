@@ -270,7 +270,7 @@ def test_what_cannot_be_traced_matches_nothing_or_is_no_share_is_refused_by_name
 
     with pytest.raises(ValueError, match=r"Untraceable cannot be pruned by structure.*no run without a server"):
         prune_structured(Untraceable(), 0.5, lambda m: m(IMAGES))
-    for amount in (0, 1, 1.5, -0.2, float("nan")):
+    for amount in (0, 1, 1.5, -0.2, float("nan"), "0.5"):
         with pytest.raises(ValueError, match="is no share"):
             prune_structured(_cnn(), amount, lambda m: m(IMAGES))
     with pytest.raises(ValueError, match="'decoder' matches no module"):

@@ -1,7 +1,7 @@
 """Say before anything is computed that a folder cannot be written."""
 
-import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import nn
 
@@ -32,6 +32,9 @@ def check_destination(path: str | Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`{path}` is a file, and a compressed module is a folder. Name another.")
     above = next(part for part in folder.parents if part.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        reason = "may not be written" if above.is_dir() else "is a file"
-        raise ValueError(f"`{path}` cannot be made, since `{above}` {reason}. Name another folder.")
+    if not above.is_dir():
+        raise ValueError(f"`{path}` cannot be made, since `{above}` is a file. Name another folder.")
+    try:
+        TemporaryDirectory(dir=above).cleanup()  # permissions do not tell all, such as full or special file systems
+    except OSError as error:
+        raise ValueError(f"`{path}` cannot be made in `{above}`: {error.strerror}. Name another folder.") from error
