@@ -296,7 +296,8 @@ class Gate:
     mode: Literal["min", "max"] = "max"
 
     def __post_init__(self) -> None:
-        if not self.max_drop >= 0 or self.mode not in ("min", "max"):
+        is_number = isinstance(self.max_drop, int | float) and not isinstance(self.max_drop, bool)
+        if not (is_number and self.max_drop >= 0) or self.mode not in ("min", "max"):
             raise MisconfigurationException(
                 f"max_metric_drop={self.max_drop!r} with mode={self.mode!r}: give a drop of at least "
                 "0, and 'min' or 'max'."

@@ -28,6 +28,12 @@ def has_its_layers(module: pl.LightningModule) -> bool:
     return not is_overridden("configure_model", module) and not is_overridden("setup", module)
 
 
+def steps_if_fewer(trainer: pl.Trainer, module: pl.LightningModule, than: int) -> int | None:
+    """How many optimizer steps training takes, where it is known that these are fewer."""
+    steps = trainer.estimated_stepping_batches  # -1 where nobody knows
+    return int(steps) if module.automatic_optimization and 0 <= steps < than else None
+
+
 class ReleasingCallback(Callback):
     """Lets the module go when training ends, whichever way it does."""
 
@@ -138,9 +144,9 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
             self._held.load_state_dict(self._state)
         self._held.hold(trainer.optimizers, lambda: self._reach(trainer, trainer.global_step + 1))
         self._reach(trainer, trainer.global_step)
-        steps = trainer.estimated_stepping_batches  # -1 where nobody knows
-        if pl_module.automatic_optimization and 0 <= steps < (self._last_step or 0):
-            rank_zero_warn(f"{type(self).__name__}: {self._say_too_short(int(steps))}")
+        steps = steps_if_fewer(trainer, pl_module, self._last_step or 0)
+        if steps is not None:
+            rank_zero_warn(f"{type(self).__name__}: {self._say_too_short(steps)}")
 
     def _reach(self, trainer: pl.Trainer, step: int) -> None:
         # Within the step, before any other callback sees or saves the weights; Lightning counts it afterwards.

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_time import ReleasingCallback
+from lightning_memopt.callbacks.fit_time import ReleasingCallback, steps_if_fewer
 from lightning_memopt.callbacks.quantize_on_fit_end import QuantizeOnFitEnd
 from lightning_memopt.compression.fake_quantize import FakeQuantization
 from lightning_memopt.compression.quantize import Scheme
@@ -42,8 +43,8 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         export_path: A folder to write the result to.
 
     Raises:
-        MisconfigurationException: Before the first step: a step is negative or out of order, or the strategy shards
-            the weights, and as for ``QuantizeOnFitEnd``.
+        MisconfigurationException: Before the first step: a step is out of range, what is not made is to be judged or
+            written, the strategy shards the weights, and as for ``QuantizeOnFitEnd``.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[QuantizationAwareTraining("int8", start_step=500)], logger=False)
@@ -71,6 +72,16 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
             check_step(start_step, "start_step")
             if freeze_observers_step is not None:
                 check_step(freeze_observers_step, "freeze_observers_step")
+            if freeze_observers_step == 0:
+                raise ValueError(
+                    "freeze_observers_step=0 freezes ranges before anything is seen. Give 1 or more, or None to "
+                    "follow the inputs to the end."
+                )
+            if not convert_on_fit_end and (export_path is not None or self._gate is not None):
+                raise ValueError(
+                    "convert_on_fit_end=False leaves nothing to judge by max_metric_drop or to write to export_path. "
+                    "Leave these out, or convert."
+                )
             if scheme in ("fp16", "bf16"):
                 raise ValueError(f"scheme={scheme!r} rounds too little to train for. Use QuantizeOnFitEnd.")
         self.start_step = start_step
@@ -101,6 +112,12 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
             )
         super().on_train_start(trainer, pl_module)
         self._fake = FakeQuantization(pl_module, self.scheme, self._which, self._ranges)
+        steps = steps_if_fewer(trainer, pl_module, self.start_step + 1)
+        if steps is not None:
+            rank_zero_warn(
+                f"QuantizationAwareTraining: rounding begins after step {self.start_step}, and training ends after "
+                f"{steps}: nothing will have been trained for it."
+            )
         self._follow(trainer)
 
     @override

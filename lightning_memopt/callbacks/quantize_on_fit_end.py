@@ -92,8 +92,8 @@ class QuantizeOnFitEnd(FitEndCallback):
             super().__init__(max_metric_drop, monitor, mode, export_path)
             self._which = WeightFilter(include, exclude, embeddings=True)
             packing(scheme)
-            if calibration_batches < 1:
-                raise ValueError(f"calibration_batches={calibration_batches} sees no data; give 1 or more.")
+            if not isinstance(calibration_batches, int) or calibration_batches < 1:
+                raise ValueError(f"calibration_batches={calibration_batches!r} sees no data; give 1 or more.")
             if back_off and self._gate is None:
                 raise ValueError("back_off=True has nothing to keep to without max_metric_drop; give one.")
             if inplace and self._gate is not None:

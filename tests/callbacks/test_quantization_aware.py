@@ -166,8 +166,9 @@ def test_compiled_parts_are_rounded_from_the_same_steps_on_and_not_after_trainin
 def test_before_its_first_step_training_is_plain():
     entry = ZOO["gpt2"]
     plain = train(entry.build(), entry.loader(batches=4), steps=4)
-    callback = QuantizationAwareTraining("int8", start_step=100, convert_on_fit_end=False)
-    run = train(entry.build(), entry.loader(batches=4), steps=4, callbacks=[callback])
+    callback = QuantizationAwareTraining("int8", start_step=4, convert_on_fit_end=False)
+    with pytest.warns(UserWarning, match="rounding begins after step 4, and training ends after 4"):
+        run = train(entry.build(), entry.loader(batches=4), steps=4, callbacks=[callback])
     assert all(torch.equal(run.weights[key], plain.weights[key]) for key in plain.weights)
     assert callback.quantized is None
 
@@ -279,6 +280,9 @@ def test_the_memory_of_rounding_in_each_forward_is_predicted(scheme):
         ({"scheme": "bf16"}, "Use QuantizeOnFitEnd"),
         ({"start_step": -1}, "start_step"),
         ({"freeze_observers_step": -2}, "freeze_observers_step"),
+        ({"freeze_observers_step": 0}, "before anything is seen"),
+        ({"convert_on_fit_end": False, "export_path": "net"}, "leaves nothing"),
+        ({"convert_on_fit_end": False, "max_metric_drop": 0.1, "monitor": "x"}, "leaves nothing"),
         ({"scheme": "int9"}, "possible are"),
     ],
 )

@@ -309,6 +309,8 @@ def test_what_cannot_be_done_is_said_before_the_first_step(make, module, options
         ({"scheme": "int2"}, "possible are"),
         ({"back_off": True}, "without max_metric_drop"),
         ({"calibration_batches": 0}, "sees no data"),
+        ({"calibration_batches": "4"}, "sees no data"),
+        ({"max_metric_drop": "0.1", "monitor": "x"}, "at least 0"),
         ({"max_metric_drop": -1.0}, "at least 0"),
         ({"max_metric_drop": 0.1, "inplace": True}, "cannot be refused"),
     ],
