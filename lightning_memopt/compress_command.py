@@ -52,6 +52,7 @@ def _compress(options: argparse.Namespace) -> None:
     from lightning_memopt.compression.executorch import export_executorch
     from lightning_memopt.compression.onnx import export_onnx
     from lightning_memopt.compression.recipe import Recipe
+    from lightning_memopt.models.example import call_with
 
     recipe = Recipe.from_yaml(options.recipe)
     check_destination(options.out)
@@ -62,7 +63,7 @@ def _compress(options: argparse.Namespace) -> None:
     programs = [(option, path) for option in ("onnx", "executorch") if (path := getattr(options, option)) is not None]
     for option, path in programs:
         _check_program(option, path, module, inputs)
-    report = recipe.apply(module, None if inputs is None else lambda module: _call(module, inputs))
+    report = recipe.apply(module, None if inputs is None else lambda module: call_with(module, inputs))
     folder = save_compressed(module, options.out)
     written = sum(file.stat().st_size for file in folder.iterdir())
     report = replace(report, disk_bytes_after=written)
@@ -92,9 +93,3 @@ def _check_file(option: str, path: str) -> None:
 
     if Path(path).is_dir():
         raise ValueError(f"--{option} {path} is a folder; name a file")
-
-
-def _call(module: Any, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return module(**inputs)
-    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)

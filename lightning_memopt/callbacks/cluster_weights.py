@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import refuse_behind_quantization, time_example, validate_if_possible
+from lightning_memopt.callbacks.fit_end import refuse_behind_quantization, validate_if_possible
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.callbacks.gradual_pruning import GradualPruning
 from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd
+from lightning_memopt.callbacks.timing import time_example
 from lightning_memopt.compression.clustering import Clusters, Init, apply_clusters, check_clusters
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import check_step
@@ -44,7 +45,7 @@ class ClusterWeights(HoldingCallback):
 
     Attributes:
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with latencies
-            where the module has a tensor as ``example_input_array``, and, where it validates, metrics at the end and
+            where the module has samples as ``example_input_array``, and, where it validates, metrics at the end and
             before: just before, or, of values that train, those of the last validation before they were found (none
             where that is before the first one; a run that is resumed has those of the one that it goes on with);
             ``None`` before the end.

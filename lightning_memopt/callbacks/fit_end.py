@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -24,7 +23,6 @@ from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.reporting import ReportingCallback, Returned
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.container.destination import check_destination, check_types
-from lightning_memopt.compression.latency import Latency, compare_latency
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.planning.quiet import quiet_lightning
@@ -252,33 +250,6 @@ def _schedulers_kept(trainer: pl.Trainer) -> Iterator[list[Any]]:
             scheduler.load_state_dict(state)
         for group, setting in zip(groups, settings, strict=True):
             group.update(setting)
-
-
-def has_example(module: pl.LightningModule) -> bool:
-    """Whether there is something to time ``module`` on: a tensor of samples as ``example_input_array``."""
-    inputs = module.example_input_array
-    return isinstance(inputs, torch.Tensor) and inputs.dim() > 0
-
-
-def time_example(trainer: pl.Trainer, before: pl.LightningModule, after: pl.LightningModule) -> tuple[Latency, ...]:
-    """Time both, not compiled, on ``before.example_input_array`` and on its first sample, where it is a tensor."""
-    if not has_example(before):
-        return ()
-    inputs: Any = before.example_input_array
-    precision = trainer.precision_plugin
-    inputs = precision.convert_input(inputs.to(before.device))
-    modes = {part: part.training for module in (before, after) for part in module.modules()}
-    before.eval(), after.eval()
-    try:
-        with precision.forward_context():
-            sizes = sorted({1, len(inputs)})
-            return tuple(compare_latency(before, after, inputs[:size], size) for size in sizes)
-    except Exception as error:  # of the user's forward, on a slice that it may not take: no reason to lose a result
-        rank_zero_warn(f"No latency was measured: {type(error).__name__} on a part of `example_input_array`: {error}")
-        return ()
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import time_example
 from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.callbacks.reporting import Returned
+from lightning_memopt.callbacks.timing import time_example
 from lightning_memopt.compression.choose import Choice, Method, Scope
 from lightning_memopt.compression.masks import Masks, apply_masks
 from lightning_memopt.compression.report import compression_report
@@ -44,7 +44,7 @@ class GradualPruning(HoldingCallback):
     Attributes:
         sparsity: The share of zeros among the weights to be pruned; logged as ``"sparsity"``.
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with latencies
-            where the module has a tensor as ``example_input_array``, and, where the module validates, its metrics at
+            where the module has samples as ``example_input_array``, and, where the module validates, its metrics at
             the end and those of the last validation before the first weight was pruned (none where that is before the
             first validation; a run that is resumed has those of the one that it goes on with); ``None`` before the
             end.

@@ -18,13 +18,12 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
-    has_example,
     sends_weights_back,
-    time_example,
     validate_if_possible,
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
+from lightning_memopt.callbacks.timing import has_example, time_example
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.graph import require_torch_pruning
 from lightning_memopt.compression.masks import Masks, find_sparsity
@@ -75,7 +74,7 @@ class PruneOnFitEnd(FitEndCallback):
 
     Attributes:
         report: What it did, as a :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before
-            and after where the module validates, and latencies where it has a tensor as ``example_input_array``;
+            and after where the module validates, and latencies where it has samples as ``example_input_array``;
             ``None`` before.
         refusal: Why the result was refused; empty where it was not.
         pruned: The smaller module, where ``"structured"`` pruned in processes that the strategy spawned or forked:

@@ -17,12 +17,12 @@ from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
     require_validation,
     sends_weights_back,
-    time_example,
     validate_if_possible,
     validate_now,
 )
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
+from lightning_memopt.callbacks.timing import time_example
 from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import Range, observe_inputs
@@ -61,7 +61,7 @@ class QuantizeOnFitEnd(FitEndCallback):
     Attributes:
         quantized: The quantized module; ``None`` before, and where it was refused.
         report: A :class:`~lightning_memopt.compression.report.CompressionReport`, with metrics before and after where
-            the module validates, and latencies where it has a tensor as ``example_input_array``; ``None`` before.
+            the module validates, and latencies where it has samples as ``example_input_array``; ``None`` before.
         refusal: Why the result was refused; empty where it was not.
 
     Raises:

@@ -7,6 +7,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
+
+from lightning_memopt.models.example import call_with, count_samples, first_samples
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,35 @@ def compare_latency(
         after_seconds=median(second for _, second in pairs),
         speedup=median(first / second for first, second in pairs),
     )
+
+
+def compare_latencies(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Latency, ...]:
+    """Time both in evaluation mode on the first sample of ``inputs`` and on all of them.
+
+    Args:
+        before: The original.
+        after: The compressed module, on the same device.
+        inputs: What their ``forward`` takes, with a dimension of samples first: a tensor, a tuple of positional
+            arguments, or a dict of named ones.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> [one.batch_size for one in compare_latencies(net, net, torch.ones(3, 2))]
+        [1, 3]
+    """
+    modes = {part: part.training for module in (before, after) for part in module.modules()}
+    before.eval(), after.eval()
+    try:
+        return tuple(
+            compare_latency(
+                lambda batch: call_with(before, batch), lambda batch: call_with(after, batch),
+                first_samples(inputs, size), size,
+            )
+            for size in sorted({1, count_samples(inputs)})
+        )  # fmt: skip
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _seconds(call: Callable[[Any], Any], batch: Any, clock: Callable[[], float]) -> float:

@@ -143,8 +143,10 @@ class CompressionReport(JsonReport):
             table.add_row(title, format_bytes(before), format_bytes(after), f"{after / max(before, 1):.3f}")
         for one in self.latency:
             title = f"latency, batch of {one.batch_size}"
-            ratio = f"{one.after_seconds / one.before_seconds:.2f}"
-            table.add_row(title, f"{one.before_seconds * 1e3:.2f} ms", f"{one.after_seconds * 1e3:.2f} ms", ratio)
+            ratio = one.after_seconds / one.before_seconds
+            word = " slower" if ratio > 1.1 else " faster" if ratio < 0.9 else ""  # in between is noise
+            before_after = (f"{seconds * 1e3:.2f} ms" for seconds in (one.before_seconds, one.after_seconds))
+            table.add_row(title, *before_after, f"{ratio:.2f}{word}")
         for name in {**self.metrics_before, **self.metrics_after}:
             pair = [metrics.get(name) for metrics in (self.metrics_before, self.metrics_after)]
             table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in pair), "")

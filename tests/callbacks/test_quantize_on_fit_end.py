@@ -403,6 +403,14 @@ def test_validating_at_the_end_steps_no_scheduler_of_the_users():
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2 / 2**3
 
 
+@pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: {"x": x}])
+def test_an_example_of_several_arguments_or_of_named_ones_is_timed_too(wrap):
+    module, callback = Classifier(), QuantizeOnFitEnd("int8")
+    module.example_input_array = wrap(module.example_input_array)
+    _fit(callback, module, max_epochs=1)
+    assert [one.batch_size for one in callback.report.latency] == [1, 8]
+
+
 def test_a_latency_that_cannot_be_measured_is_no_reason_to_lose_the_result():
     module = Classifier()
     module.example_input_array = torch.randn(16)  # of one sample, without a dimension for more

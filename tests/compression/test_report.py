@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memopt.compression.latency import compare_latency
+from lightning_memopt.compression.latency import Latency, compare_latencies, compare_latency
 from lightning_memopt.compression.report import CompressionReport, compression_report
 from lightning_memopt.compression.sizes import measure_sizes
 
@@ -95,6 +95,28 @@ def test_a_report_reads_back_what_it_wrote():
     )
     assert CompressionReport.from_json(report.to_json()) == report
     assert "val_acc" in str(report) and "0.9000" in str(report) and "batch of 2" in str(report)
+
+
+def test_it_says_what_takes_longer_than_before():
+    times = (Latency(1, 0.001, 0.003, 0.33), Latency(32, 0.02, 0.01, 2.0), Latency(64, 0.02, 0.0201, 1.0))
+    shown = str(compression_report(nn.Linear(4, 4), nn.Linear(4, 4), latency=times))
+    assert "3.00 slower" in shown and "0.50 faster" in shown
+    assert next(line for line in shown.splitlines() if "batch of 64" in line).split()[-2] == "1.00"
+
+
+def test_both_are_timed_on_one_sample_and_on_all_however_the_example_is_given():
+    seen = []
+
+    class Net(nn.Module):
+        def forward(self, x, scale, flag=True):
+            seen.append((len(x), len(scale), flag, self.training))
+
+    net, x, scale = Net(), torch.ones(3, 2), torch.ones(3)
+    for inputs in ((x, scale, False), {"x": x, "scale": scale}):
+        seen.clear()
+        assert [one.batch_size for one in compare_latencies(net, net, inputs)] == [1, 3]
+        flag = not isinstance(inputs, tuple)
+        assert set(seen) == {(1, 1, flag, False), (3, 3, flag, False)} and net.training
 
 
 def test_metrics_that_are_no_numbers_are_written_as_json_that_anything_reads():
