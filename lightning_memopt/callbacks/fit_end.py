@@ -144,7 +144,8 @@ def validate_now(
     Raises:
         MisconfigurationException: There is nothing to validate with.
     """
-    require_validation(trainer, module)
+    if dataloaders is None:
+        require_validation(trainer, module)
     if dataloaders is None and trainer.val_dataloaders is None:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()  # where no validation has run, nothing has loaded them
     data = trainer.val_dataloaders if dataloaders is None else dataloaders
@@ -194,27 +195,22 @@ def validate_if_possible(trainer: pl.Trainer, module: pl.LightningModule) -> dic
     return validate_now(trainer, module)
 
 
-def require_validation(trainer: pl.Trainer, module: pl.LightningModule, purpose: str = "judge by") -> None:
-    """Raise where there is no validation loop to run; for ``setup``.
-
-    Args:
-        trainer: The trainer that is to fit the module.
-        module: The module.
-        purpose: What is lacking then is something to ...
+def require_validation(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise where there is no validation loop to judge by; for ``setup``.
 
     Raises:
         MisconfigurationException: The module has no ``validation_step``, or no data for it.
     """
     if not is_overridden("validation_step", module):
         raise MisconfigurationException(
-            f"{type(module).__name__} has no validation_step, so there is nothing to {purpose}. Write one that logs "
+            f"{type(module).__name__} has no validation_step, so there is nothing to judge by. Write one that logs "
             "a metric."
         )
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     has_data = source.is_defined() if source.instance is not None else trainer.val_dataloaders is not None
     if not has_data or trainer.limit_val_batches == 0:
         raise MisconfigurationException(
-            f"{type(module).__name__} is fitted without validation data, so there is nothing to {purpose}. Give "
+            f"{type(module).__name__} is fitted without validation data, so there is nothing to judge by. Give "
             "fit() val_dataloaders, and leave limit_val_batches above 0."
         )
 

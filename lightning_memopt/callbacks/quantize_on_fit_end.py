@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
@@ -15,7 +16,6 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
-    require_validation,
     sends_weights_back,
     validate_if_possible,
     validate_now,
@@ -49,7 +49,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         include: Only these weights: names, patterns or classes of modules. ``None``: all.
         exclude: Not these.
         calibration_batches: Batches of the training data that the ranges of ``"int8_static"`` are taken from; they go
-            through ``validation_step``.
+            through ``validation_step``, or ``training_step`` where there is none.
         max_metric_drop: Refuse the result, with a warning, where ``monitor`` becomes worse by more than this.
         back_off: Where the result is refused, leave as few weights as they were as bring it within bounds, which
             takes one validation for each (:func:`~lightning_memopt.compression.sensitivity.scan_sensitivity`).
@@ -143,8 +143,11 @@ class QuantizeOnFitEnd(FitEndCallback):
                 "the processes that this strategy spawns or forks send weights back to a module of plain weights, "
                 "which inplace=True packs. Leave inplace out: `quantized` comes back."
             )
-        if self._calibrates:
-            require_validation(trainer, pl_module, "calibrate with")
+        if self._calibrates and not _validates(pl_module) and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{self.scheme!r} is calibrated by validation_step, which {type(pl_module).__name__} has not, and "
+                "its training_step steps the optimizers itself. Write a validation_step, or use 'int8_dynamic'."
+            )
         if has_its_layers(pl_module):
             check_quantizable(pl_module, self.scheme, self._which)
 
@@ -165,15 +168,18 @@ class QuantizeOnFitEnd(FitEndCallback):
         # The batch that is there, since a loader that is being iterated over may not bear to begin again.
         is_there = {"_on_before_batch_transfer": _as_it_is, "_apply_batch_transfer_handler": _as_it_is}
         try:
-            with isolate_rng(), replaced(pl_module, **is_there):
+            # What a training step counts, it is to count in training alone.
+            module = pl_module if _validates(pl_module) else copy_module(pl_module)
+            with isolate_rng(), replaced(module, **is_there):
                 batches: Any = [copied(batch)]
                 one: DataLoader[Any] = DataLoader(batches, batch_size=None, collate_fn=_as_it_is)
-                validate_now(trainer, pl_module, dataloaders=one)
+                _calibrate(trainer, module, one)
         except Exception as error:
             raise MisconfigurationException(
                 f"{type(self).__name__}: {self.scheme!r} is calibrated with training batches, which go through "
-                f"validation_step, and that fails on one ({type(error).__name__}: {error}). Let it take them too, or "
-                "use 'int8_dynamic', which needs no calibration."
+                f"{'validation' if _validates(pl_module) else 'training'}_step, and that fails on one "
+                f"({type(error).__name__}: {error}). Let it take them too, or use 'int8_dynamic', which needs no "
+                "calibration."
             ) from error
 
     @override
@@ -239,8 +245,19 @@ class QuantizeOnFitEnd(FitEndCallback):
         if not self._calibrates:
             return {}
         with observe_inputs(module) as ranges:
-            validate_now(trainer, module, dataloaders=trainer.train_dataloader, batches=self.calibration_batches)
+            _calibrate(trainer, module, trainer.train_dataloader, self.calibration_batches)
         return ranges
+
+
+def _validates(module: pl.LightningModule) -> bool:
+    return is_overridden("validation_step", module)
+
+
+def _calibrate(trainer: pl.Trainer, module: pl.LightningModule, dataloaders: Any, batches: int | None = None) -> None:
+    """Run ``module`` on training batches, as in validation."""
+    step = {} if _validates(module) else {"validation_step": module.training_step}
+    with replaced(module, **step):
+        validate_now(trainer, module, dataloaders=dataloaders, batches=batches)
 
 
 def _as_it_is(batch: Any, *_: Any, **__: Any) -> Any:

@@ -1,5 +1,6 @@
 """QuantizeOnFitEnd under Lightning: the copy predicts, the original stays, the gate judges."""
 
+import copy
 import sys
 
 import lightning.pytorch as pl
@@ -282,12 +283,46 @@ class NoValidation(Classifier):
     validation_step = pl.LightningModule.validation_step
 
 
+class Counts(NoValidation):
+    """Knows in how many batches it was trained."""
+
+    batches = 0
+
+    def training_step(self, batch, batch_idx):
+        self.batches += 1
+        return super().training_step(batch, batch_idx)
+
+
+class StepsItself(NoValidation):
+    automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "options"), [(Counts, {}), (Classifier, {"limit_val_batches": 0}), (Classifier, {})]
+)
+def test_calibration_needs_no_validation(module, options):
+    callback, plain = QuantizeOnFitEnd("int8_static", calibration_batches=2), module()
+    trained = copy.deepcopy(plain)
+    trainer, _ = _fit(callback, trained, **options)
+    _fit(pl.Callback(), plain, **options)
+    assert all(torch.equal(one, two) for one, two in zip(trained.parameters(), plain.parameters(), strict=True))
+    assert trainer.callback_metrics.keys() == plain.trainer.callback_metrics.keys()
+    assert getattr(trained, "batches", None) == getattr(plain, "batches", None)
+    assert not callback.report.fallbacks  # which would name each layer that calibration did not see
+    assert bool(callback.report.metrics_after) == (module is Classifier and not options)
+    assert "validation_step" not in vars(trained) and "validation_step" not in vars(callback.quantized)
+
+
 @pytest.mark.parametrize(
     ("make", "module", "options", "match"),
     [
         (lambda: QuantizeOnFitEnd("int8", max_metric_drop=0.1), Classifier, {}, "name it with monitor="),
-        (lambda: QuantizeOnFitEnd("int8_static"), NoValidation, {}, "NoValidation has no validation_step"),
-        (lambda: QuantizeOnFitEnd("int8_static"), Classifier, {"limit_val_batches": 0}, "without validation data"),
+        (
+            lambda: QuantizeOnFitEnd("int8_static"),
+            StepsItself,
+            {},
+            "StepsItself has not, and its training_step",
+        ),
         (lambda: QuantizeOnFitEnd("int8", include="nothing*"), Classifier, {}, "nothing"),
     ],
 )
