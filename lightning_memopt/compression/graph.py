@@ -1,5 +1,7 @@
 """Follow a run of a module by torch-pruning's dependency graph, taught Hugging Face's ``Conv1D``, and to an end."""
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,7 +54,7 @@ class _NoEnd(Exception):
 class _Visited(list[Any]):
     """The dependencies of a node, which a walk asks for at each of its visits."""
 
-    left = 0
+    left = math.inf
 
     def __iter__(self) -> Iterator[Any]:
         self.left -= 1
@@ -76,37 +78,61 @@ def follow(module: nn.Module, call: Call, ignored: Sequence[nn.Module]) -> tuple
         ValueError: The module cannot be traced.
     """
     import torch_pruning
+    from torch_pruning.dependency.index_mapping import update_index_mapping
+    from torch_pruning.dependency.shape_infer import init_shape_information
 
     lost: list[nn.Module] = []
+    opaque: list[Any] = []
 
     class Graph(torch_pruning.DependencyGraph):
         def build_dependency(self, *arguments: Any, **options: Any) -> Any:
-            super().build_dependency(*arguments, **options)
+            try:
+                super().build_dependency(*arguments, **options)
+            except Exception:  # 1.6, in the last of its steps: some splits, as into halves that are joined again
+                if not hasattr(self, "module2node"):
+                    raise
+                init_shape_information(self)  # the step before it, which fails again where that was it
+                self._look_for_opaque()
             for node in self.module2node.values():
                 node.dependencies = _Visited(node.dependencies)
             return self
+
+        def _look_for_opaque(self) -> None:
+            for key, node in self.module2node.items():
+                alone = copy.copy(self)
+                alone.module2node = {key: node}
+                try:
+                    update_index_mapping(alone)
+                except Exception:
+                    node.type = None  # so that it is not asked again
+                    opaque.append(node)
 
         def get_pruning_group(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
             for node in self.module2node.values():  # which are read once for each neighbour, before the walk
                 node.dependencies.left = MOST_VISITS + 4 * len(node.dependencies)
             try:
-                return super().get_pruning_group(layer, *arguments, **options)
+                group = super().get_pruning_group(layer, *arguments, **options)
+                if not any(dependency.target in opaque for dependency, _ in group):
+                    return group
             except (IndexError, ZeroDivisionError, _NoEnd):  # 1.6: some splits, as into a start and an end
-                lost.append(layer)
-                return []
+                pass
+            lost.append(layer)
+            return []
 
     graph = Graph()
     transposed = {type(child) for child in module.modules() if is_conv1d(child)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            tables, several = _look(module, call)
             graph.build_dependency(
                 module,
                 example_inputs=(),
                 # Times one, so that what comes out is never straight from a layer: the graph then sees an output.
                 forward_fn=lambda model, _: [leaf * 1 for leaf in output_tensors(call(model))],
-                unwrapped_parameters=[(table.weight, 1) for table in _tables_read_by_hand(module, call)],
+                unwrapped_parameters=[(table.weight, 1) for table in tables],
                 customized_pruners={kind: _conv1d_pruner(torch_pruning) for kind in transposed},
+                ignored_layers=several,  # which 1.6 takes for layers of torch's own, as routers of experts
                 verbose=False,
             )
             roots = (_ConvNd, nn.Linear, nn.Embedding, *transposed)
@@ -120,22 +146,32 @@ def follow(module: nn.Module, call: Call, ignored: Sequence[nn.Module]) -> tuple
     return graph, [items for items in found if items], lost
 
 
-def _tables_read_by_hand(module: nn.Module, call: Call) -> list[nn.Embedding]:
-    """Embeddings that are not called: positions of which ``weight[:length]`` is taken."""
+def _look(module: nn.Module, call: Call) -> tuple[list[nn.Embedding], list[nn.Module]]:
+    """Tables that are not called, of which ``weight[:length]`` is taken, and layers that give more than a tensor."""
     called: list[nn.Module] = []
-    tables = [child for child in module.modules() if isinstance(child, nn.Embedding)]
-    hooks = [table.register_forward_hook(lambda table, *_: called.append(table)) for table in tables]
+    several: list[nn.Module] = []
+
+    def look(layer: nn.Module, _: Any, output: Any) -> None:
+        called.append(layer)
+        if not isinstance(output, Tensor):
+            several.append(layer)
+
+    layers = [child for child in module.modules() if isinstance(child, nn.Embedding | nn.Linear)]
+    hooks = [layer.register_forward_hook(look) for layer in layers]
     try:
         call(module)
     finally:
         for hook in hooks:
             hook.remove()
     shared = [parameter for child in module.modules() for parameter in child._parameters.values()]
-    return [
+    tables = [
         table
-        for table in tables
-        if table not in called and sum(table.weight is parameter for parameter in shared) == 1
+        for table in layers
+        if isinstance(table, nn.Embedding)
+        and table not in called
+        and sum(table.weight is parameter for parameter in shared) == 1
     ]
+    return tables, several
 
 
 def _conv1d_pruner(torch_pruning: Any) -> Any:

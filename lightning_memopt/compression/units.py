@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_memopt.compression.concatenated import complete_copies
 from lightning_memopt.compression.fused import Fused, find_fused
 from lightning_memopt.compression.graph import Call, follow, is_conv1d, require_torch_pruning
+from lightning_memopt.compression.interchangeable import find_misplaced
 from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
 from lightning_memopt.compression.traceable import traceable
 from lightning_memopt.compression.unreached import add_unreached
@@ -69,7 +70,10 @@ def _find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
             groups.append(group)
     complete_copies(module, call, groups)
     found = [*known, *join_tied(groups)]
-    return [*found, *add_unreached(module, found, names)]
+    found += add_unreached(module, found, names)
+    for group in find_misplaced(module, call, [one for one in found if one.reason is None and one.heads is None]):
+        group.reason = "in another order they compute something else, so that what becomes of them is not known"
+    return found
 
 
 def _is_matrix(slot: Slot) -> bool:
@@ -151,6 +155,8 @@ def _read_group(graph: Any, items: Any, names: Mapping[int, str]) -> UnitGroup:
             group.reason = f"which of them {names.get(id(target), 'a parameter')!r} reads cannot be followed"
             continue
         units = {int(index): int(parent) for index, parent in zip(indices, parents, strict=True)}
+        if is_output and len(units) > 1 and graph.get_out_channels(dependency.target) == 1:
+            continue  # one number for all of them, as of a gate
         is_parameter = isinstance(target, nn.Parameter)
         if is_parameter and target.shape[dependency.target.pruning_dim] == group.size:
             # Where rows are sliced off a table, the graph takes their number for one of features.

@@ -400,6 +400,59 @@ def test_features_that_are_joined_with_those_of_many_layers_are_removed():
     assert found.removed == {f"parts.{place}": (4, 2) for place in range(100)}
 
 
+class Moving(nn.Module):
+    """Adds to its features what layers make of them, each time in other places than theirs."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move, self.first = move, nn.Linear(8, 32)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32)) for _ in range(2))
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + self.move(block(x).relu())
+        return self.last(x)
+
+
+MOVES = {
+    "shuffled": lambda x: x.view(-1, 2, 16).transpose(1, 2).reshape(-1, 32),
+    "interleaved": lambda x: torch.stack([x[:, ::2], x[:, 1::2]], 2).flatten(1),
+    "swapped": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "taken": lambda x: x[:, torch.arange(31, -1, -1)],
+}
+"""Where the graph takes features to stay in their places, or fails."""
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_features_that_an_operator_moves_are_left_and_named_and_those_between_removed(move):
+    torch.manual_seed(0)
+    module, x = Moving(MOVES[move]), torch.randn(4, 8)
+    found = prune_structured(module, 0.5, lambda module: module(x))
+    assert found.removed == {f"blocks.{place}.0": (16, 8) for place in range(2)}
+    assert any("compute something else" in why or "cannot be followed" in why for why in found.skipped.values())
+    assert module.first.out_features == 32
+
+
+class OneGate(nn.Module):
+    """Opens or closes all features by one number, which a layer makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(8, 32), nn.Linear(32, 1), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.gate(x).sigmoid() * x)
+
+
+def test_features_that_one_number_opens_are_removed_from_what_makes_it_too():
+    module = OneGate()
+    assert prune_structured(module, 0.5, lambda m: m(torch.ones(2, 8))).removed == {"first": (32, 16)}
+    assert module.gate.weight.shape == (1, 16)
+
+
 class Grouped(nn.Module):
     """An attention of grouped queries in one layer, each group's queries beside its key and value, within another."""
 

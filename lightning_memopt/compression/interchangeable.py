@@ -1,0 +1,87 @@
+"""Whether units are wired as they were followed: put in another order everywhere, they compute the same.
+
+The dependency graph takes an operator that it does not know for one that leaves features in their places. Behind one
+that moves them, such as a shuffle of channels, a smaller module runs, and what is left in it is joined wrongly.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memopt.compression.graph import Call, output_tensors
+from lightning_memopt.compression.slots import Slot, UnitGroup
+
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""What another order of summation makes of outputs, at most and as a part of the largest; others are not compared."""
+
+
+def find_misplaced(module: nn.Module, call: Call, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
+    """Those of ``groups`` whose units cannot be put in another order.
+
+    Args:
+        module: A module in evaluation mode; it is run a few times, and is as it was afterwards.
+        call: Runs it.
+        groups: Units that are to be removed.
+    """
+    expected = _outputs(module, call)
+    if not _alike(expected, _outputs(module, call)):  # draws numbers, or counts its calls
+        return []
+    return list(_search(module, call, groups, expected))
+
+
+def _search(
+    module: nn.Module, call: Call, groups: Sequence[UnitGroup], expected: Sequence[Tensor]
+) -> Iterator[UnitGroup]:
+    with _reordered(groups):
+        is_same = _alike(expected, _outputs(module, call))
+    if is_same:
+        return
+    if len(groups) == 1:
+        yield groups[0]
+        return
+    half = len(groups) // 2
+    for part in (groups[:half], groups[half:]):
+        yield from _search(module, call, part, expected)
+
+
+@contextmanager
+def _reordered(groups: Sequence[UnitGroup]) -> Iterator[None]:
+    old: dict[int, tuple[Tensor, Tensor]] = {}
+    try:
+        for group in groups:
+            order = torch.randperm(group.size, generator=torch.Generator().manual_seed(0))
+            # A tied tensor is in two slots, of the same places.
+            places = {(id(slot.tensor), slot.dimension, tuple(slot.units.tolist())): slot for slot in group.slots}
+            for slot in places.values():
+                tensor = slot.tensor
+                old.setdefault(id(tensor), (tensor, tensor.data))
+                tensor.data = tensor.data.index_select(slot.dimension, _places(slot, order).to(tensor.device))
+        yield
+    finally:
+        for tensor, values in old.values():
+            tensor.data = values
+
+
+def _places(slot: Slot, order: Tensor) -> Tensor:
+    """Which place of ``slot`` each is filled from, so that its units are in ``order``."""
+    places = torch.arange(len(slot.units))
+    by_unit = [(slot.units == unit).nonzero().view(-1) for unit in range(len(order))]
+    for unit, other in enumerate(order.tolist()):
+        if len(by_unit[unit]) == len(by_unit[other]):
+            places[by_unit[unit]] = by_unit[other]
+    return places
+
+
+def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+    return [tensor.detach() for tensor in output_tensors(call(module))]
+
+
+def _alike(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    for one, other in zip(expected, found, strict=True):
+        if one.dtype in ROUNDING and one.numel():
+            error, largest = (one - other).abs().max(), one.abs().max()
+            if not error <= ROUNDING[one.dtype] * largest:  # true of NaN
+                return False
+    return True
