@@ -298,6 +298,23 @@ def kernels_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _provenance(results)]) + "\n"
 
 
+def schemes_table(results: dict[str, Any]) -> str:
+    """How fast a module is in each scheme, as a multiple of fp32.
+
+    Args:
+        results: What ``scheme_speed.py`` wrote.
+    """
+    sizes = [title for title, value in next(iter(results["rows"].values())).items() if isinstance(value, list)]
+    lines = [
+        f"| scheme | bytes | {' | '.join(f'{title}: as it is, compiled' for title in sizes)} |",
+        "|---|---:|" + "---:|" * len(sizes),
+    ]
+    for scheme, row in results["rows"].items():
+        speeds = " | ".join(f"{plain:.2f}, {compiled:.2f}" for plain, compiled in (row[title] for title in sizes))
+        lines.append(f"| `{scheme}` | {row['ratio']:.2f} | {speeds} |")
+    return "\n".join([*lines, "", _provenance(results)]) + "\n"
+
+
 def tensor_shares_table(results: dict[str, Any]) -> str:
     """Bytes of parameters on a rank of tensor parallelism against one device.
 
@@ -353,6 +370,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity_table,
     "compression": compression_table,
     "int8_kernels": kernels_table,
+    "scheme_speed": schemes_table,
     "planner": planner_table,
     "planner_others": estimators_table,
     "planner_batch_size": batch_size_table,

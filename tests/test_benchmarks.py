@@ -111,6 +111,17 @@ def test_a_row_of_the_compression_benchmark_runs_at_toy_size_and_is_drawn(tmp_pa
 
 
 @pytest.mark.slow
+def test_the_speed_of_a_scheme_is_measured_at_toy_size_and_drawn(tmp_path):
+    path = tmp_path / "scheme_speed.json"
+    _script("scheme_speed.py", "--quick", "--runs", "2", "--only", "fp16", "--out", str(path))
+    row = json.loads(path.read_text())["rows"]["fp16"]
+    assert row["ratio"] < 0.6 and all(
+        speed > 0 for speeds in row.values() if isinstance(speeds, list) for speed in speeds
+    )
+    assert "| `fp16` | 0.5" in tables.rewrite("<!-- table:scheme_speed -->\n<!-- /table -->\n", tmp_path)
+
+
+@pytest.mark.slow
 def test_toy_figures_may_not_replace_the_real_ones():
     ran = _script("single_device.py", "--quick", check=False)
     assert ran.returncode == 2 and "--quick needs --out" in ran.stderr

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.compression.container import load_compressed, save_compressed
-from lightning_memopt.compression.packed import Int8Weight, PackedWeight
+from lightning_memopt.compression.packed import Int8Weight, PackedWeight, hardware
 from lightning_memopt.compression.quantize import module_bytes, quantize
 from lightning_memopt.compression.ranges import observe_inputs
 from lightning_memopt.compression.selection import WeightFilter
@@ -227,6 +227,23 @@ _LEFT = {
     "hubert": "parametrization",
 }  # fmt: skip
 """What of which architecture is left besides vectors: a word of each reason."""
+
+
+@pytest.mark.parametrize("scheme", _SCHEMES)
+@pytest.mark.parametrize("name", ["cnn", "encoder", "gpt2"])
+def test_every_scheme_runs_on_a_processor_with_instructions_for_none_and_says_the_same(
+    name, scheme, monkeypatch, tmp_path
+):
+    module, batch = ZOO[name].build().eval(), ZOO[name].batch()
+    module.log = module.log_dict = lambda *_, **__: None
+    quantize(module, scheme)
+    expected = module.training_step(batch, 0)
+    save_compressed(module, tmp_path / "net")
+    for instructions in ("_BYTES_ON_CPU", "_SUMS_IN_32_BITS", "_BF16_ON_CPU"):
+        monkeypatch.setattr(hardware, instructions, False)
+    elsewhere = load_compressed(tmp_path / "net", ZOO[name].build())
+    elsewhere.log = elsewhere.log_dict = module.log
+    torch.testing.assert_close(elsewhere.training_step(batch, 0), expected, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.slow
