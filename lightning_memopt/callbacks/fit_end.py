@@ -1,7 +1,8 @@
 """What is compressed when training is over: validated before and after, judged, and written to disk."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.reporting import ReportingCallback, Returned
 from lightning_memopt.compression.container import save_compressed
 from lightning_memopt.compression.container.destination import check_destination, check_types
+from lightning_memopt.models.copying import check_copyable
 from lightning_memopt.models.fake import holds_fakes
-from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.planning.quiet import quiet_lightning
 
 
@@ -52,19 +54,63 @@ class FitEndCallback(ReportingCallback):
     ) -> None:
         super().__init__()
         self.export_path = export_path
+        self._guard = Patches()
         self._gate = None if max_metric_drop is None else Gate(max_metric_drop, monitor, mode)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # `trainer.test(ckpt_path="best")` without a module takes the last one, which may be a compressed one.
+        is_guarded = "on_load_checkpoint" in vars(pl_module)
+        if stage != "fit" and self._compressed(pl_module) and not is_guarded:
+            self._guard.enter_context(replaced(pl_module, on_load_checkpoint=self._checked_load(pl_module)))
         if stage != "fit" or holds_fakes(pl_module):  # what is predicted has no validation, and no end
             return
         self._forget_results()
         with named_errors(self):
             self._check_fit(trainer, pl_module)
 
+    @abstractmethod
+    def _compressed(self, module: pl.LightningModule) -> bool:
+        """Whether such a callback made ``module`` one that checkpoints from before may not fit."""
+
+    @abstractmethod
+    def _misfit(self, module: pl.LightningModule, state: Mapping[str, Any]) -> str:
+        """Why ``state`` of a checkpoint does not fit ``module``, so compressed; empty where it does."""
+
+    def _checked_load(self, module: pl.LightningModule) -> Callable[[dict[str, Any]], None]:
+        load = module.on_load_checkpoint
+
+        def checked(checkpoint: dict[str, Any]) -> None:
+            if said := self._misfit(module, checkpoint.get("state_dict", {})):
+                checkpoint.clear()  # the trainer would keep it, and load it in its next run
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: the checkpoint {said}. Name a module to load it into, made as it was "
+                    "for training: `trainer.test(module, ckpt_path=...)`."
+                )
+            load(checkpoint)
+
+        return checked
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._guard.close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._guard.close()
+
+    @property
+    def _copies(self) -> bool:
+        """Whether a copy is made when training is over."""
+        return self._gate is not None
+
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise where it could not be done when training is over; for ``setup``, and nobody's name is said yet."""
         refuse_behind_quantization(trainer, self)
+        if self._copies:
+            check_copyable(pl_module)
         if self._gate is not None:
             self._gate = self._gate.resolved(trainer)
             require_validation(trainer, pl_module)

@@ -25,6 +25,7 @@ from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.callbacks.timing import has_example, time_example
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
+from lightning_memopt.compression.first_sizes import first_sizes
 from lightning_memopt.compression.graph import require_torch_pruning
 from lightning_memopt.compression.masks import Masks, find_sparsity
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
@@ -117,6 +118,24 @@ class PruneOnFitEnd(FitEndCallback):
             self._choice = _choice_of(method, amount, pattern, scope, seed)
 
     @override
+    def _compressed(self, module: pl.LightningModule) -> bool:
+        return bool(first_sizes(module))
+
+    @override
+    def _misfit(self, module: pl.LightningModule, state: Mapping[str, Any]) -> str:
+        for name, parameter in module.named_parameters():
+            other = state.get(name, parameter)
+            if other.shape != parameter.shape:
+                sizes = f"{list(other.shape)}, and the module, which was made smaller, {list(parameter.shape)}"
+                return f"has {name!r} of {sizes}"
+        return ""
+
+    @property
+    @override
+    def _copies(self) -> bool:
+        return self._is_structured or super()._copies
+
+    @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_fit(trainer, pl_module)
         self._batch = None
@@ -147,6 +166,8 @@ class PruneOnFitEnd(FitEndCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if holds_fakes(pl_module):
             return
+        if self._is_structured and self._batch is None:  # training had no step
+            self._batch = _first_batch(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
         metrics = validate_if_possible(trainer, pl_module)
         # Zeros take as long as what they replace, so that the pruned module tells both times; removing changes it.

@@ -141,6 +141,11 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
 
     @property
     @override
+    def _copies(self) -> bool:
+        return self.convert_on_fit_end
+
+    @property
+    @override
     def _calibrates(self) -> bool:
         return False  # training has seen the ranges
 

@@ -32,7 +32,7 @@ from lightning_memopt.compression.sensitivity import scan_sensitivity
 from lightning_memopt.compression.sizes import measure_sizes
 from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.fake import holds_fakes
-from lightning_memopt.models.instance_patch import Patches, replaced
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector
 from lightning_memopt.techniques.batches import copied
 
@@ -106,33 +106,15 @@ class QuantizeOnFitEnd(FitEndCallback):
         self.back_off = back_off
         self.inplace = inplace
         self._tried = False  # whether a training batch has gone through ``validation_step``
-        self._guard = Patches()
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        # `trainer.test(ckpt_path="best")` without a module takes the last one, which may be the quantized copy. Torch
-        # would put the biases of the checkpoint into it, and then fail at the first packed weight.
-        if stage != "fit" and any(isinstance(parameter, PackedWeight) for parameter in pl_module.parameters()):
-            self._guard.enter_context(replaced(pl_module, on_load_checkpoint=self._refuse_checkpoint))
-
-    def _refuse_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint.clear()  # the trainer would keep it, and load it in its next run
-        raise MisconfigurationException(
-            f"{type(self).__name__}: the checkpoint has whole weights, and the module that this trainer had last, "
-            "and runs where none is named, has packed ones. Name the one to load it into: "
-            "`trainer.test(module, ckpt_path=...)`."
-        )
+    def _compressed(self, module: pl.LightningModule) -> bool:
+        return any(isinstance(parameter, PackedWeight) for parameter in module.parameters())
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._guard.close()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._guard.close()
+    def _misfit(self, module: pl.LightningModule, state: Mapping[str, Any]) -> str:
+        # Torch would put the biases of the checkpoint into it, and then fail at the first packed weight.
+        return "has whole weights, and the module that this trainer had last has packed ones"
 
     @override
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,6 +217,11 @@ class QuantizeOnFitEnd(FitEndCallback):
         recipe.apply(module, input_ranges=ranges)
         left = {trial.weight for trial in found.trials}.difference(recipe.quantize[0]["include"])
         return module, dict.fromkeys(left, "left as it was, to meet max_metric_drop")
+
+    @property
+    @override
+    def _copies(self) -> bool:
+        return not self.inplace
 
     @property
     def _calibrates(self) -> bool:

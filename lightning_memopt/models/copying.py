@@ -20,9 +20,29 @@ def copy_module(module: Module) -> Module:
         >>> copy_module(module).outputs[0].requires_grad
         False
     """
+    return copy.deepcopy(module, {key: tensor.detach().clone() for key, tensor in _all_computed(module).items()})
+
+
+def check_copyable(module: nn.Module) -> None:
+    """Raise where :func:`copy_module` would fail; parameters and buffers are not copied for it.
+
+    Raises:
+        ValueError: Something that the module holds cannot be copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    try:
+        copy.deepcopy(module, {**_all_computed(module), **shared})
+    except Exception as error:  # of whatever class an attribute is
+        raise ValueError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}), and what is tried is tried "
+            "on a copy. Keep locks, files, generators and the like out of its attributes, or out of a copy by "
+            "__getstate__"
+        ) from error
+
+
+def _all_computed(module: nn.Module) -> dict[int, Any]:
     seen: set[int] = set()
-    computed = {id(tensor): tensor for part in module.modules() for tensor in _computed(vars(part), seen)}
-    return copy.deepcopy(module, {key: tensor.detach().clone() for key, tensor in computed.items()})
+    return {id(tensor): tensor for part in module.modules() for tensor in _computed(vars(part), seen)}
 
 
 def _computed(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -51,6 +51,34 @@ def test_the_share_is_a_target_that_a_second_fit_has_reached(name):
     assert sizes[2] == sum(parameter.numel() for parameter in at_once.parameters())
 
 
+@pytest.mark.parametrize("option", ["max_steps", "limit_train_batches"])
+def test_training_without_a_step_is_followed_by_its_first_batch(option):
+    pytest.importorskip("torch_pruning")
+    module, pruning = ZOO["mlp"].build(), PruneOnFitEnd(0.5, "structured")
+    train(module, ZOO["mlp"].loader(2), callbacks=[pruning], **{option: 0})
+    assert pruning.report.ratio < 0.6
+
+
+def test_a_checkpoint_from_before_is_not_loaded_into_what_became_smaller_but_into_a_new_module(tmp_path):
+    pytest.importorskip("torch_pruning")
+    entry, module = ZOO["mlp"], ZOO["mlp"].build()
+    module.test_step = module.validation_step
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[PruneOnFitEnd(0.5, "structured"), pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")],
+    )  # fmt: skip
+    trainer.fit(module, entry.loader(4), entry.loader(1))
+    with pytest.raises(
+        MisconfigurationException, match=r"PruneOnFitEnd: the checkpoint has 'net.* made smaller.*Name a"
+    ):
+        trainer.test(module, entry.loader(1), ckpt_path="best", verbose=False)
+    assert trainer.test(module, entry.loader(1), verbose=False)
+    other = entry.build(seed=1)
+    other.test_step = other.validation_step
+    assert trainer.test(other, entry.loader(1), ckpt_path="best", verbose=False)
+    assert not any("on_load_checkpoint" in vars(each) for each in (module, other))
+
+
 def test_what_became_smaller_is_timed_beside_what_it_was_where_there_is_an_example():
     pytest.importorskip("torch_pruning")
     module, pruning = ZOO["mlp"].build(), PruneOnFitEnd(0.5, "structured")

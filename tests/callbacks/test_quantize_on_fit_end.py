@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 
 import lightning.pytorch as pl
 import pytest
@@ -139,7 +140,7 @@ def test_a_best_checkpoint_is_not_loaded_into_the_copy_that_predicted_last(name_
     with torch.no_grad():
         callback.quantized.head.bias.add_(1)
     wanted = trainer.predict(callback.quantized, _loader(1))[0]
-    with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd: .* Name the one to load it into"):
+    with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd: .* Name a module to load it into"):
         trainer.test(callback.quantized if name_it else None, _loader(1), ckpt_path="best", verbose=False)
     assert torch.equal(trainer.predict(callback.quantized, _loader(1))[0], wanted)
     trainer.test(module, _loader(1), ckpt_path="best", verbose=False)
@@ -293,6 +294,12 @@ class Counts(NoValidation):
         return super().training_step(batch, batch_idx)
 
 
+class HoldsALock(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 class StepsItself(NoValidation):
     automatic_optimization = False
 
@@ -317,6 +324,7 @@ def test_calibration_needs_no_validation(module, options):
     ("make", "module", "options", "match"),
     [
         (lambda: QuantizeOnFitEnd("int8", max_metric_drop=0.1), Classifier, {}, "name it with monitor="),
+        (lambda: QuantizeOnFitEnd("int8"), HoldsALock, {}, "HoldsALock cannot be copied"),
         (
             lambda: QuantizeOnFitEnd("int8_static"),
             StepsItself,

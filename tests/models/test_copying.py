@@ -1,9 +1,27 @@
 """Modules that keep what they computed can be copied."""
 
+import threading
+
+import pytest
 import torch
 from torch import nn
 
-from lightning_memopt.models.copying import copy_module
+from lightning_memopt.models.copying import check_copyable, copy_module
+
+
+def test_what_cannot_be_copied_is_told_without_copying_weights():
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.kept = net(torch.ones(2, 4))
+    net[0].weight.__class__ = Uncopied
+    check_copyable(net)
+    net[0].lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Sequential cannot be copied .*lock.*__getstate__"):
+        check_copyable(net)
+
+
+class Uncopied(nn.Parameter):
+    def __deepcopy__(self, memo):
+        raise AssertionError("a weight was copied")
 
 
 def test_tensors_kept_with_their_graph_are_copied_without_it_and_all_else_as_it_is():
