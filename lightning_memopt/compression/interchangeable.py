@@ -25,6 +25,9 @@ def find_misplaced(module: nn.Module, call: Call, groups: Sequence[UnitGroup]) -
         call: Runs it.
         groups: Units that are to be removed.
     """
+    groups = [group for group in groups if group.slots]
+    if not groups:
+        return []
     expected = _outputs(module, call)
     if not _alike(expected, _outputs(module, call)):  # draws numbers, or counts its calls
         return []
@@ -51,7 +54,7 @@ def _reordered(groups: Sequence[UnitGroup]) -> Iterator[None]:
     old: dict[int, tuple[Tensor, Tensor]] = {}
     try:
         for group in groups:
-            order = torch.randperm(group.size, generator=torch.Generator().manual_seed(0))
+            order = _order(group)
             # A tied tensor is in two slots, of the same places.
             places = {(id(slot.tensor), slot.dimension, tuple(slot.units.tolist())): slot for slot in group.slots}
             for slot in places.values():
@@ -64,13 +67,27 @@ def _reordered(groups: Sequence[UnitGroup]) -> Iterator[None]:
             tensor.data = values
 
 
+def _order(group: UnitGroup) -> Tensor:
+    """Another order, in which units change places with such as are in the same slots as often."""
+    counts = [torch.bincount(slot.units[slot.units >= 0], minlength=group.size) for slot in group.slots]
+    kinds = torch.stack(counts, 1).unique(dim=0, return_inverse=True)[1]
+    order = torch.arange(group.size)
+    generator = torch.Generator().manual_seed(0)
+    for kind in range(int(kinds.max()) + 1):
+        members = (kinds == kind).nonzero().view(-1)
+        order[members] = members[torch.randperm(len(members), generator=generator)]
+    return order
+
+
 def _places(slot: Slot, order: Tensor) -> Tensor:
     """Which place of ``slot`` each is filled from, so that its units are in ``order``."""
     places = torch.arange(len(slot.units))
-    by_unit = [(slot.units == unit).nonzero().view(-1) for unit in range(len(order))]
-    for unit, other in enumerate(order.tolist()):
-        if len(by_unit[unit]) == len(by_unit[other]):
-            places[by_unit[unit]] = by_unit[other]
+    inside = places[slot.units >= 0]
+    inside = inside[slot.units[inside].argsort(stable=True)]  # unit by unit
+    units = slot.units[inside]
+    starts = torch.searchsorted(units, torch.arange(len(order)))
+    rank = torch.arange(len(units)) - starts[units]
+    places[inside] = inside[starts[order[units]] + rank]
     return places
 
 
