@@ -16,6 +16,8 @@ from lightning_memopt.compression.slots import Slot, UnitGroup
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
 """What another order of summation makes of outputs, at most and as a part of the largest; others are not compared."""
 
+MISPLACED = "in another order they compute something else, so that what becomes of them is not known"
+
 
 def find_misplaced(module: nn.Module, call: Call, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
     """Those of ``groups`` whose units cannot be put in another order.

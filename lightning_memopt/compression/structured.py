@@ -13,6 +13,7 @@ from lightning_memopt.compression.choose import check_sparsity
 from lightning_memopt.compression.cutting import Smaller, Trials
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.graph import Call
+from lightning_memopt.compression.interchangeable import MISPLACED
 from lightning_memopt.compression.model_config import update_configs
 from lightning_memopt.compression.slots import Slot, UnitGroup
 from lightning_memopt.compression.units import find_units
@@ -28,7 +29,8 @@ class StructuredPruning:
     Attributes:
         removed: How many units were there and how many are left, by name of the layer or attention.
         skipped: Why others were left, by name.
-        failed: Those of ``skipped`` that were to be removed and with which the module's code does not run.
+        failed: Those of ``skipped`` that were to be removed and without which the module's code does not run, or
+            computes something else in another order.
         parameters_before: Number of parameters before, tied ones once.
         parameters_after: The same afterwards.
     """
@@ -92,12 +94,15 @@ def prune_structured(
     check_sparsity(amount)
     before, call = _count(module), uncompiled(call)
     plan = plan_structured(module, amount, call, include=include, exclude=exclude, scores=scores)
+    misplaced = {name: reason for name, reason in plan.skipped.items() if reason == MISPLACED}
     if not plan.kept:  # all that can be removed has been
-        return StructuredPruning({}, plan.skipped, {}, before, before)
+        return StructuredPruning({}, plan.skipped, misplaced, before, before)
     trials = Trials(module, call)
     failed: dict[str, str] = {}
     kept = trials.most_that_run([], plan.kept, failed)
-    reasons = {name: f"the code does not run with fewer of it ({error})" for name, error in failed.items()}
+    reasons = misplaced | {
+        name: f"the code does not run with fewer of it ({error})" for name, error in failed.items()
+    }
     if not kept and first_sizes(module):  # what could be removed has been
         return StructuredPruning({}, plan.skipped | reasons, reasons, before, before)
     if not kept:

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_memopt.compression.concatenated import complete_copies
 from lightning_memopt.compression.fused import Fused, find_fused
 from lightning_memopt.compression.graph import Call, follow, is_conv1d, require_torch_pruning
-from lightning_memopt.compression.interchangeable import find_misplaced
+from lightning_memopt.compression.interchangeable import MISPLACED, find_misplaced
 from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
 from lightning_memopt.compression.traceable import traceable
 from lightning_memopt.compression.unreached import add_unreached
@@ -71,8 +71,8 @@ def _find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
     complete_copies(module, call, groups)
     found = [*known, *join_tied(groups)]
     found += add_unreached(module, found, names)
-    for group in find_misplaced(module, call, [one for one in found if one.reason is None and one.heads is None]):
-        group.reason = "in another order they compute something else, so that what becomes of them is not known"
+    for group in find_misplaced(module, call, [one for one in found if one.reason is None]):
+        group.reason = MISPLACED
     return found
 
 

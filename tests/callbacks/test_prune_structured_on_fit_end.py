@@ -192,11 +192,13 @@ def test_of_two_stacks_what_can_become_smaller_does_and_what_cannot_is_said_befo
     pytest.importorskip("torch_pruning")
     pruning, entry = PruneOnFitEnd(0.5, "structured"), ZOO[name]
     module, weights = entry.build(), sum(p.numel() for p in entry.build().parameters())
-    with pytest.warns(UserWarning, match="PruneOnFitEnd: .* will stay whole, since the code does not run with fewer"):
+    why = "in another order they compute something else" if name == "t5" else "the code does not run with fewer of it"
+    with pytest.warns(UserWarning, match=f"PruneOnFitEnd: .* will stay whole, since {why}"):
         train(module, entry.loader(2), steps=2, callbacks=[pruning])
     assert sum(p.numel() for p in module.parameters()) < part * weights
     reasons = [reason for name, reason in pruning.report.skipped.items() if left in name]
-    assert reasons and all(reason.startswith("the code does not run with fewer of it") for reason in reasons)
+    assert any(reason.startswith(why) for reason in reasons)
+    assert all("the code does not run" in reason or "in another order" in reason for reason in reasons)
     train(module, entry.loader(1), steps=1)
 
 

@@ -110,7 +110,7 @@ def test_what_is_left_computes_what_it_did_with_the_removed_units_unread(name):
     kept = [
         part for part in plan_structured(unread, 0.5, call, exclude=exclude).kept if part[0].name in found.removed
     ]
-    assert {group.kind for group, _ in kept} == ({"channels"} if name in ("cnn", "t5") else {"heads", "channels"})
+    assert {group.kind for group, _ in kept} == ({"channels"} if name == "cnn" else {"heads", "channels"})
     with torch.no_grad():
         before = call(unread)
         for group, mask in kept:
