@@ -1,6 +1,7 @@
 import copy
 import logging
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -194,19 +195,24 @@ def test_what_a_block_draws_from_generators_of_its_own_is_replayed_and_they_go_o
 
 
 @pytest.mark.parametrize("policy", ["selective", "budget"])
-def test_a_gradient_penalty_is_refused_by_name_where_products_are_kept_and_works_where_none_are(policy, stack, x):
-    def penalize() -> None:
+def test_a_gradient_penalty_is_right_where_nothing_is_kept_and_else_right_or_refused_by_name(policy, stack, x):
+    def penalize() -> list[torch.Tensor]:
+        stack.zero_grad()
         leaf = x.detach().requires_grad_()
         out = stack(leaf).sum()
         (slope,) = torch.autograd.grad(out, leaf, create_graph=True)
         (out + slope.square().sum()).backward()
+        return [parameter.grad.clone() for parameter in stack.parameters()]
 
+    plain = penalize()
+    with checkpoint_activations(stack, "full"):
+        torch.testing.assert_close(penalize(), plain)
     with checkpoint_activations(stack, **POLICIES[policy]):
         _step(stack, x)
-        with pytest.raises(RuntimeError, match=r"blocks\.\d is recomputed for a second backward .*policy 'full'"):
-            penalize()
-    with checkpoint_activations(stack, "full"):
-        penalize()
+        try:
+            torch.testing.assert_close(penalize(), plain)  # with torch 2.11
+        except RuntimeError as error:
+            assert re.search(r"blocks\.\d is recomputed for a second backward .*policy 'full'", str(error))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
