@@ -171,15 +171,12 @@ def _step_bytes(strategy: str, *callbacks: Callback) -> tuple[int, int]:
 )
 def test_a_rank_holds_the_gradients_of_two_blocks_instead_of_all(strategy: str) -> None:
     held = sum(parameter.nbytes for parameter in Wide().parameters()) / 2  # of each rank
-    (_, plain_gradients), *_ = plain = run_on_ranks(lambda: _step_bytes(strategy), 2)
-    assert plain_gradients > 0.98 * held
-    peaks = []
-    while not peaks or (min(peaks) > min(plain)[0] - 0.7 * held and len(peaks) < 6):
-        # What threads of gloo drop last, which is a matter of chance, is not seen to be released.
-        for peak, gradients in run_on_ranks(lambda: _step_bytes(strategy, memopt.OptimizerInBackward()), 2):
-            assert gradients < 1.05 * held / 4
-            peaks.append(peak)
-    assert min(peaks) < min(plain)[0] - 0.7 * held
+    plain = run_on_ranks(lambda: _step_bytes(strategy), 2)
+    assert all(gradients > 0.98 * held for _, gradients in plain)
+    stepping = run_on_ranks(lambda: _step_bytes(strategy, memopt.OptimizerInBackward()), 2)
+    assert all(gradients < 1.05 * held / 4 for _, gradients in stepping)
+    # By how much is a matter of chance: what threads of gloo drop last is not seen to be released.
+    assert max(stepping)[0] < min(plain)[0]
 
 
 def _fit(
