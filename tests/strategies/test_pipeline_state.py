@@ -15,6 +15,7 @@ from lightning_memopt.parallel.pipeline.stubs import is_stub
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.strategies.parity import fit_zoo
+from tests.strategies.users import Net, losses_of
 from tests.zoo import ZOO
 
 SIZES = MeshSizes(pipeline=2)
@@ -218,6 +219,59 @@ def test_buffers_that_only_the_last_stage_writes_are_saved_and_are_on_every_rank
             assert one["norm.num_batches_tracked"] == 4 and one.keys() == other.keys()
             for name, value in one.items():
                 np.testing.assert_allclose(other[name], value, rtol=1e-4, err_msg=name)
+
+
+class Buffers(nn.Module):
+    """Of blocks, without parameters: written in place, and made anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += len(x)
+            self.total = self.total + x.detach().sum()
+        return x
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("by", torch.linspace(0.5, 1.5, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.by
+
+
+class BuffersInBlocks(Net):
+    """Its blocks count, and share a module that has but a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        scale = Scale()
+        blocks = [nn.Sequential(nn.Linear(32, 32), nn.Tanh(), scale, Buffers()) for _ in range(4)]
+        self.net = nn.Sequential(nn.Linear(16, 32), *blocks, nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
+def test_buffers_that_blocks_write_and_share_without_having_parameters_are_those_of_one_device(schedule, tmp_path):
+    def fit(*strategy: Any) -> tuple[list[float], list[dict[str, np.ndarray]]]:
+        module, path = BuffersInBlocks(), tmp_path / "saved.ckpt"
+        losses = losses_of(module, *strategy, callbacks=[SavesAtTheEnd(path)])
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        return losses, [{name: state[name].numpy() for name in saved} for state in (saved, module.state_dict())]
+
+    ((losses, states),) = run_on_ranks(fit, 1)
+    assert states[0]["net.1.3.seen"] == 6 * 8
+    strategy = memopt.PipelineParallelStrategy(schedule, microbatches=2)
+    for other_losses, other_states in run_on_ranks(lambda: fit(2, strategy), 2):
+        np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+        for state, other in zip(states, other_states, strict=True):
+            assert state.keys() == other.keys()
+            for name, value in state.items():
+                np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 class SavesAtTheEnd(Callback):

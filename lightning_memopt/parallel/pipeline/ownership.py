@@ -97,22 +97,18 @@ class SharedParameters:
 
 
 class SharedBuffers:
-    """Buffers of modules without parameters: every stage holds them, and the stages that run the module write them.
+    """Buffers that every stage holds, and that those which run their modules write.
 
     Args:
+        names: Of these buffers.
         module: The model.
         group: The ranks of the pipeline.
     """
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(self, names: Sequence[str], module: nn.Module, group: dist.ProcessGroup) -> None:
         self._module = module
         self._group = group
-        self._names = [
-            f"{path}.{name}" if path else name
-            for path, owner in module.named_modules()
-            if next(owner.parameters(recurse=False), None) is None
-            for name, _ in owner.named_buffers(recurse=False)
-        ]
+        self._names = list(names)
         self._states = self._read_states()
 
     def share(self) -> None:

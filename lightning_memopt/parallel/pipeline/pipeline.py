@@ -117,8 +117,9 @@ class Pipeline:
         self.stopped_by = found.stopped_by
         self._stages = [stage for stage in range(count) if rank_of_stage(schedule, stage, self._ranks) == self._rank]
         self._share(held, pipelines)
+        on_every_rank = [name for name, buffer in module.named_buffers() if buffer not in held]
         self._free(held)
-        self._buffers = SharedBuffers(module, group)
+        self._buffers = SharedBuffers(on_every_rank, module, group)
         called = set[int]().union(*(found.called.get(start, ()) for start in self.partition.starts))
         shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts, called)
         watched = {name: module.get_submodule(name) for name in watched_in(shapes)}
@@ -216,12 +217,12 @@ class Pipeline:
         ]
         self._flags += [(meta, self._stubs[p]) for p, meta in freed.items() if isinstance(p, nn.Parameter)]
         stubs = {meta: self._stubs[tensor] for tensor, meta in freed.items()}
-        self._freed = [(owner, name, meta, stubs[meta]) for owner, name, meta in find_places(self.module, stubs)]
+        self._freed = [(owner, name, stubs[meta]) for owner, name, meta in find_places(self.module, stubs)]
         # Of this rank's other stages: a stage that runs their modules too, on its way, would write what they write.
         others_of = {stage: {t for t, of in held.items() if of & mine and stage not in of} for stage in self._stages}
         self._of_other_stages = {
             stage: [
-                (owner, name, buffer, self._stubs[buffer])
+                (owner, name, self._stubs[buffer])
                 for owner, name, buffer in find_places(self.module, of_others)
                 if not isinstance(buffer, nn.Parameter)
             ]

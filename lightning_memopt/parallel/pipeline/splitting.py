@@ -134,7 +134,7 @@ def holders(module: nn.Module, survey: Survey, cut: Partition, stubs: dict[Tenso
     """The stages that hold each parameter, and each buffer that belongs to a module with parameters.
 
     A parameter is held where it is used, one that the step does not use on every stage. Other buffers (position ids,
-    rotary tables) are on every rank, which computes with them.
+    rotary tables) are on every rank, which computes with them, unless they lie within the blocks of one stage.
 
     Args:
         module: The model.
@@ -152,14 +152,17 @@ def holders(module: nn.Module, survey: Survey, cut: Partition, stubs: dict[Tenso
             found[parameter].add(len(cut) - 1)  # behind the last block, where the run stopped
         if not found[parameter]:
             found[parameter] = _stage_of_link(name, cut) or everywhere
-    for name, owner in module.named_modules():
-        inside = _stage_of_link(f"{name}.", cut)
+    inside: dict[Tensor, list[set[int]]] = {}  # of each buffer, by every name that it has
+    for name, owner in module.named_modules(remove_duplicate=False):
+        for buffer in owner.buffers(recurse=False):
+            inside.setdefault(buffer, []).append(_stage_of_link(f"{name}.", cut))
+    for owner in module.modules():
         own = [found[parameter] for parameter in owner.parameters(recurse=False)]
         for buffer in owner.buffers(recurse=False):
-            if inside:
-                found[buffer] = inside
+            if all(inside[buffer]) and len(set().union(*inside[buffer])) == 1:
+                found[buffer] = inside[buffer][0]
             elif own:
-                found[buffer] = set().union(*own)
+                found[buffer] = found.get(buffer, set()).union(*own)
     return found
 
 

@@ -130,18 +130,20 @@ def _refuse_writing_to_real(func: Any, args: Sequence[Any]) -> None:
 
 
 @contextmanager
-def in_place_of(places: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> Iterator[None]:
+def in_place_of(places: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     """Within the block, modules have other parameters and buffers.
 
     Args:
-        places: The module, the name, what it has, and what it has within the block.
+        places: The module, the name, and what it has within the block.
     """
-    for owner, name, _, other in places:
+    # Asked for anew each time: a forward may put another tensor in place of a buffer (`self.mean = ...`).
+    before = [owner._parameters.get(name, owner._buffers.get(name)) for owner, name, _ in places]
+    for owner, name, other in places:
         _put(owner, name, other)
     try:
         yield
     finally:
-        for owner, name, own, _ in places:
+        for (owner, name, _), own in zip(places, before, strict=True):
             _put(owner, name, own)
 
 
@@ -156,7 +158,7 @@ def find_places(module: nn.Module, tensors: Any) -> list[tuple[nn.Module, str, T
     ]
 
 
-def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
+def _put(owner: nn.Module, name: str, tensor: Tensor | None) -> None:
     registered = owner._parameters if name in owner._parameters else owner._buffers
     registered[name] = tensor  # type: ignore[assignment]
     if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
