@@ -1,7 +1,6 @@
 """Lightning's side of gradient accumulation."""
 
 import math
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from lightning_memopt.techniques.accumulation import (
     check_schedule,
     count_optimizer_steps,
     factor_for_target,
+    or_one,
 )
 from lightning_memopt.techniques.batches import weigh
 from lightning_memopt.techniques.counting import Count, Normalize, check_whole, counter
@@ -236,25 +236,22 @@ class GradientAccumulation(Callback):
             rank_zero_info(effective_batch_size(batch, self._factor, replicas(trainer)))
 
     def _new_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> GradientWindow:
-        devices = trainer.world_size
-        reduce = partial(_reduce, trainer)
+        mean = partial(self._mean_over_devices, trainer)
         if self._unit is None:
-            added = self._added
-            self._unit = reduce(added, "mean") if devices > 1 and self._normalize != "batch" else added
-            self._unit = (
-                torch.where(self._unit > 0, self._unit, 1) if isinstance(self._unit, Tensor) else self._unit or 1
-            )
-        sum_over_devices: Any
-        if self._normalize == "batch":  # all devices have equally many batches, which Lightning requires
-            sum_over_devices = partial(operator.mul, devices)
-        else:
-            sum_over_devices = partial(reduce, how="sum") if devices > 1 else operator.pos
+            self._unit = or_one(mean(self._added))
         return GradientWindow(
             [parameter for parameter in pl_module.parameters() if parameter.requires_grad],
             self._unit * self._factor,
-            devices,
-            sum_over_devices,
+            mean,
         )
+
+    def _mean_over_devices(self, trainer: pl.Trainer, number: float | Tensor) -> float | Tensor:
+        """Where ranks share batches each counts as often as any other, so that the mean is that over batches."""
+        if trainer.world_size == 1 or self._normalize == "batch":  # Lightning requires equally many batches
+            return number
+        counted = torch.as_tensor(number, device=trainer.strategy.root_device)
+        reduced: Tensor = trainer.strategy.reduce(counted.float().clone(), reduce_op="mean")
+        return reduced
 
     def _is_complete(self, trainer: pl.Trainer) -> bool:
         """In place of ``_accumulated_batches_reached``: does the window end with the current batch?"""
@@ -300,9 +297,3 @@ class _Undivided(ClosureResult):
 def _skips_backward(trainer: pl.Trainer) -> bool:
     """Whether this epoch only updates BatchNorm for StochasticWeightAveraging, which sets what it accumulates."""
     return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
-
-
-def _reduce(trainer: pl.Trainer, number: float | Tensor, how: str) -> Tensor:
-    counted = torch.as_tensor(number, device=trainer.strategy.root_device)
-    counted = counted.float() if how == "mean" else counted.clone()
-    return trainer.strategy.reduce(counted, reduce_op=how)

@@ -40,7 +40,7 @@ def find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
 
 def replicas(trainer: pl.Trainer) -> int:
     """How many devices get batches of their own."""
-    return (trainer.distributed_sampler_kwargs or {}).get("numreplicas", 1)
+    return (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
 
 
 def loader_batch_size(trainer: pl.Trainer) -> int:

@@ -118,15 +118,14 @@ class GradientWindow:
     clipping and the averaging over devices that follow. Dividing by the number of batches instead weighs tokens in
     short batches more than those in long ones (https://github.com/Lightning-AI/pytorch-lightning/issues/20350).
 
-    With several devices that average their gradients, the mean is over all of them: ``sum_over_devices`` adds up a
-    number over ``devices``.
+    With several devices that average their gradients, the mean is over all of them: ``mean_over_devices`` takes it of
+    a number.
 
     Attributes:
         parameters: Whose gradients are pending.
         reference: Roughly the sum of the counts, the same on all devices. It cancels out, and only keeps the pending
             gradients in a range that 16-bit gradients can hold.
-        devices: How many devices average their gradients.
-        sum_over_devices: Adds up a number over the devices.
+        mean_over_devices: The mean of a number over the devices that average their gradients.
         total: What the batches so far count.
 
     Example:
@@ -144,8 +143,7 @@ class GradientWindow:
 
     parameters: Iterable[nn.Parameter]
     reference: float | Tensor
-    devices: int = 1
-    sum_over_devices: Callable[[float | Tensor], float | Tensor] = field(default=lambda number: number)
+    mean_over_devices: Callable[[float | Tensor], float | Tensor] = field(default=lambda number: number)
     total: float | Tensor = 0
     _divisor: float | Tensor = field(init=False)
     _has_pending: bool = field(init=False, default=False)
@@ -162,7 +160,7 @@ class GradientWindow:
         """
         self.total = self.total + count
         if is_last:
-            self._divide_by(_or_one(self.sum_over_devices(self.total)) / self.devices)
+            self._divide_by(or_one(self.mean_over_devices(self.total)))
         self._has_pending = True
         return count / self._divisor
 
@@ -170,7 +168,7 @@ class GradientWindow:
         """Take back a batch that :meth:`add` counted and that then had no backward."""
         self.total = self.total - count
         if is_last:
-            self._divide_by(_or_one(self.total))
+            self._divide_by(or_one(self.total))
 
     def _divide_by(self, divisor: float | Tensor) -> None:
         factor = self._divisor / divisor
@@ -183,7 +181,7 @@ class GradientWindow:
                     parameter.grad.mul_(factor)
 
 
-def _or_one(total: float | Tensor) -> float | Tensor:
+def or_one(total: float | Tensor) -> float | Tensor:
     """A window in which all tokens are masked has no gradient rather than an undefined one."""
     return torch.where(total > 0, total, 1) if isinstance(total, Tensor) else total or 1
 
