@@ -136,7 +136,7 @@ class StorageTracker(MemTracker):
         if self._is_closed or winfo.device.type != self._device_type or u_type is _UpdateType.REF:
             return
         moment = self.now()
-        if u_type is _UpdateType.ADD:
+        if u_type is _UpdateType.ADD or winfo not in self._holdings:  # seen when it was empty, and grown since
             category = "temporaries" if moment.phase == "step" else _CATEGORY_OF[winfo.reftype]
             change = self._rounded(winfo.mem_consumed)
             holding = Holding([State(moment, change, category, moment.module)], node=self._stack.node)

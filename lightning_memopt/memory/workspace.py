@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from typing_extensions import override
 
 from lightning_memopt.memory.allocator_events import AllocatorEvents
@@ -28,17 +28,24 @@ _WITHOUT_SCRATCH = {
     *("triu", "masked_fill", "bernoulli_", "uniform_", "normal_", "exponential_", "native_dropout"),
     *("new_zeros", "new_empty", "new_full", "new_ones", "empty_like", "zeros_like", "ones_like", "full_like"),
     *("slice_backward", "select_backward", "constant_pad_nd", "equal", "scatter_", "native_dropout_backward"),
-    *("_local_scalar_dense", "split_with_sizes_copy", "random_", "flip", "roll", "repeat", "rand_like", "randn_like"),
+    *("_local_scalar_dense", "split_with_sizes_copy", "random_", "flip", "repeat", "rand_like", "randn_like"),
 }
 """Operators that write straight into their result (their CPU kernels in ATen/native; seen with the profiler)."""
 
-_COPIES_WHAT_IS_NOT_CONTIGUOUS = {
+_FREE_WHERE_CONTIGUOUS = {
     *("_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data"),
     *("nll_loss_forward", "nll_loss_backward"),
+    *("roll", "glu_backward", "rrelu_with_noise", "rrelu_with_noise_backward"),
 }
-"""Likewise, for arguments that lie in their own order; logits of images in ``channels_last`` do not."""
+"""Likewise, for arguments that lie in their own order; logits of images in ``channels_last`` do not.
+
+Of what does not, the kernel makes a copy, or lays its result out in another order than its fake.
+"""
 
 _KEEPS_ROOM_FOR_UNREDUCED = {"mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss"}
+
+_KEEPS_ROOM_FOR_INPUT = {"col2im"}
+"""Makes its result as large as its input before it takes the right shape (``F.fold``, ``nn.Fold``)."""
 
 
 def _first_of(*arguments: int) -> dict[int, int]:
@@ -70,6 +77,12 @@ _BATCH_DIMENSIONS: dict[str, dict[int, int]] = {
     "max_pool2d_with_indices_backward": _first_of(0, 1, 7),
     "_adaptive_avg_pool2d": _first_of(0),
     "_adaptive_avg_pool2d_backward": _first_of(0, 1),
+    **{f"{mode}_pad{d}d": _first_of(0) for mode in ("reflection", "replication") for d in (1, 2, 3)},
+    **{f"{mode}_pad{d}d_backward": _first_of(0, 1) for mode in ("reflection", "replication") for d in (1, 2, 3)},
+    "channel_shuffle": _first_of(0),
+    "col2im": _first_of(0),
+    "glu_backward": _first_of(0, 1),
+    "roll": _first_of(0),
     "upsample_nearest2d": _first_of(0),
     "upsample_bilinear2d": _first_of(0),
     "mse_loss": _first_of(0, 1),
@@ -109,8 +122,13 @@ class TensorSpec(NamedTuple):
 
     def resized(self, dimension: int, size: int) -> "TensorSpec":
         """The same with another size in one dimension, laid out in the same order."""
+        return self.in_shape((*self.shape[:dimension], size, *self.shape[dimension + 1 :]))
+
+    def in_shape(self, shape: tuple[int, ...]) -> "TensorSpec":
+        """The same with other sizes, laid out in the same order."""
+        if shape == self.shape:
+            return self
         order = sorted(range(len(self.shape)), key=lambda d: (self.stride[d], self.shape[d]))
-        shape = (*self.shape[:dimension], size, *self.shape[dimension + 1 :])
         stride, step = [0] * len(shape), 1
         for each in order:
             if self.stride[each]:
@@ -154,12 +172,19 @@ def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
         return None
 
     def spec(leaf: Any) -> Any:
-        is_tensor = isinstance(leaf, torch.Tensor)
-        return TensorSpec(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype) if is_tensor else leaf
+        return _spec(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
     return Call(
         operator, tree_map(spec, tuple(arguments)), tree_map(spec, dict(keywords or {})), torch.is_grad_enabled()
     )
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _is_dense(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
 
 
 def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
@@ -168,8 +193,8 @@ def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
         return False  # summed in 32 bits, of a copy
     if name in _WITHOUT_SCRATCH or operator.is_view or name.startswith(("_foreach", "_fused")):
         return True
-    if name in _COPIES_WHAT_IS_NOT_CONTIGUOUS and all(tensor.is_contiguous() for tensor in tensors):
-        return True
+    if name in _FREE_WHERE_CONTIGUOUS:
+        return all(tensor.is_contiguous() for tensor in tensors)
     one_dtype = len({tensor.dtype for tensor in tensors if tensor.dim() > 0}) <= 1
     if torch.Tag.pointwise in operator.tags:
         return one_dtype or name == "where"
@@ -194,11 +219,13 @@ class Need(NamedTuple):
         scratch_bytes: Beside its results while it runs.
         result_bytes: For its results.
         unknown: Why neither could be told; empty if they could.
+        results: How its results lie, of a run that may have been smaller.
     """
 
     scratch_bytes: int
     result_bytes: int
     unknown: str = ""
+    results: tuple[TensorSpec, ...] = ()
 
 
 class Workspace:
@@ -224,7 +251,8 @@ class Workspace:
 
         The fused LSTM's has no workspace, batch norm's keeps the statistics of a 16-bit input in 16 bits and lays out
         what it makes like an input that was transposed, and a reduced loss is 4 bytes, where the real kernel reduces
-        into the first element of its unreduced result.
+        into the first element of its unreduced result. Others lay out their results in another order (padding's
+        backward in ``channels_last``), and what follows would then run kernels that take other scratch.
         """
         if call.name == "mkldnn_rnn_layer":
             *outputs, workspace = result
@@ -243,7 +271,11 @@ class Workspace:
         if call.name in _KEEPS_ROOM_FOR_UNREDUCED and result.dim() == 0:
             elements = self._need(call).result_bytes // result.itemsize
             return result.new_empty(max(1, elements)).as_strided((), ())
-        return result
+        if call.name in _KEEPS_ROOM_FOR_INPUT:
+            elements = self._need(call).result_bytes // result.itemsize
+            room = result.new_empty(max(result.numel(), elements))
+            return room.as_strided(result.shape, result.stride())
+        return result if call.operator._schema.is_mutable else _laid_out_as(self._need(call).results, result)
 
     def notes(self) -> list[str]:
         """A sentence for each operator in :attr:`unknown`."""
@@ -283,7 +315,7 @@ class Workspace:
         scratch_bytes, result_bytes = (
             a + (a - b) * (whole - large) // (large - small) for a, b in zip(at_large[:2], at_small[:2], strict=True)
         )
-        return Need(scratch_bytes, result_bytes, at_large.unknown or at_small.unknown)
+        return Need(scratch_bytes, result_bytes, at_large.unknown or at_small.unknown, at_large.results)
 
     def _run(self, call: Call) -> Need:
         random_state = torch.default_generator.get_state()
@@ -335,8 +367,9 @@ def _measure(call: Call) -> Need:
     for allocation in allocations:
         held += allocation.size_bytes
         peak = max(peak, held)
-    del result  # alive until here, so that what it holds counted as held
-    return Need(peak - held, held)
+    # The result is alive until here, so that what it holds counted as held.
+    results = tuple(_spec(leaf) for leaf in tree_leaves(result) if _is_dense(leaf))
+    return Need(peak - held, held, results=results)
 
 
 def _laid_out_for(spec: TensorSpec, result: Any) -> Any:
@@ -349,6 +382,24 @@ def _laid_out_for(spec: TensorSpec, result: Any) -> Any:
     own = formats.get(input.dim(), torch.contiguous_format)
     kept = own if input.is_contiguous(memory_format=own) else torch.contiguous_format
     return torch.empty_like(result, memory_format=kept)
+
+
+def _laid_out_as(specs: tuple[TensorSpec, ...], result: Any) -> Any:
+    """``result`` with its tensors in the order of those that the kernel made, where these are as many."""
+    leaves, structure = tree_flatten(result)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len(tensors) != len(specs) or any(len(s.shape) != t.dim() for s, t in zip(specs, tensors, strict=True)):
+        return result
+    like = iter(specs)
+    placed = [_placed(leaf, next(like)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return tree_unflatten(placed, structure)
+
+
+def _placed(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    stride = spec.in_shape(tuple(tensor.shape)).stride
+    steps = zip(tensor.shape, tensor.stride(), stride, strict=True)
+    differs = any(size > 1 and ours != kernels for size, ours, kernels in steps)
+    return tensor.new_empty_strided(tensor.shape, stride) if differs and tensor.numel() else tensor
 
 
 def _lstm_workspace(arguments: Any) -> torch.Tensor:

@@ -115,6 +115,48 @@ class SparseEmbedding(_Net):
         return torch.optim.SparseAdam(self.parameters())
 
 
+class GrowsFromEmpty(_Net):
+    def loss(self, batch):
+        with torch.no_grad():
+            joined, grown = torch.empty(0), torch.empty(0)
+            torch.cat([batch, batch], out=joined)
+            grown.untyped_storage().resize_(4096)
+        return super().loss(batch) + joined.mean()
+
+
+class _ChannelsLast(_Net):
+    """Between two convolutions, what lays its results out in ways that fake tensors do not."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), *layers, nn.Conv2d(8, 8, 4, stride=2))
+        self.net.to(memory_format=torch.channels_last)
+
+    def loss(self, batch):
+        images = batch.view(8, 1, 32, 32)
+        return self.net(images.contiguous(memory_format=torch.channels_last)).square().mean()
+
+
+class ReflectionPadding(_ChannelsLast):
+    def __init__(self) -> None:
+        super().__init__(nn.ConvTranspose2d(8, 8, 4, 2), nn.MaxPool2d(2), nn.ReflectionPad2d(2))
+
+
+class ReplicationPadding(_ChannelsLast):
+    def __init__(self) -> None:
+        super().__init__(nn.ConvTranspose2d(8, 8, 4, 2), nn.MaxPool2d(2), nn.ReplicationPad2d(2))
+
+
+class Gated(_ChannelsLast):
+    def __init__(self) -> None:
+        super().__init__(nn.ConvTranspose2d(8, 16, 4, 2), nn.MaxPool2d(2), nn.GLU(1))
+
+
+class Fold(_ChannelsLast):
+    def __init__(self) -> None:
+        super().__init__(nn.Unfold(3, padding=1), nn.Fold(32, 3, padding=1))
+
+
 class Spectrum(_Net):
     def __init__(self) -> None:
         super().__init__()
@@ -200,6 +242,7 @@ CASES = {
         *(ReadsTheTrainersCounters, RandomNumbers, Checkpointed, CheckpointedReentrant, InBfloat16FromTheStart),
         *(InDoubleFromConfigureModel, Spectrum, Attention, BidirectionalGRU, Volumes),
         *(NormOfTransposed, SegmentsInChannelsLast, ConnectionistTemporal, GroupedExperts),
+        *(GrowsFromEmpty, ReflectionPadding, ReplicationPadding, Gated, Fold),
     )
 }
 
