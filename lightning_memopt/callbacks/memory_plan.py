@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lightning_memopt.memory.command import PLANNED
@@ -24,7 +23,7 @@ from lightning_memopt.planning.first_batch import batch_of
 from lightning_memopt.planning.plan import Plan, PlanResult, describe_failure, plan
 from lightning_memopt.planning.space import Layout
 from lightning_memopt.planning.written import result_as_dict
-from lightning_memopt.techniques.batches import copied
+from lightning_memopt.techniques.batches import copied, tensors_in
 
 WRONG_BY = 0.05
 """Relative error of a predicted peak from which on it is planned again."""
@@ -148,9 +147,7 @@ class MemoryPlan(Callback):
     ) -> None:
         if self.measured_bytes is None and self._tracker is None and trainer.global_step > 0:
             self._steps_before = trainer.global_step
-            tensors: list[torch.Tensor] = []
-            apply_to_collection(batch, torch.Tensor, tensors.append)
-            self._tracker = track_memory(pl_module, trainer.optimizers, tensors)
+            self._tracker = track_memory(pl_module, trainer.optimizers, tensors_in(batch))
             self._tracker.__enter__()
 
     @override

@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lightning_memopt.memory.command import MEASURED, PREDICTED
@@ -26,6 +25,7 @@ from lightning_memopt.models.fake import is_fake
 from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import find_uninitialized
 from lightning_memopt.models.out_of_memory import is_out_of_memory
+from lightning_memopt.techniques.batches import tensors_in
 
 _log = logging.getLogger(__name__)
 
@@ -180,9 +180,7 @@ class MemoryMonitor(Callback):
         return {**self.__dict__, "_tracker": None, "_reserve": None}
 
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        tensors: list[torch.Tensor] = []
-        apply_to_collection(batch, torch.Tensor, tensors.append)
-        self._tracker = track_memory(pl_module, trainer.optimizers, tensors)
+        self._tracker = track_memory(pl_module, trainer.optimizers, tensors_in(batch))
         self._tracker.__enter__()
         self._next_sample = _NEVER
         self._window_start = trainer.global_step

@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_memopt.planning.known_values import stays_real
+from lightning_memopt.techniques.batches import tensors_in
 
 
 def fake_copy(mode: FakeTensorMode, original: Any) -> Any:
@@ -78,8 +78,7 @@ def tensors_of(original: Any) -> list[torch.Tensor]:
     """The parameters and buffers of a module, or the tensors in a batch."""
     if isinstance(original, nn.Module):
         return [*original.parameters(), *original.buffers()]
-    leaves = tree_leaves(dict(original) if hasattr(original, "keys") else original)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tensors_in(original)
 
 
 def _fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

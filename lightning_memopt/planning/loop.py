@@ -17,7 +17,7 @@ from lightning_memopt.memory.workspace import Need
 from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.planning.operators import OperatorLog
 from lightning_memopt.planning.quiet import quiet_lightning
-from lightning_memopt.techniques.batches import batch_size
+from lightning_memopt.techniques.batches import batch_size, tensors_in
 
 _MAX_BATCHES = 1000
 """A loop that takes more batches than this for two optimizer steps is taken for one that never steps."""
@@ -88,7 +88,7 @@ class _MeasureStep(Callback):
     ) -> None:
         if self._steps_before is None and (self._prepares or trainer.global_step > 0):
             self._steps_before = trainer.global_step
-            self.tracker.restart(module, list(trainer.optimizers), batch)
+            self.tracker.restart(module, list(trainer.optimizers), tensors_in(batch))
             if self._log is not None:
                 self._log.start()
 
@@ -138,7 +138,7 @@ def run_second_step(
         trainer = pl.Trainer(**(_QUIET | trainer_options), callbacks=[watcher, *callbacks])
         watcher.tracker = tracker = track_memory(
             module,
-            _trackable(batch),
+            tensors_in(batch),
             timeline_points=timeline_points,
             known_kernels=known_kernels,
             gpu_granularity=gpu_granularity,
@@ -160,7 +160,3 @@ def _measurable_callbacks(configure_callbacks: Callable[[], Any]) -> list[Callba
     own = configure_callbacks() or []
     callbacks = own if isinstance(own, Sequence) else [own]
     return [callback for callback in callbacks if not isinstance(callback, Checkpoint | EarlyStopping)]
-
-
-def _trackable(batch: Any) -> Any:
-    return batch if isinstance(batch, dict | list | tuple) or hasattr(batch, "untyped_storage") else []

@@ -147,6 +147,18 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int | None], weights: 
     return _rebuild(first, [merge_outputs(items, sizes, weights) for items in zip(*parts, strict=True)])
 
 
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors in ``batch``, of any of the containers that :func:`batch_size` reads.
+
+    Example:
+        >>> [tensor.shape for tensor in tensors_in({"x": torch.zeros(8, 3), "names": ["a"] * 8})]
+        [torch.Size([8, 3])]
+    """
+    if isinstance(batch, Tensor):
+        return [batch]
+    return [tensor for _, part in _parts(batch) or () for tensor in tensors_in(part)]
+
+
 def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
     """``loss * weight``, where a weight of 0 gives 0 even if the loss, a mean over nothing, is not a number."""
     if not isinstance(weight, Tensor):

@@ -1,13 +1,17 @@
 """Modules as users write them, odd ones too: measured and predicted peaks against the allocator's events."""
 
+from dataclasses import dataclass
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import lightning_memopt as memopt
+from tests.parity import train
 from tests.planning.allocator import raw_peak_bytes
 from tests.zoo import slow_where
 
@@ -253,6 +257,34 @@ def test_a_module_as_users_write_them_is_measured_and_predicted(name):
     raw = raw_peak_bytes(CASES[name], batch)
     assert memopt.measure_memory(CASES[name](), batch).peak_bytes == pytest.approx(raw, rel=0.002)
     assert memopt.predict_memory(CASES[name](), batch).peak_bytes == pytest.approx(raw, rel=0.02)
+
+
+@dataclass(frozen=True)
+class _Signals:
+    values: torch.Tensor
+    name: str = "signals"
+
+    def to(self, device, **_):
+        return _Signals(self.values.to(device), self.name)
+
+
+class TakesADataclass(_Net):
+    def loss(self, batch):
+        return super().loss(batch.values)
+
+
+def test_a_batch_that_is_a_dataclass_is_measured_and_predicted_as_its_tensors_are(tmp_path):
+    values = torch.randn(64, 128)
+    for peak_of, given in (
+        (memopt.measure_memory, values),
+        (memopt.predict_memory, values),
+        (memopt.predict_memory, values.to("meta")),
+    ):
+        assert peak_of(TakesADataclass(), _Signals(given)).peak_bytes == peak_of(_Net(), given).peak_bytes
+    monitor = memopt.MemoryMonitor(dirpath=tmp_path)
+    loader = DataLoader([_Signals(values)] * 3, batch_size=None)
+    train(TakesADataclass(), loader, steps=3, callbacks=[monitor])
+    assert (tmp_path / "memory_report.json").exists()
 
 
 def test_sparse_gradients_are_measured_and_the_prediction_names_the_operator_that_it_cannot_know():
