@@ -97,11 +97,11 @@ class MixedPrecision(LightningMixedPrecision):
         if self.loss_scale is None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)
         result = closure()
-        if result is None and model.automatic_optimization:  # the step returned None: there was no backward
-            return result
         gradient = next(
             (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None
         )
+        if gradient is None and result is None and model.automatic_optimization:
+            return result  # the step returned None, and no earlier batch of its window left a gradient
         # On fake tensors nothing overflows, and the scaler's question whether something did has no answer.
         if gradient is None or is_fake(gradient):
             self._after_closure(model, optimizer)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_memopt import MixedPrecision
+from lightning_memopt import GradientAccumulation, MixedPrecision
 from lightning_memopt.precision.loss_scale import LossScale, LossScaleCollapsedError
 from tests.parity import assert_same_training, train
 from tests.zoo import ZOO, cases
@@ -195,6 +195,28 @@ def test_a_step_that_returns_none_neither_steps_nor_fails():
 
     run = train(ReturnsNone(0.0), ZOO["mlp"].loader(), steps=4, plugins=[MixedPrecision("fp16")])
     assert run.trainer.global_step == 4
+
+
+def test_a_window_whose_last_step_returns_none_steps_with_what_the_others_left():
+    class ReturnsNone(type(ZOO["mlp"].build())):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    module = ReturnsNone(0.0)
+    ends_with_none, without_it = (
+        train(
+            copy.deepcopy(module),
+            ZOO["mlp"].loader(),
+            steps=1,
+            callbacks=[GradientAccumulation(batches)],
+            plugins=[MixedPrecision("fp16", initial_scale=1024.0)],
+        )
+        for batches in (3, 2)
+    )
+    torch.testing.assert_close(ends_with_none.weights, without_it.weights, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
