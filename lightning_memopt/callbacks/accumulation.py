@@ -22,6 +22,7 @@ from lightning_memopt.callbacks.accumulation_checks import (
     replicas,
 )
 from lightning_memopt.models.instance_patch import Patches, replaced, with_property
+from lightning_memopt.parallel.unreduced import unreduced_gradients
 from lightning_memopt.techniques.accumulation import (
     GradientWindow,
     Schedule,
@@ -243,6 +244,7 @@ class GradientAccumulation(Callback):
             [parameter for parameter in pl_module.parameters() if parameter.requires_grad],
             self._unit * self._factor,
             mean,
+            partial(unreduced_gradients, pl_module),
         )
 
     def _mean_over_devices(self, trainer: pl.Trainer, number: float | Tensor) -> float | Tensor:

@@ -44,16 +44,20 @@ def _remove_hooks(submodule: Any) -> None:
     state = submodule._get_fsdp_state()
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    for group in groups:
-        if group is None:
-            continue
+    for group in parameter_groups(submodule):
         for handle in group._module_to_pre_save_state_dict_hook_handle.values():
             handle.remove()
         for handle in group._module_to_pre_load_state_dict_hook_handle.values():
             handle.remove()
         for parameter in group.fsdp_params:
             parameter._post_load_hook_handle.remove()  # it would hold the shards, and could not be pickled
+
+
+def parameter_groups(submodule: Any) -> list[Any]:
+    """What FSDP2 gathers and reduces together, of a module that it was put on."""
+    state = submodule._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def make_whole(module: nn.Module) -> None:

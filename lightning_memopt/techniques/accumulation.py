@@ -126,6 +126,8 @@ class GradientWindow:
         reference: Roughly the sum of the counts, the same on all devices. It cancels out, and only keeps the pending
             gradients in a range that 16-bit gradients can hold.
         mean_over_devices: The mean of a number over the devices that average their gradients.
+        pending_elsewhere: Finds gradients that no parameter has as ``grad`` yet, such as
+            :func:`~lightning_memopt.parallel.unreduced.unreduced_gradients` of a module that FSDP2 shards.
         total: What the batches so far count.
 
     Example:
@@ -144,6 +146,7 @@ class GradientWindow:
     parameters: Iterable[nn.Parameter]
     reference: float | Tensor
     mean_over_devices: Callable[[float | Tensor], float | Tensor] = field(default=lambda number: number)
+    pending_elsewhere: Callable[[], Iterable[Tensor]] = tuple
     total: float | Tensor = 0
     _divisor: float | Tensor = field(init=False)
     _has_pending: bool = field(init=False, default=False)
@@ -175,10 +178,10 @@ class GradientWindow:
         self._divisor = divisor
         if not self._has_pending or (not isinstance(factor, Tensor) and factor == 1):
             return
+        own = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         with torch.no_grad():
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+            for gradient in {id(gradient): gradient for gradient in (*own, *self.pending_elsewhere())}.values():
+                gradient.mul_(factor)
 
 
 def or_one(total: float | Tensor) -> float | Tensor:
