@@ -202,6 +202,7 @@ class WithLBFGS(NeverSteps):
             "MicroBatching sums gradients.*Use one of the two",
         ),
         (NeverSteps, {"callbacks": ["LowBitOptimizer"]}, "SGD has momentum=0.*AdamW, Adam, SGD with momentum"),
+        (WithLBFGS, {"callbacks": [("GradientAccumulation", {"schedule": 2})]}, "LBFGS.*MicroBatching"),
         (WithLBFGS, {"callbacks": ["LowBitOptimizer"]}, "LBFGS.*AdamW, Adam, SGD"),
         (WithLBFGS, {"callbacks": ["OptimizerInBackward"]}, "LBFGS cannot step one parameter.*AdamW"),
         (WithLBFGS, {"plugins": [("MixedPrecision", {"dtype": "fp16"})]}, "LBFGS.*'bf16'"),

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_memopt.callbacks.accumulation_checks import (
     effective_batch_size,
+    find_optimizer_problem,
     find_problem,
     loader_batch_size,
     replicas,
@@ -60,7 +61,7 @@ class GradientAccumulation(Callback):
 
     Raises:
         MisconfigurationException: For bad arguments at once; at the start of ``fit`` for manual optimization, another
-            accumulation, or a ``target_batch_size`` that the loader's batches do not make.
+            accumulation, LBFGS, or a ``target_batch_size`` that the loader's batches do not make.
 
     Example:
         >>> accumulation = GradientAccumulation({0: 8, 1000: 2}, by="step", normalize="tokens", mask_key="labels")
@@ -124,6 +125,8 @@ class GradientAccumulation(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if problem := find_optimizer_problem(trainer.optimizers):
+            raise MisconfigurationException(f"GradientAccumulation cannot work here: {problem}")
         loop = trainer.fit_loop.epoch_loop
         optimization = loop.automatic_optimization
         self._undo.enter_context(replaced(loop, _accumulated_batches_reached=partial(self._is_complete, trainer)))

@@ -1,11 +1,13 @@
 """What gradient accumulation asks of a trainer before the first step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import LBFGS, Optimizer
 
 from lightning_memopt.techniques.batches import batch_size
 
@@ -34,6 +36,17 @@ def find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         return (
             f"{type(trainer.strategy).__name__} accumulates by itself and cannot be told when. Set it in the "
             "strategy's configuration, or use another strategy."
+        )
+    return None
+
+
+def find_optimizer_problem(optimizers: Sequence[Optimizer]) -> str | None:
+    """What of the optimizers forbids it, as a sentence, or ``None``."""
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        return (
+            "LBFGS computes the loss and its gradient several times in a step, each time of the window's last batch "
+            "alone, and adds it to what the others left. Give it whole batches (MicroBatching saves their "
+            "activations), or use another optimizer."
         )
     return None
 
