@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class ActivationStore:
         self._files = 0
         self._closing = False
         self._streams: dict[torch.device, CopyStream] = {}
-        self._stored: weakref.WeakValueDictionary[tuple[int, int], StoredBytes] = weakref.WeakValueDictionary()
+        self._stored: weakref.WeakValueDictionary[tuple[Any, ...], StoredBytes] = weakref.WeakValueDictionary()
 
     def hooks(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which what autograd saves goes through the store.
@@ -128,8 +128,11 @@ class ActivationStore:
         if not self._takes(tensor) or tensor.untyped_storage()._cdata in held:
             return _Kept(tensor.detach(), tensor._version)
         storage = tensor.untyped_storage()
-        # The version tells apart what a storage held before and after a change in place.
-        key = storage._cdata, tensor._version
+        # The version tells apart what a storage held before and after a change in place. Chunks by `unsafe_chunk`,
+        # the gates of recurrent cells, share a storage and count their changes apart: they differ in their place.
+        base = tensor if tensor._base is None else tensor._base
+        place = int(base.storage_offset()), tuple(base.size()), base.stride()
+        key = storage._cdata, tensor._version, place
         stored = self._stored.get(key)
         if stored is None:
             stored = self._store(tensor)

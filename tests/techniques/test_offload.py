@@ -1,7 +1,9 @@
 import errno
 import gc
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,20 @@ def test_what_a_storage_held_before_a_change_in_place_is_kept_apart_from_what_it
         loss = (first + hidden * hidden.detach()).sum()
     loss.backward()
     assert torch.equal(x.grad, torch.full((8,), 2 * 2.0 + 6 * 6.0))
+
+
+@pytest.mark.parametrize("layer", [nn.GRU(8, 16), nn.LSTM(8, 16, proj_size=4), nn.GRUCell(8, 16), nn.LSTMCell(8, 16)])
+def test_gates_that_are_chunks_of_one_storage_are_kept_as_they_were_saved(layer: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(4, 8) if isinstance(layer, nn.RNNCellBase) else torch.randn(5, 4, 8)
+
+    def gradients(**offloaded: Any) -> list[torch.Tensor]:
+        context = offload_activations(layer, **offloaded) if offloaded else nullcontext()
+        with context:
+            output = layer(x)
+            loss = (output if isinstance(output, torch.Tensor) else output[0]).square().sum()
+        return list(torch.autograd.grad(loss, tuple(layer.parameters())))
+
+    torch.testing.assert_close(gradients(to="disk", min_bytes=0, directory=tmp_path), gradients(), rtol=0, atol=0)
 
 
 def test_parameters_buffers_and_their_views_are_not_offloaded(tmp_path: Path) -> None:
