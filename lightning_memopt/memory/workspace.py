@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from typing_extensions import override
@@ -252,8 +253,11 @@ class Workspace:
         The fused LSTM's has no workspace, batch norm's keeps the statistics of a 16-bit input in 16 bits and lays out
         what it makes like an input that was transposed, and a reduced loss is 4 bytes, where the real kernel reduces
         into the first element of its unreduced result. Others lay out their results in another order (padding's
-        backward in ``channels_last``), and what follows would then run kernels that take other scratch.
+        backward in ``channels_last``), and what follows would then run kernels that take other scratch. A result with
+        values, as of what a module computes beside its fakes, is what the kernel made, and stays.
         """
+        if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(result)):
+            return result
         if call.name == "mkldnn_rnn_layer":
             *outputs, workspace = result
             missing = self._need(call).result_bytes - sum(output.nbytes for output in result)
