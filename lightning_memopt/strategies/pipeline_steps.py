@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
@@ -310,9 +311,14 @@ class PipelineSteps:
         """What micro-batches weigh; none where they are evaluated and cannot be counted, as those without labels."""
         try:
             return [self._strategy.count(piece) for piece in pieces]
-        except (ValueError, TypeError, LookupError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             if name == "training_step":
                 raise
+            if name != "predict_step":  # of which nothing is a mean
+                rank_zero_warn(
+                    f"{type(self._strategy).__name__}: micro-batches of `{name}` weigh by samples, since they cannot "
+                    f"be counted as those of training are ({type(error).__name__}: {error})."
+                )
             return []
 
     def _for_stage(self, micro_batch: Any) -> Any:

@@ -116,6 +116,18 @@ def test_a_mean_over_tokens_is_validated_as_on_one_device():
         assert found == pytest.approx(plain, rel=1e-5)
 
 
+def test_batches_that_are_validated_and_cannot_be_counted_weigh_by_samples_and_that_is_said():
+    def validated() -> dict[str, float]:
+        strategy = memopt.PipelineParallelStrategy(normalize="tokens", mask_key="mask")
+        if int(os.environ["LOCAL_RANK"]):
+            return _validated(2, strategy=strategy)
+        with pytest.warns(UserWarning, match=r"micro-batches of `validation_step` weigh by samples.*mask_key='mask'"):
+            return _validated(2, strategy=strategy)
+
+    by_samples = run_on_ranks(lambda: _validated(2, strategy="memopt_pp"), 2)[0]
+    assert run_on_ranks(validated, 2) == [by_samples] * 2
+
+
 def _demo(ranks: int, **options: Any) -> list[float]:
     torch.manual_seed(0)
     module = GPT(layers=3, width=32, heads=2, context=16)
