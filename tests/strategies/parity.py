@@ -211,3 +211,11 @@ def assert_same_outcome(
         excess = np.maximum(np.abs(other.weights[name] - weight) - allowed, 0)
         np.testing.assert_allclose(weight + excess, weight, rtol=rtol, atol=atol, err_msg=name)
     assert loose <= 0.05 * sum(weight.size for weight in plain.weights.values())
+
+
+class Probe(Callback):
+    """Calls a function with the module at a hook and keeps what it returns."""
+
+    def __init__(self, hook: str, function: Any) -> None:
+        self.seen: list[Any] = []
+        setattr(self, hook, lambda trainer, module, *args: self.seen.append(function(module)))

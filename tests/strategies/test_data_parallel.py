@@ -18,23 +18,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_memopt import DataParallelStrategy, HybridStrategy
-from lightning_memopt.parallel.mesh import MeshSizes
+from lightning_memopt import DataParallelStrategy
 from tests.distributed import run_on_ranks
 from tests.parity import train
-from tests.strategies.parity import STRATEGIES, assert_same_outcome, fit_zoo
-from tests.zoo import ZOO, Entry
+from tests.strategies.parity import STRATEGIES, Probe, fit_zoo
+from tests.zoo import ZOO
 
 SHARDED = [name for name in STRATEGIES if name != "memopt_ddp"]
 MLP = ZOO["mlp"]
-
-
-class Probe(Callback):
-    """Calls a function with the module at a hook and keeps what it returns."""
-
-    def __init__(self, hook: str, function: Any) -> None:
-        self.seen: list[Any] = []
-        setattr(self, hook, lambda trainer, module, *args: self.seen.append(function(module)))
 
 
 def _fit(name: str, strategy: Any, *callbacks: Callback, steps: int = 2, ranks: int = 2, **options: Any) -> Any:
@@ -423,38 +414,6 @@ def test_unused_parameters_are_named_once():
 def test_batch_norm_is_warned_of_by_name(strategy):
     first, _ = run_on_ranks(lambda: _messages(lambda: _fit("cnn", strategy)), 2)
     assert any("`blocks.0.norm1` and 5 more normalizes over the batch of its own rank" in text for text in first)
-
-
-class Tempered(type(MLP.build())):  # type: ignore[misc]
-    """Has a scalar that trains, as CLIP does, and one that does so later."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__(dropout)
-        self.temperature = nn.Parameter(torch.tensor(1.0))
-        self.frozen = nn.Parameter(torch.tensor(2.0), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.temperature.exp() / self.frozen
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.frozen.requires_grad_(self.global_step > 1)
-
-
-@pytest.mark.parametrize("strategy", [*SHARDED, "memopt_tp", "memopt_hybrid"])
-def test_scalars_stay_whole_and_train_as_on_one_device(strategy):
-    entry = Entry("tempered", Tempered, MLP.sample)
-    sizes = MeshSizes(tensor=2) if strategy == "memopt_tp" else MeshSizes(shard=2)
-    given = HybridStrategy(shard=2) if strategy == "memopt_hybrid" else strategy
-
-    def fit(ranks: int, **options: Any) -> Any:
-        kinds = Probe("on_train_end", lambda module: type(module.temperature))
-        return fit_zoo(entry, ranks, 4, extra=[kinds], **options), kinds.seen
-
-    plain, _ = run_on_ranks(lambda: fit(1), 1)[0]
-    assert plain.weights["temperature"] != 1.0 and plain.weights["frozen"] != 2.0
-    for outcome, kinds in run_on_ranks(lambda: fit(2, strategy=given, sizes=sizes), 2):
-        assert_same_outcome(plain, outcome)
-        assert kinds == [nn.Parameter]
 
 
 class ByHand(SkipsALayer):
