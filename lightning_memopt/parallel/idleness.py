@@ -1,9 +1,11 @@
 """Whether this process does anything: what it and its children compute, read and write."""
 
 import os
-import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+from lightning_memopt.parallel.stack import Line
 
 _COMPUTES = 0.01
 """The share of a window that a process may compute for and be idle: threads of libraries look around in it."""
@@ -47,14 +49,9 @@ class Idleness:
         return time.monotonic() - self._since
 
 
-def is_debugged(thread: int) -> bool:
-    """Whether the thread is held by a debugger, that is by a person who thinks."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if os.path.basename(frame.f_code.co_filename) in _DEBUGGERS:
-            return True
-        frame = frame.f_back
-    return False
+def is_debugged(stack: Iterable[Line]) -> bool:
+    """Whether a thread at these lines is held by a debugger, that is by a person who thinks."""
+    return any(os.path.basename(line.file) in _DEBUGGERS for line in stack)
 
 
 def _work_done() -> tuple[float, int] | None:

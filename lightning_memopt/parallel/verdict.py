@@ -2,13 +2,13 @@
 
 import json
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch.distributed as dist
+
+from lightning_memopt.parallel.stack import Line
 
 
 class RankFailure(RuntimeError):
@@ -179,19 +179,19 @@ def _start_time(process: int) -> str:
     return "" if state in "ZX" else started
 
 
-def position_of(thread: int) -> tuple[bool, str]:
-    """Whether the thread ``thread`` is inside ``torch.distributed``, and the innermost line outside of torch."""
-    frame = sys._current_frames().get(thread)
-    if frame is None:
+def position_of(stack: Sequence[Line]) -> tuple[bool, str]:
+    """Whether a thread is inside ``torch.distributed``, and its innermost line outside of torch.
+
+    Args:
+        stack: The lines that it is at, the innermost first.
+    """
+    if not stack:
         return False, "its end"
     distributed_folder = os.path.dirname(dist.__file__) + os.sep
     torch_folder = os.path.dirname(os.path.dirname(dist.__file__)) + os.sep
     waits = False  # in collectives of DTensor's the innermost line is that of an operator
-    while _file(frame).startswith(torch_folder) and frame.f_back is not None:
-        waits |= _file(frame).startswith(distributed_folder)
-        frame = frame.f_back
-    return waits, f"{_file(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _file(frame: FrameType) -> str:
-    return frame.f_code.co_filename
+    for line in stack:
+        if not line.file.startswith(torch_folder):
+            return waits, str(line)
+        waits |= line.file.startswith(distributed_folder)
+    return waits, str(stack[-1])

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from lightning_memopt.parallel.idleness import Idleness, is_debugged
+from lightning_memopt.parallel.stack import Line, stack_of
 from lightning_memopt.parallel.verdict import (
     Beat,
     RankFailure,
@@ -180,8 +181,9 @@ class RankWatch:
 
     def _look(self) -> RankFailure | None:
         """Give a sign of life, read the others', and judge them."""
-        waits, where = position_of(self._watched_thread)  # takes longer than a sign, and matters where nothing moves
-        self._own = replace(self._own, waits=waits, where=where, idle=self._idle_for())
+        stack = stack_of(self._watched_thread)  # takes longer than a sign, and matters where nothing moves
+        waits, where = position_of(stack)
+        self._own = replace(self._own, waits=waits, where=where, idle=self._idle_for(stack))
         try:
             self._beat()
             self._read(range(self.world_size))
@@ -198,10 +200,10 @@ class RankWatch:
                 failure = find_stuck(self._beats, self._since(self._moved), self.stuck_seconds)
         return failure
 
-    def _idle_for(self) -> float:
+    def _idle_for(self, stack: list[Line]) -> float:
         """Seconds for which this rank has done nothing in the phase that it is in; asked only where that is long."""
         still = self._since(self._moved)[self.rank] > _LONG_PHASE_SECONDS
-        if self.progress == 0 or not still or is_debugged(self._watched_thread):
+        if self.progress == 0 or not still or is_debugged(stack):
             self._idleness.begin()
         return self._idleness.seconds()
 
