@@ -10,11 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from compression_tasks import Task
+from pt2e_graph import by_export
 from torch import nn
 
 from lightning_memopt import GradualPruning, PolynomialSparsity
 from lightning_memopt.compression.container import save_compressed
-from lightning_memopt.compression.packed.hardware import largest_input
 from lightning_memopt.compression.quantize import quantize
 from lightning_memopt.compression.ranges import observe_inputs
 from lightning_memopt.compression.sizes import measure_sizes
@@ -95,20 +95,9 @@ def _calibrated(task: Task, module: pl.LightningModule) -> pl.LightningModule:
 
 
 def _pt2e(task: Task, module: pl.LightningModule) -> Outcome:
-    """PyTorch's static quantization by export for Inductor on x86, with 7 bits for inputs where 8 overflow."""
-    from torchao.quantization.pt2e import allow_exported_model_train_eval
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
     module = task.copy(module).eval()
     dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
-    exported = torch.export.export(module.net, (task.batch(32),), dynamic_shapes=dynamic).module()
-    config = x86.get_default_x86_inductor_quantization_config(reduce_range=largest_input(torch.device("cpu")) < 127)
-    prepared = prepare_pt2e(exported, x86.X86InductorQuantizer().set_global(config))
-    with torch.no_grad():
-        for inputs in task.calibration():
-            prepared(inputs)
-    module.net = allow_exported_model_train_eval(convert_pt2e(prepared))
+    module.net = by_export(module.net, task.batch(32), task.calibration(), dynamic)
     return _pickled(module)
 
 

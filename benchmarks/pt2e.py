@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.pt2e_graph import by_export
 from lightning_memopt.compression.quantize import module_bytes, quantize
 from lightning_memopt.compression.ranges import observe_inputs
 from tests.zoo import ZOO
@@ -77,15 +78,7 @@ def row(name: str) -> list[str]:
 
 def _by_export(net: nn.Module, x: Tensor) -> tuple[Any, int, int]:
     """The converted graph, how many of its matrix products and convolutions read integers, and how many there are."""
-    from torchao.quantization.pt2e import allow_exported_model_train_eval
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    exported = torch.export.export(copy.deepcopy(net), (x,)).module()
-    config = x86.get_default_x86_inductor_quantization_config()
-    prepared = prepare_pt2e(exported, x86.X86InductorQuantizer().set_global(config))
-    prepared(x)
-    graph = allow_exported_model_train_eval(convert_pt2e(prepared))
+    graph = by_export(copy.deepcopy(net), x, [x])
     kinds = ("linear", "conv2d", "addmm", "aten.mm", "aten.matmul")
     products = [n for n in graph.graph.nodes if n.op == "call_function" and str(n.target).startswith(_aten(kinds))]
     rounded = [n for n in products if all("dequantize" in str(_source(n.args[i]).target) for i in _operands(n))]
