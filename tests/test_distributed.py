@@ -85,7 +85,7 @@ def test_a_killed_rank_is_named_with_its_signal():
 
 
 def test_a_value_that_cannot_travel_is_an_error_of_its_rank():
-    with pytest.raises(RankFailed, match=r"(?s)rank 0 raised.*pickle"):
+    with pytest.raises(RankFailed, match=r"(?s)rank 0 raised.*(pickle|local object)"):
         run_on_ranks(lambda: lambda: None, 1)
 
 

@@ -1,13 +1,10 @@
-"""Where another thread is, read without a Python object of its frames."""
+"""Where another thread is."""
 
-import faulthandler
-import os
-import re
-import tempfile
-from typing import IO, NamedTuple
-
-_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
-_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 
 class Line(NamedTuple):
@@ -24,29 +21,34 @@ class Line(NamedTuple):
 def stack_of(thread: int) -> list[Line]:
     """The lines that the thread ``thread`` is at, the innermost first; none where it has ended.
 
-    ``sys._current_frames()`` gives the same as objects, and making one may collect garbage, whose finalizers may let
-    the other thread run on and free what is being read: in Python 3.11 the process ends with SIGSEGV. What writes
-    the traceback of a crash allocates nothing.
+    What its functions hold stays alive until they are read, so look at threads that stay where they are.
+    ``faulthandler.dump_traceback`` would hold nothing, and in Python 3.13 ends the process if the other thread is
+    just leaving a function that was called from C.
 
     Args:
         thread: What ``threading.get_ident()`` gives in it.
     """
-    with _file_in_memory() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        text = file.read().decode()
-    lines: list[Line] = []
-    is_asked = False
-    for written in text.splitlines():
-        if found := _THREAD.match(written):
-            is_asked = int(found[1], 16) == thread
-        elif is_asked and (found := _FRAME.match(written)):
-            lines.append(Line(found[1], int(found[2]), found[3]))
+    lines = []
+    with _no_collection():
+        frame = sys._current_frames().get(thread)
+        while frame is not None:
+            lines.append(Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
     return lines
 
 
-def _file_in_memory() -> IO[bytes]:
-    """A file that a full disk does not keep from being written, where the system has such."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("stack"), "w+b")  # the file closes the descriptor
-    return tempfile.TemporaryFile()
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: Python 3.11 may, while it makes the object of a frame that another thread is in.
+
+    Finalizers let that thread run, and leave the frame, of which then is read what is freed: the process ends with
+    SIGSEGV.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -181,9 +181,11 @@ class RankWatch:
 
     def _look(self) -> RankFailure | None:
         """Give a sign of life, read the others', and judge them."""
-        stack = stack_of(self._watched_thread)  # takes longer than a sign, and matters where nothing moves
-        waits, where = position_of(stack)
-        self._own = replace(self._own, waits=waits, where=where, idle=self._idle_for(stack))
+        still = self._since(self._moved)[self.rank]
+        # It matters where nothing moves, and only there looking does not keep alive what would be freed.
+        stack = stack_of(self._watched_thread) if still > self.interval / 2 else None
+        waits, where = (False, "") if stack is None else position_of(stack)
+        self._own = replace(self._own, waits=waits, where=where, idle=self._idle_for(still, stack))
         try:
             self._beat()
             self._read(range(self.world_size))
@@ -200,10 +202,9 @@ class RankWatch:
                 failure = find_stuck(self._beats, self._since(self._moved), self.stuck_seconds)
         return failure
 
-    def _idle_for(self, stack: list[Line]) -> float:
+    def _idle_for(self, still: float, stack: list[Line] | None) -> float:
         """Seconds for which this rank has done nothing in the phase that it is in; asked only where that is long."""
-        still = self._since(self._moved)[self.rank] > _LONG_PHASE_SECONDS
-        if self.progress == 0 or not still or is_debugged(stack):
+        if self.progress == 0 or still <= _LONG_PHASE_SECONDS or stack is None or is_debugged(stack):
             self._idleness.begin()
         return self._idleness.seconds()
 

@@ -31,7 +31,7 @@ def test_a_save_that_fails_leaves_the_older_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "last.ckpt"
     save_file(CHECKPOINT, path)
     before = path.read_bytes()
-    with pytest.raises(Exception, match="pickle|local object"):  # as Python 3.13 says it
+    with pytest.raises(Exception, match=r"pickle|local object"):  # as Python 3.13 says it
         save_file({**CHECKPOINT, "epoch": lambda: None}, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["last.ckpt"]
