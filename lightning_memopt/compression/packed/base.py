@@ -173,6 +173,10 @@ class PackedWeight(Tensor):
             return _conv2d(*args, **kwargs)
         if function is Tensor.__getitem__ and args[0].dim() > 2 and _is_number(args[1]):
             return args[0].piece(args[1])
+        if function is F.embedding_bag:
+            # Within it rows beyond `max_norm` are shortened in their table: one table has to last for all of it.
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*dense(args), **dense(kwargs))
         if function is Tensor.__getitem__ or (function is F.multi_head_attention_forward and not _is_self(*args)):
             # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
             # the length) would be a view, and views of a wrapper do not exist in inference mode.

@@ -92,6 +92,20 @@ def test_a_module_computes_nearly_the_same_with_its_weights_packed(packing, kind
         assert stored_bytes(packed.get_parameter(name)) < (part + 0.02) * module.get_parameter(name).nbytes
 
 
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}, {"max_norm": 0.5, "norm_type": 1.0}, {"mode": "max"}])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_bags_of_rows_are_those_of_the_unpacked_table_and_long_rows_are_shortened(packing, options):
+    cls, attributes, *_ = PACKINGS[packing]
+    torch.manual_seed(0)
+    packed = _packed(nn.EmbeddingBag(100, 64, **options), ["weight"], cls, attributes)
+    indices = torch.randint(0, 100, (4, 5))
+    plain = nn.EmbeddingBag.from_pretrained(packed.weight.dequantize(), **options)
+    expected = plain(indices)
+    torch.testing.assert_close(packed(indices), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(indices), expected)
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_state_dict_of_packed_weights_loads_in_place_and_by_assignment(packing):
     cls, options, *_ = PACKINGS[packing]
