@@ -5,13 +5,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import refuse_behind_quantization, validate_if_possible
-from lightning_memopt.callbacks.fit_time import HoldingCallback
+from lightning_memopt.callbacks.fit_time import HoldingCallback, has_its_layers
 from lightning_memopt.callbacks.gradual_pruning import GradualPruning
 from lightning_memopt.callbacks.prune_on_fit_end import PruneOnFitEnd
 from lightning_memopt.callbacks.timing import time_example
@@ -52,7 +53,7 @@ class ClusterWeights(HoldingCallback):
 
     Raises:
         MisconfigurationException: An argument is out of range or, before the first step, no weight matches, or values
-            would train and the strategy shards them.
+            would train and the strategy shards them, or another callback would prune them after they are found.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[ClusterWeights(16)], logger=False)
@@ -85,8 +86,19 @@ class ClusterWeights(HoldingCallback):
                 refuse_behind_quantization(trainer, self)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
-        self._prunes = any(isinstance(callback, GradualPruning | PruneOnFitEnd) for callback in before)
+        self._prunes = any(
+            isinstance(callback, GradualPruning) or (isinstance(callback, PruneOnFitEnd) and callback in before)
+            for callback in callbacks
+        )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and has_its_layers(pl_module):
+            self._refuse_later_zeros(trainer, pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if not has_its_layers(pl_module):  # by now it has them
+            self._refuse_later_zeros(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -119,6 +131,28 @@ class ClusterWeights(HoldingCallback):
                 "and a value that trains is the mean over all of its elements. Use begin_step=None, which clusters "
                 "when training is over, or a strategy of replicas."
             )
+
+    def _refuse_later_zeros(self, trainer: pl.Trainer, module: nn.Module) -> None:
+        """Raise where another callback prunes a weight when it shares values already, which fill its zeros again."""
+        if self.begin_step is None:
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        place = callbacks.index(self)
+        names = {weight.name for weight in self._select(module).weights}
+        for other in callbacks:
+            if isinstance(other, GradualPruning) and (end := other.schedule.end_step) > self.begin_step:
+                said = f"prunes until step {end}. Give begin_step={end} or more"
+            elif isinstance(other, GradualPruning) and callbacks.index(other) > place:
+                said = "comes after it in the list of callbacks, and prunes what it left. Put ClusterWeights last"
+            elif isinstance(other, PruneOnFitEnd) and other.sets_zeros and callbacks.index(other) < place:
+                said = "prunes when training is over. Put it after ClusterWeights, or leave begin_step out"
+            else:
+                continue
+            if shared := names.intersection(other.prunable(module)):
+                raise MisconfigurationException(
+                    f"ClusterWeights: the values of {min(shared)!r} are found at step {self.begin_step}, and "
+                    f"{type(other).__name__} {said}."
+                )
 
     @override
     def _hold(self, weights: Sequence[Weight]) -> Clusters:

@@ -133,6 +133,10 @@ class GradualPruning(HoldingCallback):
             latency=time_example(trainer, pl_module, pl_module),  # zeros take as long as what they replace
         )
 
+    def prunable(self, module: nn.Module) -> list[str]:
+        """Names of the weights of ``module`` that it prunes."""
+        return [weight.name for weight in self._choose(module).weights]
+
     @property
     @override
     def _last_step(self) -> int:

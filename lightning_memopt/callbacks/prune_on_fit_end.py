@@ -117,6 +117,15 @@ class PruneOnFitEnd(FitEndCallback):
             check_sparsity(amount)
             self._choice = _choice_of(method, amount, pattern, scope, seed)
 
+    @property
+    def sets_zeros(self) -> bool:
+        """Whether it sets weights to zero, and removes none."""
+        return not self._is_structured
+
+    def prunable(self, module: nn.Module) -> list[str]:
+        """Names of the weights of ``module`` that it sets to zero."""
+        return [weight.name for weight in self._choice.select(module, self._which, self.amount).weights]
+
     @override
     def _compressed(self, module: pl.LightningModule) -> bool:
         return bool(first_sizes(module))

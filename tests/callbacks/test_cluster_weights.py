@@ -5,10 +5,11 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memopt import ClusterWeights, ConstantSparsity, GradualPruning
+from lightning_memopt import ClusterWeights, ConstantSparsity, GradualPruning, PruneOnFitEnd
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.masks import find_sparsity
 from lightning_memopt.compression.selection import select_weights
+from tests.callbacks.learning import NotEvenStarted
 from tests.distributed import run_on_ranks
 from tests.parity import quiet_trainer, train
 from tests.resuming import SavesAt, Validations, Watch, fit_same_batches
@@ -51,6 +52,43 @@ def test_zeros_that_are_fewer_than_one_value_would_take_stay_zero_where_somethin
     run = train(entry.build(), entry.loader(10), steps=10, callbacks=callbacks)
     assert all(share == pytest.approx(0.05, abs=0.01) for share in find_sparsity(run.module).values())
     assert len(find_sparsity(run.module)) > 1 and _most_values(run.module) <= 4
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (lambda: [GradualPruning(ConstantSparsity(0.5, 6)), ClusterWeights(4, begin_step=4)], "prunes until step 6"),
+        (lambda: [ClusterWeights(4, begin_step=4), GradualPruning(ConstantSparsity(0.5, 4))], "comes after it"),
+        (lambda: [PruneOnFitEnd(0.5), ClusterWeights(4, begin_step=4)], "prunes when training is over"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mlp", "late_mlp"])
+def test_zeros_that_would_come_after_the_values_are_refused_before_the_first_step(name, callbacks, message):
+    entry = ZOO[name]
+    with pytest.raises(MisconfigurationException, match=f"ClusterWeights: the values of .* {message}"):
+        train(entry.build(), entry.loader(1), callbacks=[*callbacks(), NotEvenStarted()])
+
+
+def test_zeros_of_other_weights_may_come_after_the_values():
+    entry = ZOO["mlp"]
+    pruning = GradualPruning(ConstantSparsity(0.5, 3), include="net.0")
+    train(entry.build(), entry.loader(4), callbacks=[ClusterWeights(4, begin_step=1, exclude="net.0"), pruning])
+    assert pruning.report.eligible_sparsity == 0.5
+
+
+@pytest.mark.parametrize("begin_step", [4, None])
+def test_what_is_pruned_when_training_is_over_is_zero_beside_the_values(begin_step):
+    entry = ZOO["mlp"]
+    callbacks = [ClusterWeights(4, begin_step=begin_step), PruneOnFitEnd(0.75)]
+    run = train(entry.build(), entry.loader(6), steps=6, callbacks=callbacks)
+    assert min(find_sparsity(run.module).values()) >= 0.75 - 1e-3 and _most_values(run.module) <= 5
+
+
+def test_at_the_end_zeros_stay_whichever_of_both_callbacks_comes_first():
+    entry = ZOO["mlp"]
+    callbacks = [ClusterWeights(4), GradualPruning(ConstantSparsity(0.1, begin_step=2))]
+    run = train(entry.build(), entry.loader(6), steps=6, callbacks=callbacks)
+    assert _most_values(run.module) <= 4
 
 
 def test_averaged_weights_end_clustered_too():
