@@ -228,7 +228,14 @@ def _mean_over_ranks(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str
 
 def last_validation(trainer: pl.Trainer) -> dict[str, float]:
     """What the validation logged that has just ended within a fit, the mean over ranks; all of them call it."""
-    logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    logged: dict[str, Any] = {}
+    current = results.dataloader_idx  # of which alone they are told
+    try:
+        for results.dataloader_idx in {result.meta.dataloader_idx for result in results.values()}:
+            logged |= results.metrics(on_step=False)["callback"]
+    finally:
+        results.dataloader_idx = current
     return _mean_over_ranks(trainer, {name: float(value) for name, value in logged.items()})
 
 

@@ -385,6 +385,19 @@ def test_the_report_compares_with_the_last_validation_before_anything_was_pruned
     assert (resumed.metrics_before, resumed.metrics_after) == (whole.metrics_before, whole.metrics_after)
 
 
+def test_the_metrics_before_are_those_of_every_one_of_several_loaders():
+    class Several(type(ZOO["mlp"].build())):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    pruning, validations = GradualPruning(ConstantSparsity(0.9, begin_step=3)), Validations()
+    trainer = quiet_trainer(4, pruning, validations, val_check_interval=2)
+    trainer.fit(Several(0.0), ZOO["mlp"].loader(4), [ZOO["mlp"].loader(1), ZOO["mlp"].loader(2)])
+    assert set(pruning.report.metrics_before) == {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"}
+    assert pruning.report.metrics_before == pytest.approx(validations.seen[2])
+    assert pruning.report.metrics_after == pytest.approx(validations.seen[4])
+
+
 def test_what_is_pruned_before_the_first_validation_has_no_metrics_before_and_other_callbacks_metrics_are_left_out():
     class Logs(pl.Callback):
         def on_validation_epoch_end(self, trainer, module):
