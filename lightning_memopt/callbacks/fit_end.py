@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -232,7 +233,8 @@ def last_validation(trainer: pl.Trainer) -> dict[str, float]:
     logged: dict[str, Any] = {}
     current = results.dataloader_idx  # of which alone they are told
     try:
-        for results.dataloader_idx in {result.meta.dataloader_idx for result in results.values()}:
+        for index in {result.meta.dataloader_idx for result in results.values()}:
+            results.dataloader_idx = index
             logged |= results.metrics(on_step=False)["callback"]
     finally:
         results.dataloader_idx = current
@@ -301,6 +303,10 @@ def _schedulers_kept(trainer: pl.Trainer) -> Iterator[list[Any]]:
             group.update(setting)
 
 
+def _monitored(callback: Callback) -> Any:
+    return getattr(callback, "monitor", None)
+
+
 @dataclass(frozen=True)
 class Gate:
     """How much worse a metric may become.
@@ -327,17 +333,33 @@ class Gate:
         """With the name of a metric.
 
         Raises:
-            MisconfigurationException: Nothing says which.
+            MisconfigurationException: Nothing says which, or another callback takes the other way for better.
         """
         if self.monitor is not None:
+            self._check_mode(trainer.callbacks)  # type: ignore[attr-defined]
             return self
         for callback in trainer.checkpoint_callbacks:
-            if getattr(callback, "monitor", None) is not None:
+            if _monitored(callback) is not None:
                 return Gate(self.max_drop, callback.monitor, callback.mode)  # type: ignore[attr-defined]
         raise MisconfigurationException(
             "max_metric_drop is given and no metric: name it with monitor= (and mode=), or have a ModelCheckpoint "
             "monitor it."
         )
+
+    def _check_mode(self, callbacks: Sequence[Callback]) -> None:
+        """Say where ``mode`` is the wrong one: the gate would take what is worse and refuse what is better."""
+        modes = {getattr(each, "mode", None): each for each in callbacks if _monitored(each) == self.monitor}
+        other = modes.get({"max": "min", "min": "max"}[self.mode])
+        if other is not None:
+            raise MisconfigurationException(
+                f"monitor={self.monitor!r} is to be judged with mode={self.mode!r}, and {type(other).__name__} "
+                "monitors it with the other one. Give the mode that is meant to both."
+            )
+        if self.mode == "max" and not modes and "loss" in str(self.monitor).lower():
+            rank_zero_warn(
+                f"monitor={self.monitor!r} is judged with mode='max': a result is refused where it becomes smaller. "
+                "Give mode='min' if less of it is better."
+            )
 
     def check(self, logged: Mapping[str, Any]) -> None:
         """Raise where the metric is not among those logged.

@@ -3,11 +3,12 @@
 import copy
 import sys
 import threading
+import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -178,6 +179,22 @@ def test_a_result_that_loses_too_much_is_dropped_with_a_warning_and_the_original
     assert not (tmp_path / "net").exists()
     kept = trainer.validate(module, _loader(1), verbose=False)[0]
     assert kept["score"] == 0 and kept["val_loss"] == pytest.approx(callback.report.metrics_before["val_loss"])
+
+
+@pytest.mark.parametrize("other", [ModelCheckpoint, EarlyStopping])
+def test_a_gate_that_takes_for_better_what_another_callback_takes_for_worse_is_refused_in_setup(other):
+    callback = QuantizeOnFitEnd("int8", max_metric_drop=0.1, monitor="val_loss")
+    with pytest.raises(MisconfigurationException, match=f"'val_loss' .* mode='max', and {other.__name__} moni"):
+        _fit(callback, None, other(monitor="val_loss"), NotEvenStarted(), enable_checkpointing=True)
+
+
+def test_a_loss_that_is_judged_as_if_more_of_it_were_better_is_warned_of_and_otherwise_nothing_is_said():
+    with pytest.warns(UserWarning, match="'val_loss' is judged with mode='max'"):
+        _fit(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_loss"), max_epochs=1)
+    with warnings.catch_warnings(record=True) as said:
+        _fit(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_loss", mode="min"), max_epochs=1)
+        _fit(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_accuracy"), max_epochs=1)
+    assert not [warning for warning in said if "judged with" in str(warning.message)]
 
 
 def test_backing_off_packs_what_the_gate_bears_and_names_what_it_does_not(tmp_path):
