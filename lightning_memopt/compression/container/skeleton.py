@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_memopt.compression.container.errors import CompressedFileError
+from lightning_memopt.compression.container.tensors import DTYPES, type_name
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.model_config import is_model_config
 from lightning_memopt.models.class_names import class_name
@@ -51,6 +52,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         described["other"] = other
     if units := first_sizes(module):  # so that the share of structured pruning stays a target
         described["units"] = units
+    if types := _changed_types(module, None if fresh is None else others):
+        described["types"] = types
     return described
 
 
@@ -73,6 +76,7 @@ def build(manifest: Mapping[str, Any], module: nn.Module | Callable[[], nn.Modul
         if not isinstance(units, dict) or not all(type(size) is int and size > 0 for size in units.values()):
             raise CompressedFileError(f"The units that groups had at first are {units!r}, which are no numbers.")
         remember_sizes(skeleton, units)
+    _change_types(skeleton, manifest.get("types", {}))
     return skeleton
 
 
@@ -163,6 +167,34 @@ def _arguments(module: nn.Module) -> Any:
         return None
 
 
+def _unsaved(module: nn.Module) -> dict[str, Tensor]:
+    """Floating-point buffers that no file has, by their names in ``module``, one of its own parts."""
+    held = {name: module._buffers.get(name) for name in sorted(module._non_persistent_buffers_set)}
+    return {name: tensor for name, tensor in held.items() if tensor is not None and tensor.is_floating_point()}
+
+
+def _changed_types(module: nn.Module, fresh: Mapping[str, nn.Module] | None) -> dict[str, str]:
+    """Types that buffers without a file have after the module was converted, as by ``.bfloat16()``, by full names."""
+    types = {}
+    for name, part in module.named_modules():
+        made = {} if fresh is None or name not in fresh else _unsaved(fresh[name])
+        for key, tensor in _unsaved(part).items():
+            if tensor.dtype != (made[key].dtype if key in made else torch.float32):
+                full = f"{name}.{key}" if name else key
+                types[full] = type_name(full, tensor)
+    return types
+
+
+def _change_types(skeleton: nn.Module, types: Any) -> None:
+    for name, dtype in types.items() if isinstance(types, dict) else [("types", types)]:
+        owner, _, key = name.rpartition(".")
+        part = dict(skeleton.named_modules()).get(owner)
+        known = DTYPES.get(dtype) if isinstance(dtype, str) else None
+        if part is None or key not in _unsaved(part) or known is None or not known.is_floating_point:
+            raise CompressedFileError(f"`{name}` is to become {dtype!r}, and is no buffer that can.")
+        part._buffers[key] = _unsaved(part)[key].to(known)
+
+
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     held = {**module._parameters, **module._buffers}
     return {name: tensor.shape for name, tensor in held.items() if tensor is not None}
@@ -213,7 +245,8 @@ def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
         old = vars(part).get(
             key, getattr(type(part), key, None)
         )  # or of the class: nothing may take a method's place
-        if key.startswith("_") or not (old is None or _is_plain(old)):
+        is_held = key in part._parameters or key in part._buffers or key in part._modules
+        if key.startswith("_") or is_held or not (old is None or _is_plain(old)):
             raise CompressedFileError(f"`{name}.{key}` is not a plain attribute, so it is not set.")
         if not _is_plain(value := _from_json(value)):
             raise CompressedFileError(f"`{name}.{key}` is to be {value!r}, which is no plain value.")

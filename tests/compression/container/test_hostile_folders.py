@@ -166,3 +166,15 @@ def test_what_is_no_class_of_modules_is_not_called(folder, path, match):
 def test_first_widths_that_are_no_numbers(folder, units):
     _change(folder, lambda manifest: manifest.update(units=units))
     _refused(folder, "which are no numbers")
+
+
+@pytest.mark.parametrize("types", [["float16"], {"0.bias": "float16"}, {"5.x": "float16"}, {"0.x": [1]}])
+def test_types_of_buffers_that_are_not_there_or_no_types(folder, types):
+    _change(folder, lambda manifest: manifest.update(types=types))
+    _refused(folder, "is no buffer that can")
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_an_attribute_that_would_take_the_place_of_a_tensor(folder, name):
+    _change(folder, lambda manifest: manifest["edits"].update({"0": {"attributes": {name: 1}}}))
+    _refused(folder, f"`0.{name}` is not a plain attribute")

@@ -64,6 +64,36 @@ def test_a_module_that_saves_its_hyper_parameters_is_built_from_the_folder_alone
     assert torch.equal(loaded(x), module(x))
 
 
+class Rotated(pl.LightningModule):
+    """Adds angles that no file holds, and that have the type that the module is converted to."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(width, width)
+        self.register_buffer("angles", torch.arange(width) / 3, persistent=False)
+        self.register_buffer("exact", torch.arange(width) / 3, persistent=False)
+
+    def forward(self, x):
+        return self.layer(x + self.angles)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", [None, Rotated])
+def test_buffers_without_a_file_have_the_type_that_the_module_was_converted_to(dtype, make, tmp_path):
+    module = Rotated().to(dtype).eval()
+    module.exact = module.exact.float()
+    loaded = load_compressed(save_compressed(module, tmp_path / "net"), make)
+    assert (loaded.angles.dtype, loaded.exact.dtype) == (dtype, torch.float32)
+    x = torch.randn(2, 8, dtype=dtype)
+    torch.testing.assert_close(loaded(x), module(x), rtol=0, atol=0 if dtype != torch.float64 else 1e-7)
+
+
+def test_the_manifest_says_nothing_of_types_that_the_constructor_gives(tmp_path):
+    save_compressed(Rotated(), tmp_path / "net")
+    assert "types" not in json.loads((tmp_path / "net" / "manifest.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "part"),
     [(Int8Weight, {}, 0.32), (Int4Weight, {}, 0.25), (NF4Weight, {}, 0.24), (HalfWeight, {"kind": "bf16"}, 0.55)],
