@@ -5,17 +5,19 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from lightning_memopt.compression.container.extra_state import read_extra
 from lightning_memopt.compression.container.files import check_replaceable
 from lightning_memopt.compression.container.save import named_tensors
 from lightning_memopt.compression.container.tensors import type_name
 
 
 def check_types(module: nn.Module) -> None:
-    """Raise where a tensor of ``module`` has a type that no file holds.
+    """Raise where a tensor of ``module`` has a type that no file holds, or a module extra state that none does.
 
     Raises:
         ValueError: Names it.
     """
+    read_extra(module)
     for name, tensor in named_tensors(module):
         type_name(name, tensor)
 

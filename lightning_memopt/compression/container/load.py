@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_memopt.compression.container import files, skeleton, tensors
 from lightning_memopt.compression.container.errors import CompressedFileError
+from lightning_memopt.compression.container.extra_state import restore_extra
 from lightning_memopt.compression.container.save import named_tensors
 from lightning_memopt.compression.placing import order_weights
 
@@ -59,6 +60,7 @@ def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module
             is_edited=alias.rpartition(".")[0] in manifest["edits"],
         )
         _set(target, alias, _get(target, name))
+    restore_extra(target, manifest.get("extra", {}))
     order_weights(target)
     return target.eval()
 

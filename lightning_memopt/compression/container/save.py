@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_memopt.__about__ import __version__
 from lightning_memopt.compression.container import files, skeleton, tensors
+from lightning_memopt.compression.container.extra_state import read_extra
 
 
 def save_compressed(module: nn.Module, path: str | Path) -> Path:
@@ -29,7 +30,8 @@ def save_compressed(module: nn.Module, path: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: A tensor is of a class or type that cannot be written, or the folder holds something else.
+        ValueError: A tensor is of a class or type that cannot be written, extra state is no plain values, or the
+            folder holds something else.
         OSError: The disk is full, or may not be written.
 
     Example:
@@ -53,6 +55,8 @@ def save_compressed(module: nn.Module, path: str | Path) -> Path:
         "tensors": records,
         "ties": ties,
     }
+    if extra := read_extra(module):
+        manifest["extra"] = extra
     folder = Path(path)
     files.write_folder(folder, manifest, data)
     return folder

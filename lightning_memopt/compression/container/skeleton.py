@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_memopt.compression.container.errors import CompressedFileError
 from lightning_memopt.compression.container.tensors import DTYPES, type_name
+from lightning_memopt.compression.container.values import from_json, to_json
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.model_config import is_model_config
 from lightning_memopt.models.class_names import class_name
@@ -44,7 +45,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
             recorded = {key: value for key, value in recorded.items() if key not in known or known[key] != value}
             changed = bool(recorded) or name not in others or _shapes(part) != _shapes(others[name])
         if changed:
-            edits[name] = {"attributes": {key: _to_json(value) for key, value in recorded.items()}}
+            edits[name] = {"attributes": {key: to_json(value) for key, value in recorded.items()}}
         if sizes := _changed_config(part, others.get(name), seen):
             edits.setdefault(name, {"attributes": {}})["config"] = sizes
     described = {"class": class_name(cls), "arguments": arguments, "edits": edits}
@@ -105,7 +106,7 @@ def _from_manifest(manifest: Mapping[str, Any]) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CompressedFileError(f"{path} is no class of nn.Module, so nothing is built from it.")
     try:
-        return cls(**_from_json(arguments))
+        return cls(**from_json(arguments))
     except Exception as error:
         raise CompressedFileError(
             f"{path} cannot be built from its hyper-parameters ({error!r}). {advice}"
@@ -138,7 +139,7 @@ def _build_on_meta(cls: type[nn.Module], arguments: Any) -> nn.Module | None:
         return None
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            module = cls(**_from_json(arguments))
+            module = cls(**from_json(arguments))
             _configure(module)
             return module
     except Exception:  # constructors that read values, or need more than hyper-parameters
@@ -161,8 +162,8 @@ def _arguments(module: nn.Module) -> Any:
     elif not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
         known = {key: value for key, value in known.items() if key in signature}
     try:
-        written = _to_json(known)
-        return written if _from_json(json.loads(json.dumps(written, allow_nan=False))) == known else None
+        written = to_json(known)
+        return written if from_json(json.loads(json.dumps(written, allow_nan=False))) == known else None
     except (TypeError, ValueError):
         return None
 
@@ -211,25 +212,6 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (int, bool, str) or (type(value) is float and math.isfinite(value))
 
 
-def _to_json(value: Any) -> Any:
-    """``value`` with tuples as mappings, which they stay apart from lists by."""
-    if isinstance(value, tuple):
-        return {"tuple": [_to_json(item) for item in value]}
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return {key: _to_json(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {"tuple"} and isinstance(value["tuple"], list):
-        return tuple(map(_from_json, value["tuple"]))
-    return {key: _from_json(item) for key, item in value.items()}
-
-
 def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
     attributes, sizes = (edit.get("attributes"), edit.get("config", {})) if isinstance(edit, dict) else (None, None)
     is_known = set(edit) <= {"attributes", "config"} if isinstance(edit, dict) else False
@@ -248,7 +230,7 @@ def _edit(skeleton: nn.Module, name: str, edit: Any) -> None:
         is_held = key in part._parameters or key in part._buffers or key in part._modules
         if key.startswith("_") or is_held or not (old is None or _is_plain(old)):
             raise CompressedFileError(f"`{name}.{key}` is not a plain attribute, so it is not set.")
-        if not _is_plain(value := _from_json(value)):
+        if not _is_plain(value := from_json(value)):
             raise CompressedFileError(f"`{name}.{key}` is to be {value!r}, which is no plain value.")
         setattr(part, key, value)
     config = getattr(part, "config", None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_memopt import load_compressed
 from lightning_memopt.compression.container import CompressedFileError, save_compressed
-from lightning_memopt.compression.container.destination import check_destination
+from lightning_memopt.compression.container.destination import check_destination, check_types
 from lightning_memopt.compression.packed import HalfWeight, Int4Weight, Int8Weight, NF4Weight
 from tests.zoo import ZOO, cases
 
@@ -92,6 +92,43 @@ def test_buffers_without_a_file_have_the_type_that_the_module_was_converted_to(d
 def test_the_manifest_says_nothing_of_types_that_the_constructor_gives(tmp_path):
     save_compressed(Rotated(), tmp_path / "net")
     assert "types" not in json.loads((tmp_path / "net" / "manifest.json").read_text())
+
+
+class Counting(nn.Module):
+    """Keeps something beside its tensors."""
+
+    def __init__(self, kept=None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self._kept = kept
+
+    def get_extra_state(self):
+        return self._kept
+
+    def set_extra_state(self, state):
+        self._kept = state
+
+
+@pytest.mark.parametrize("kept", [{"range": (0.5, 2), "names": ["a", "b"], "none": None}, None, 3])
+def test_extra_state_comes_back(kept, tmp_path):
+    module = nn.Sequential(Counting(kept))
+    loaded = load_compressed(save_compressed(module, tmp_path / "net"), lambda: nn.Sequential(Counting("other")))
+    assert loaded[0].get_extra_state() == kept
+
+
+@pytest.mark.parametrize("kept", [{"x": torch.ones(3)}, b"bytes", {1: 2}, float("nan")])
+def test_extra_state_that_json_cannot_hold_is_refused_by_name_and_before_training_too(kept, tmp_path):
+    module = nn.Sequential(Counting(kept))
+    for check in (check_types, lambda module: save_compressed(module, tmp_path / "net")):
+        with pytest.raises(ValueError, match=r"`0` \(Counting\) has a get_extra_state\(\) that is not plain"):
+            check(module)
+    assert not (tmp_path / "net").exists()
+
+
+def test_extra_state_that_is_not_that_of_the_module_is_refused(tmp_path):
+    save_compressed(nn.Sequential(Counting(1)), tmp_path / "net")
+    with pytest.raises(CompressedFileError, match=r"extra state of \['0'\]"):
+        load_compressed(tmp_path / "net", nn.Sequential(nn.ModuleDict({"layer": nn.Linear(4, 4)})))
 
 
 @pytest.mark.parametrize(
