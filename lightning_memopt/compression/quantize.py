@@ -38,7 +38,7 @@ _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
 
 
 CLUSTERS = 256
-"""A weight of no more distinct values is taken to be clustered."""
+"""A weight of no more distinct values, each of four elements or more on average, is taken to be clustered."""
 
 
 class GrowthError(ValueError):
@@ -161,17 +161,19 @@ def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: 
         options = {**options, "inputs": list(input_range) if input_range else "dynamic"}
     if cls is Int8Weight:
         # With a scale for each output, one value of a cluster would become as many as there are outputs.
-        options = {**options, "whole": parameter.numel() > 4 * CLUSTERS and _has_few_values(parameter)}
+        options = {**options, "whole": _is_clustered(parameter)}
     if weight.kind == "experts":  # each has scales of its own, and is multiplied by other means than linear layers
         return cls.pack(parameter, (0, weight.output_dim), **options | {"inputs": None})
     return cls.pack(parameter, weight.output_dim, **options)
 
 
-def _has_few_values(parameter: Tensor) -> bool:
+def _is_clustered(parameter: Tensor) -> bool:
     if is_fake(parameter):
         parameter.detach().reshape(-1).sort()  # the memory of `unique`, whose result depends on values
         return False
-    return len(torch.unique(parameter)) <= CLUSTERS
+    left = int(torch.count_nonzero(parameter))  # what is pruned shares a value, and need not be clustered
+    distinct = len(torch.unique(parameter)) - int(left < parameter.numel())
+    return distinct <= CLUSTERS and 4 * distinct <= left
 
 
 def why_not(weight: Weight) -> str:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.compression.clustering import cluster_weights
 from lightning_memopt.compression.container import load_compressed, save_compressed
+from lightning_memopt.compression.masks import prune_weights
 from lightning_memopt.compression.packed import Int8Weight, PackedWeight, hardware
 from lightning_memopt.compression.quantize import module_bytes, quantize
 from lightning_memopt.compression.ranges import observe_inputs
@@ -74,6 +76,22 @@ def test_weights_that_would_not_become_smaller_stay_and_say_so():
     done = quantize(net, "int8")
     assert done.skipped["0.weight"] == "would take 320 bytes instead of 256"
     assert done.packed == ["1.weight"]
+
+
+def test_clusters_stay_clusters_in_8_bits_however_small_the_weight_is():
+    net = nn.Sequential(nn.Linear(16, 48), nn.Linear(48, 8))
+    cluster_weights(net, 8)
+    quantize(net, "int8")
+    for layer in net:
+        assert layer.weight.scale.numel() == 1 and len(layer.weight.values.unique()) <= 8
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.95])
+def test_a_weight_of_which_few_elements_are_left_is_no_clustered_one_and_keeps_a_scale_for_each_output(share):
+    net = nn.Sequential(nn.Linear(64, 32))
+    prune_weights(net, share)
+    quantize(net, "int8")
+    assert net[0].weight.scale.shape == (32, 1)
 
 
 def test_a_module_that_would_grow_is_refused():
