@@ -211,7 +211,7 @@ class QuantizeOnFitEnd(FitEndCallback):
             input_ranges=ranges,
         )  # fmt: skip
         try:
-            recipe = found.mixed(gate.max_drop, judge, module, mode=gate.mode, input_ranges=ranges)
+            recipe = found.mixed(gate.max_drop, judge, module, input_ranges=ranges)
         except ValueError:
             return None
         recipe.apply(module, input_ranges=ranges)

@@ -1,16 +1,16 @@
 """How much each layer can bear, and the mixed recipe that follows from it."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lightning_memopt.compression.quantize import GrowthError, Scheme, quantize
+from lightning_memopt.compression.quantize import GrowthError, Scheme, packing, quantize
 from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.selection import WeightFilter
+from lightning_memopt.models.copying import copy_module
 from lightning_memopt.models.selectors import Selector
 
 Score = Callable[[nn.Module], float]
@@ -41,10 +41,12 @@ class Sensitivity:
     Attributes:
         score: The metric of the module as it was.
         trials: By weight in the order of registration, by scheme in the order given, as it was first.
+        mode: ``"max"`` where more of the metric is better, or ``"min"``.
     """
 
     score: float
     trials: tuple[Trial, ...]
+    mode: str = "max"
 
     def mixed(
         self,
@@ -52,7 +54,7 @@ class Sensitivity:
         judge: Score,
         module: nn.Module,
         *,
-        mode: str = "max",
+        mode: str | None = None,
         input_ranges: Mapping[str, Range] | None = None,
     ) -> Recipe:
         """The recipe of fewest bytes whose measured drop is at most ``max_metric_drop``.
@@ -65,15 +67,17 @@ class Sensitivity:
             max_metric_drop: In the metric's own units.
             judge: Gives the metric of a module.
             module: The module that was scanned.
-            mode: ``"max"`` where more of the metric is better, or ``"min"``.
+            mode: That of the scan, which holds where it is left out.
             input_ranges: As the scan was given.
 
         Returns:
             The recipe, of one step for each scheme in use.
 
         Raises:
-            ValueError: No weight can be quantized within bounds.
+            ValueError: No weight can be quantized within bounds, or ``mode`` is not that of the scan.
         """
+        if mode not in (None, self.mode):
+            raise ValueError(f"mode={mode!r} is not that of the scan, whose drops are by {self.mode!r}; scan again")
         options: dict[str, list[Trial]] = {}
         for trial in self.trials:
             options.setdefault(trial.weight, []).append(trial)
@@ -89,9 +93,9 @@ class Sensitivity:
                 )
             if sum(max(trial.drop, 0.0) for trial in current) <= max_metric_drop:
                 recipe = _recipe(current, schemes)
-                trial_module = copy.deepcopy(module)
+                trial_module = copy_module(module)
                 recipe.apply(trial_module, input_ranges=input_ranges)
-                if _worse(self.score, judge(trial_module), mode) <= max_metric_drop:
+                if _worse(self.score, judge(trial_module), self.mode) <= max_metric_drop:
                     return recipe
             name = max(
                 (name for name, step in chosen.items() if step + 1 < len(ladders[name])),
@@ -135,12 +139,14 @@ def scan_sensitivity(
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r} is neither 'max' nor 'min'")
+    for scheme in schemes:
+        packing(scheme)  # says what is unknown before hours of validation
     score = judge(module)
     trials: list[Trial] = []
     for weight in WeightFilter(include, exclude, embeddings=True).select(module).weights:
         trials.append(Trial(weight.name, None, 0.0, weight.parameter.nbytes))
         for scheme in schemes:
-            changed = copy.deepcopy(module)
+            changed = copy_module(module)
             try:
                 done = quantize(changed, scheme, WeightFilter(weight.name, embeddings=True), input_ranges)
             except GrowthError:  # a weight too small to gain by it
@@ -148,7 +154,7 @@ def scan_sensitivity(
             drop = _worse(score, judge(changed), mode)
             saved = done.bytes_before - done.bytes_after
             trials.append(Trial(weight.name, scheme, drop, weight.parameter.nbytes - saved))
-    return Sensitivity(score, tuple(trials))
+    return Sensitivity(score, tuple(trials), mode)
 
 
 def _worse(before: float, after: float, mode: str) -> float:

@@ -57,6 +57,33 @@ def test_the_sum_is_measured_and_upgraded_where_drops_do_not_add_up():
     assert [len(step["include"]) for step in recipe.quantize] == [1]
 
 
+def test_where_less_is_better_the_recipe_is_judged_as_the_scan_was():
+    net = _net()
+
+    def loss(module):
+        """Harmless one by one, ruinous together."""
+        packed = sum(type(layer.weight).__name__ != "Parameter" for layer in module)
+        return 0.0 if packed < 2 else 1.0
+
+    found = scan_sensitivity(net, loss, ["int8"], mode="min")
+    assert [len(step["include"]) for step in found.mixed(0.1, loss, net).quantize] == [1]
+    assert found.mixed(0.1, loss, net, mode="min") == found.mixed(0.1, loss, net)
+    with pytest.raises(ValueError, match="mode='max' is not that of the scan"):
+        found.mixed(0.1, loss, net, mode="max")
+
+
+def test_a_module_that_keeps_what_it_computed_is_scanned_and_left_as_it_was():
+    net = _net()
+    net.kept = net(torch.randn(2, 64))
+    net[0].eval()
+    before = torch.get_rng_state()
+    found = scan_sensitivity(net, _judge, ["int8"])
+    found.mixed(1.0, _judge, net)
+    assert net.kept.requires_grad and [part.training for part in net] == [False, True, True]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found == scan_sensitivity(net, _judge, ["int8"])
+
+
 def test_bounds_that_nothing_meets_are_refused_by_name():
     net = _net()
 
@@ -67,3 +94,5 @@ def test_bounds_that_nothing_meets_are_refused_by_name():
         scan_sensitivity(net, judge, ["int8"]).mixed(0.1, judge, net)
     with pytest.raises(ValueError, match="neither 'max' nor 'min'"):
         scan_sensitivity(net, judge, mode="best")
+    with pytest.raises(ValueError, match="'int3' is not known"):
+        scan_sensitivity(net, lambda _: pytest.fail("it was judged first"), ["int8", "int3"])
