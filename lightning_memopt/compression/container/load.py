@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_memopt.compression.container import files, skeleton, tensors
 from lightning_memopt.compression.container.errors import CompressedFileError
@@ -77,6 +78,11 @@ def _check_names(target: nn.Module, records: set[str], ties: Mapping[str, Any]) 
 
 
 def _check_shape(target: nn.Module, name: str, old: Tensor, shape: tuple[int, ...], *, is_edited: bool) -> None:
+    if is_lazy(old):
+        raise CompressedFileError(
+            f"`{name}` of {type(target).__name__} has no shape before it has seen a batch. Run the module on one and "
+            "give it as `module`."
+        )
     if old.shape == shape or (is_edited and old.dim() == len(shape) and prod(shape) <= old.numel()):
         return
     raise CompressedFileError(

@@ -207,6 +207,17 @@ def test_the_wrong_module_is_refused_by_what_differs(tmp_path):
         load_compressed(folder, nn.Sequential(nn.Linear(3, 2)))
 
 
+def test_a_lazy_module_is_asked_to_see_a_batch_first(tmp_path):
+    module = nn.Sequential(nn.LazyLinear(4))
+    module(torch.ones(1, 3))
+    save_compressed(module, tmp_path / "net")
+    with pytest.raises(CompressedFileError, match=r"`0\.weight` of Sequential has no shape before it has seen"):
+        load_compressed(tmp_path / "net", lambda: nn.Sequential(nn.LazyLinear(4)))
+    other = nn.Sequential(nn.LazyLinear(4))
+    other(torch.ones(1, 3))
+    assert torch.equal(load_compressed(tmp_path / "net", other)(torch.ones(1, 3)), module(torch.ones(1, 3)))
+
+
 def test_a_tensor_of_a_foreign_class_is_refused_when_it_is_saved(tmp_path):
     class Foreign(torch.Tensor):
         pass
