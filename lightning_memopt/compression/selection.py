@@ -1,5 +1,6 @@
 """Choose which weights of a model may be compressed, and say of the others why not."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +13,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memopt.models.experts import holds_experts, output_dim
 from lightning_memopt.models.selectors import Selector, as_selectors, matches, show
+
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+"""Weights of recurrent layers by name, and not what ``torch.nn.utils`` computes them from (``weight_hh_l0_g``)."""
 
 Kind = Literal["linear", "conv", "conv1d", "attention", "recurrent", "experts", "embedding"]
 
@@ -206,7 +210,7 @@ def _kind(parameter: Tensor, place: _Place) -> Kind | None:
     if isinstance(owner, nn.MultiheadAttention):
         return "attention" if name.endswith("proj_weight") else None
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
-        return "recurrent" if name.startswith("weight") else None
+        return "recurrent" if _RECURRENT.fullmatch(name) else None
     if holds_experts(owner, parameter):
         return "experts"
     if name != "weight":
@@ -224,7 +228,8 @@ def _kind(parameter: Tensor, place: _Place) -> Kind | None:
 def _why_not(parameter: Tensor, place: _Place) -> str:
     if parameter.ndim < 2 or place.attribute.endswith("_bias"):  # stacked experts have one each
         return "a bias, a scale or another vector: few bytes, and sensitive"
-    if ".parametrizations." in f".{place.name}":
+    is_original = place.attribute.startswith("weight_") and place.attribute.endswith(("_orig", "_g", "_v"))
+    if is_original or ".parametrizations." in f".{place.name}":
         return "an original from which a parametrization computes the weight; remove the parametrization first"
     return f"a parameter of {type(place.owner).__name__}, of which is not known how it is used"
 

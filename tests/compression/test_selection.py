@@ -93,6 +93,17 @@ def test_biases_norms_and_unknown_parameters_are_skipped_with_a_reason():
     assert "parametrization" in skipped["inner.parametrizations.weight.original1"]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_what_older_wrappers_compute_the_weight_of_a_layer_from_is_left(wrap):
+    recurrent = nn.LSTM(8, 8, 2, bidirectional=True, proj_size=4)
+    net = nn.Sequential(wrap(recurrent, "weight_hh_l0"), wrap(nn.Linear(8, 8)))
+    selection = select_weights(net)
+    left = {f"0.weight_{of}_l{layer}" for of in ("ih", "hh", "hr") for layer in ("0", "0_reverse", "1", "1_reverse")}
+    assert {weight.name for weight in selection.weights} == left - {"0.weight_hh_l0"}
+    assert all("parametrization" in why for name, why in selection.skipped.items() if "bias" not in name)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
