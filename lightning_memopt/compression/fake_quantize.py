@@ -65,7 +65,7 @@ class FakeQuantization:
                 owner, _, key = name.rpartition(".")
                 carrier, part = _carrier(module, owner)
                 carriers.setdefault(carrier, []).append((part, key, weight))
-                names[carrier] = owner
+                names[carrier] = owner if carrier is part else owner.rpartition(".")[0]
         for carrier, shadows in carriers.items():
             self._hook(names[carrier], carrier, shadows)
         compile_anew(module)
@@ -88,10 +88,11 @@ class FakeQuantization:
         is_attention = isinstance(carrier, nn.MultiheadAttention)
         dims = None if self._inputs is None else (-1,) if is_attention else sample_dims(carrier)
 
-        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            is_rounded = bool(inputs) and (not is_attention or _is_self(*inputs))
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x: Any = args[0] if args else next(iter(kwargs.values()), None)
+            is_rounded = isinstance(x, Tensor) and (not is_attention or _is_self(*args, **kwargs))
             if dims is not None and is_rounded and self.observing and carrier.training:
-                self._observe(name, inputs[0])
+                self._observe(name, x)
             if not self.enabled:
                 return None
             for part, key, weight in shadows:
@@ -99,14 +100,15 @@ class FakeQuantization:
             if dims is None or not is_rounded or (self._inputs == "static" and name not in self.ranges):
                 return None
             known = self.ranges[name] if self._inputs == "static" else "dynamic"
-            rounded = _round_inputs(inputs[0], known, dims)
-            return tuple(rounded if given is inputs[0] else given for given in inputs)
+            rounded = _round_inputs(x, known, dims)
+            named = {key: rounded if given is x else given for key, given in kwargs.items()}
+            return tuple(rounded if given is x else given for given in args), named
 
         def after(*_: Any) -> None:
             for part, key, _weight in shadows:
                 vars(part).pop(key, None)
 
-        self._handles.append(carrier.register_forward_pre_hook(before))
+        self._handles.append(carrier.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(carrier.register_forward_hook(after, always_call=True))
 
     def _round_weight(self, parameter: Any, weight: Weight) -> Tensor:
@@ -114,17 +116,17 @@ class FakeQuantization:
             rounded = pack_weight(parameter, weight, self._scheme).dequantize()
         return parameter + (rounded - parameter).detach()
 
-    def _observe(self, name: str, x: Any) -> None:
+    def _observe(self, name: str, x: Tensor) -> None:
         if is_in_backward():  # a checkpointed block computes again what was observed
             return
-        if self._inputs == "static" and isinstance(x, Tensor) and x.numel():
+        if self._inputs == "static" and x.numel():
             low, high = (0.0, 1.0) if is_fake(x) else input_range(x)  # fake: only sizes are asked for
             if 0 < high - low < float("inf"):
                 old_low, old_high = self.ranges.get(name, (low, high))
                 self.ranges[name] = low + (1 - MOMENTUM) * (old_low - low), high + (1 - MOMENTUM) * (old_high - high)
 
 
-def _is_self(query: Any, key: Any = None, value: Any = None, *_: Any) -> bool:
+def _is_self(query: Any, key: Any = None, value: Any = None, *_: Any, **__: Any) -> bool:
     """Whether a call of attention is of a sequence with itself, of which alone inputs are rounded."""
     return query is key and key is value
 

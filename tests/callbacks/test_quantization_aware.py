@@ -61,6 +61,48 @@ def test_the_forward_in_training_is_that_of_the_quantized_module(name, scheme):
     assert float(trained) != plain
 
 
+class _Attends(nn.Module):
+    """Calls its layers by position, or by the names of their arguments."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.attention = nn.Linear(64, 64), nn.MultiheadAttention(64, 4, batch_first=True)
+        self.by_name = by_name
+
+    def forward(self, x):
+        if not self.by_name:
+            h = self.layer(x)
+            return self.attention(h, h, h, need_weights=False)[0]
+        h = self.layer(input=x)
+        return self.attention(key=h, query=h, value=h, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_static"])
+def test_layers_that_are_called_with_named_arguments_are_rounded_and_observed_alike(scheme):
+    found = []
+    for by_name in (False, True):
+        net, x = _Attends(by_name), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+        fake = FakeQuantization(net, scheme)
+        net(x)
+        assert set(fake.ranges) == ({"layer", "attention"} if scheme == "int8_static" else set())
+        found.append(net(x).detach())
+        fake.remove()
+        assert not torch.equal(net(x), found[-1])
+    assert torch.equal(*found)
+
+
+def test_the_range_of_what_attention_reads_is_that_of_its_first_projection_and_not_of_its_last():
+    net = _Attends(by_name=False)
+    fake = FakeQuantization(net, "int8_static")
+    net(torch.randn(2, 5, 64))
+    fake.remove()
+    done = quantize(net, "int8_static", input_ranges=fake.ranges)
+    assert net.attention.in_proj_weight.inputs == list(fake.ranges["attention"])
+    assert net.attention.out_proj.weight.inputs == "dynamic"
+    assert list(done.fallbacks) == ["attention.out_proj.weight"]
+
+
 def test_gradients_pass_the_rounding_unchanged():
     net, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(16, 8)
     net(x).sum().backward()
