@@ -89,6 +89,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self.convert_on_fit_end = convert_on_fit_end
         self._ranges: dict[str, Range] = {}
         self._fake: FakeQuantization | None = None
+        self._told = False  # what the first batch did not reach
 
     @property
     @override
@@ -111,6 +112,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
                 "or QuantizeOnFitEnd, which works under every one."
             )
         super().on_train_start(trainer, pl_module)
+        self._told = False
         self._fake = FakeQuantization(pl_module, self.scheme, self._which, self._ranges)
         steps = steps_if_fewer(trainer, pl_module, self.start_step + 1)
         if steps is not None:
@@ -125,6 +127,21 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._follow(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._told or self._fake is None:
+            return
+        self._told = True
+        if unreached := self._fake.unreached:
+            others = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
+            rank_zero_warn(
+                f"QuantizationAwareTraining: {unreached[0]!r}{others} were not rounded in the first batch, which "
+                "did not call their layers: what code reads by itself (`F.linear(x, layer.weight)`) trains as it is, "
+                "and is rounded when it is converted. Call the layer, or exclude it."
+            )
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,7 +11,7 @@ from lightning_memopt.compression.packed.integers import Inputs, round_inputs
 from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
 from lightning_memopt.compression.ranges import Range, input_range, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
-from lightning_memopt.models.compiled import compile_anew
+from lightning_memopt.models.compiled import compile_anew, is_compiled
 from lightning_memopt.models.fake import is_fake
 from lightning_memopt.models.in_backward import is_in_backward
 
@@ -55,6 +55,7 @@ class FakeQuantization:
         self._scheme = scheme
         self._inputs = packing(scheme)[1].get("inputs") if scheme != "int8_static" else "static"
         self._handles: list[RemovableHandle] = []
+        self._waiting: dict[str, list[str]] = {}
         # What shadows a parameter has to be gone before anything else reads it, so each layer takes its own away.
         carriers: dict[nn.Module, list[tuple[nn.Module, str, Weight]]] = {}
         names: dict[nn.Module, str] = {}
@@ -69,6 +70,11 @@ class FakeQuantization:
         for carrier, shadows in carriers.items():
             self._hook(names[carrier], carrier, shadows)
         compile_anew(module)
+
+    @property
+    def unreached(self) -> list[str]:
+        """Weights whose layers were not called so far; none of a module that is compiled, where that is not seen."""
+        return [] if is_compiled(self._module) else [name for names in self._waiting.values() for name in names]
 
     def set(self, *, enabled: bool, observing: bool) -> None:
         """Say whether to round from now on, and whether to follow the inputs."""
@@ -88,7 +94,11 @@ class FakeQuantization:
         is_attention = isinstance(carrier, nn.MultiheadAttention)
         dims = None if self._inputs is None else (-1,) if is_attention else sample_dims(carrier)
 
+        self._waiting[name] = [weight.name for _, _, weight in shadows]
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not torch.compiler.is_compiling():
+                self._waiting.pop(name, None)
             x: Any = args[0] if args else next(iter(kwargs.values()), None)
             is_rounded = isinstance(x, Tensor) and (not is_attention or _is_self(*args, **kwargs))
             if dims is not None and is_rounded and self.observing and carrier.training:

@@ -1,6 +1,7 @@
 """QuantizationAwareTraining under Lightning: what is trained is what comes out, zeros and clusters included."""
 
 import copy
+import warnings
 from functools import partial
 from itertools import product
 
@@ -101,6 +102,23 @@ def test_the_range_of_what_attention_reads_is_that_of_its_first_projection_and_n
     assert net.attention.in_proj_weight.inputs == list(fake.ranges["attention"])
     assert net.attention.out_proj.weight.inputs == "dynamic"
     assert list(done.fallbacks) == ["attention.out_proj.weight"]
+
+
+class _ReadsItself(Classifier):
+    """Reads the weight of its first layer beside calling the others."""
+
+    def forward(self, x):
+        h = nn.functional.linear(x, self.net[0].weight, self.net[0].bias)
+        return self.head(self.net[2](h.relu()).relu())
+
+
+def test_a_layer_whose_weight_is_read_and_which_is_not_called_is_said_to_train_as_it_is():
+    with pytest.warns(UserWarning, match=r"'net.0.weight' were not rounded in the first batch"):
+        _fit(QuantizationAwareTraining("int8"), _ReadsItself(), max_epochs=1)
+    with warnings.catch_warnings(record=True) as said:
+        _fit(QuantizationAwareTraining("int8"), max_epochs=1)
+        _fit(QuantizationAwareTraining("int8", exclude="net.0"), _ReadsItself(), max_epochs=1)
+    assert not [warning for warning in said if "not rounded" in str(warning.message)]
 
 
 def test_gradients_pass_the_rounding_unchanged():
