@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_memopt.models.compiled import run_uncompiled
 from lightning_memopt.models.example import call_with, count_samples, first_samples
 
 
@@ -66,7 +67,7 @@ def compare_latency(
 
 
 def compare_latencies(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Latency, ...]:
-    """Time both in evaluation mode on the first sample of ``inputs`` and on all of them.
+    """Time both in evaluation mode, not compiled, on the first sample of ``inputs`` and on all of them.
 
     Args:
         before: The original.
@@ -82,13 +83,14 @@ def compare_latencies(before: nn.Module, after: nn.Module, inputs: Any) -> tuple
     modes = {part: part.training for module in (before, after) for part in module.modules()}
     before.eval(), after.eval()
     try:
-        return tuple(
-            compare_latency(
-                lambda batch: call_with(before, batch), lambda batch: call_with(after, batch),
-                first_samples(inputs, size), size,
-            )
-            for size in sorted({1, count_samples(inputs)})
-        )  # fmt: skip
+        with run_uncompiled(before), run_uncompiled(after):  # a copy is not compiled, so that neither may be
+            return tuple(
+                compare_latency(
+                    lambda batch: call_with(before, batch), lambda batch: call_with(after, batch),
+                    first_samples(inputs, size), size,
+                )
+                for size in sorted({1, count_samples(inputs)})
+            )  # fmt: skip
     finally:
         for part, training in modes.items():
             part.training = training

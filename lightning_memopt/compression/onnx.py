@@ -1,6 +1,5 @@
 """Write a module as ONNX, and run the file once to see that it computes the same."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.compression.packed import Float8Weight, HalfWeight, Int8Weight, PackedWeight
 from lightning_memopt.compression.sizes import plain_values
+from lightning_memopt.models.copying import copy_module
 
 
 def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float = 1e-3, atol: float = 1e-4) -> Path:
@@ -114,7 +114,7 @@ def unpacked_copy(module: nn.Module) -> tuple[nn.Module, dict[str, PackedWeight]
     """A copy with plain weights, without the trainer of a LightningModule, and what it held packed, by name."""
     trainer = vars(module).pop("_trainer", None)
     try:
-        plain = copy.deepcopy(module).eval()
+        plain = copy_module(module).eval()
     finally:
         if trainer is not None:
             vars(module)["_trainer"] = trainer

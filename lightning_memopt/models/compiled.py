@@ -42,3 +42,23 @@ def compile_anew(module: nn.Module) -> None:
     """Have what is compiled of ``module`` be compiled again at its next call, with the hooks as they are by then."""
     if is_compiled(module):
         torch.compiler.reset()
+
+
+def forget_compiled(module: nn.Module) -> None:
+    """Have ``module``, which is a copy, run its own code and not that which was compiled of the original.
+
+    Functions are copied as they are, and what Lightning's modules have compiled in their place is a function that
+    knows the module that it was made of. Copies of other modules leave it out, and wrapped ones are wrapped anew.
+    """
+    for part in module.modules():
+        vars(part).pop("_compiled_call_impl", None)
+        context = vars(part).get("_compiler_ctx")  # of Lightning's, where all of a LightningModule is compiled
+        if context is None:
+            continue
+        vars(part)["_compiler_ctx"] = None
+        for key, method in context.items():
+            if key.startswith("original_"):
+                name = key.removeprefix("original_")
+                vars(part).pop(name, None)
+                if getattr(method, "__func__", None) is not getattr(type(part), name, None):
+                    vars(part)[name] = method

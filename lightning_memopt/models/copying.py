@@ -6,13 +6,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_memopt.models.compiled import forget_compiled
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def copy_module(module: Module) -> Module:
-    """A deep copy in which tensors that were computed, and kept with their graph, are detached.
+    """A deep copy without the graph of tensors that were computed, and not compiled as a whole.
 
-    Modules keep their last logits or a list of losses; torch refuses to copy such tensors.
+    Modules keep their last logits or a list of losses; torch refuses to copy such tensors. Parts that are wrapped by
+    ``torch.compile`` are compiled in the copy too.
 
     Example:
         >>> module = nn.Linear(2, 2)
@@ -20,7 +23,9 @@ def copy_module(module: Module) -> Module:
         >>> copy_module(module).outputs[0].requires_grad
         False
     """
-    return copy.deepcopy(module, {key: tensor.detach().clone() for key, tensor in _all_computed(module).items()})
+    copied = copy.deepcopy(module, {key: tensor.detach().clone() for key, tensor in _all_computed(module).items()})
+    forget_compiled(copied)
+    return copied
 
 
 def check_copyable(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torchmetrics import Metric
 
+from lightning_memopt.models.compiled import forget_compiled
 from lightning_memopt.planning.known_values import stays_real
 from lightning_memopt.techniques.batches import tensors_in
 
@@ -40,6 +41,7 @@ def adapt(module: pl.LightningModule) -> None:
     def ignore(*args: Any, **kwargs: Any) -> None:
         pass
 
+    forget_compiled(module)
     module.log = module.log_dict = ignore  # type: ignore[method-assign]
     module.cpu = ignore  # type: ignore[assignment,method-assign]
     for submodule in module.modules():

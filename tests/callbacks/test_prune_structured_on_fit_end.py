@@ -36,6 +36,15 @@ def test_structured_pruning_makes_the_module_smaller_and_it_runs_and_trains_on(n
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+def test_a_module_that_is_compiled_as_a_whole_is_followed_and_becomes_smaller():
+    pytest.importorskip("torch_pruning")
+    module, pruning = Learning(0.0), PruneOnFitEnd(0.5, "structured")
+    module.compile(backend="eager")
+    learn(pruning, module=module, epochs=1)
+    assert pruning.report.bytes_after < 0.5 * pruning.report.bytes_before and pruning.report.metrics_after
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_the_share_is_a_target_that_a_second_fit_has_reached(name):
     pytest.importorskip("torch_pruning")

@@ -17,6 +17,7 @@ from torchmetrics import Accuracy
 
 from lightning_memopt import DataParallelStrategy, PruneOnFitEnd, QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
+from lightning_memopt.compression.onnx import unpacked_copy
 from lightning_memopt.compression.packed import PackedWeight
 from tests.callbacks.learning import NotEvenStarted
 from tests.distributed import run_on_ranks
@@ -224,6 +225,20 @@ def test_backing_off_to_nothing_is_a_refusal():
     with pytest.warns(UserWarning, match="the result is dropped"):
         _fit(callback, Brittle())
     assert callback.quantized is None and callback.refusal
+
+
+@pytest.mark.parametrize("scheme", ["int4_weight_only", "int8_static"])
+def test_the_copy_of_a_module_that_is_compiled_as_a_whole_is_what_is_judged_and_predicts(scheme):
+    callback, module = QuantizeOnFitEnd(scheme), Classifier()
+    module.compile(backend="eager")
+    _fit(callback, module, max_epochs=1)
+    x, y = _loader(1).dataset.tensors
+    found = callback.quantized(x)
+    assert not torch.allclose(found, module(x))
+    assert callback.report.metrics_after["val_loss"] == pytest.approx(float(F.cross_entropy(found, y)), rel=1e-4)
+    unpacked, _ = unpacked_copy(callback.quantized)
+    torch.testing.assert_close(unpacked(x), found, rtol=0.1, atol=0.1 if "static" in scheme else 1e-5)
+    torch._dynamo.reset()
 
 
 def test_in_place_the_module_itself_is_packed():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import lightning_memopt as memopt
 from tests.parity import train
 from tests.planning.allocator import raw_peak_bytes
-from tests.zoo import slow_where
+from tests.zoo import ZOO, slow_where
 
 
 class _Net(pl.LightningModule):
@@ -356,3 +356,11 @@ def test_a_step_that_depends_on_values_is_measured_but_its_prediction_names_oper
     )
     with pytest.raises(ValueError, match=message + r".*use measure_memory\(\)"):
         memopt.predict_memory(module(), batch)
+
+
+def test_a_module_that_is_compiled_in_place_is_predicted_as_it_is_written():
+    batch = ZOO["mlp"].batch()
+    compiled = ZOO["mlp"].build()
+    compiled.compile(backend="eager")
+    plain, found = (memopt.predict_memory(module, batch) for module in (ZOO["mlp"].build(), compiled))
+    assert found.peak_bytes == plain.peak_bytes
