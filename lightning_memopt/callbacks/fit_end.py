@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -193,9 +193,10 @@ def validate_now(
     """
     if dataloaders is None:
         require_validation(trainer, module)
-    if dataloaders is None and trainer.val_dataloaders is None:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # where no validation has run, nothing has loaded them
-    data = trainer.val_dataloaders if dataloaders is None else dataloaders
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    if dataloaders is None and val_loop._combined_loader is None:
+        val_loop.setup_data()  # where no validation has run, nothing has loaded them
+    data = loaders_of(val_loop) if dataloaders is None else dataloaders
     device = trainer.strategy.root_device
     source: dict[str, Any] = {"dataloaders": data}
     with ExitStack() as stack:
@@ -215,6 +216,14 @@ def validate_now(
         inner.validate(module, verbose=False, **source)
         metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
     return _mean_over_ranks(trainer, metrics)
+
+
+def loaders_of(loop: Any) -> Any:
+    """What ``loop`` of a trainer iterates over: loaders one after another, or joined into batches as there."""
+    combined: CombinedLoader = loop._combined_loader
+    return (
+        combined.iterables if combined._mode == "sequential" else CombinedLoader(combined.iterables, combined._mode)
+    )
 
 
 def _mean_over_ranks(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str, float]:

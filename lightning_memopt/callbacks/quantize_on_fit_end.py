@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_memopt.callbacks.errors import named_errors
 from lightning_memopt.callbacks.fit_end import (
     FitEndCallback,
+    loaders_of,
     sends_weights_back,
     validate_if_possible,
     validate_now,
@@ -232,7 +233,12 @@ class QuantizeOnFitEnd(FitEndCallback):
         if not self._calibrates:
             return {}
         with observe_inputs(module) as ranges:
-            _calibrate(trainer, module, trainer.train_dataloader, self.calibration_batches)
+            _calibrate(trainer, module, loaders_of(trainer.fit_loop), self.calibration_batches)
+        if not ranges:
+            rank_zero_warn(
+                f"{type(self).__name__}: no layer saw a batch in calibration, as of data that can be read only once, "
+                "so that inputs are measured row by row, as with 'int8_dynamic'. The report names them."
+            )
         return ranges
 
 

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import Accuracy
 
 from lightning_memopt import DataParallelStrategy, PruneOnFitEnd, QuantizeOnFitEnd, load_compressed
@@ -499,3 +500,52 @@ def test_validation_that_never_ran_is_run_when_training_is_over():
     callback = QuantizeOnFitEnd("int8", max_metric_drop=1.0, monitor="val_accuracy")
     _fit(callback, max_epochs=1, check_val_every_n_epoch=5, num_sanity_val_steps=0)
     assert callback.report.metrics_before.keys() == {"val_accuracy", "val_loss"} and callback.quantized is not None
+
+
+def test_validation_that_never_ran_is_not_that_of_other_data_that_was_validated_before_training():
+    callback = QuantizeOnFitEnd("int8")
+    trainer, module = (
+        _trainer(callback, max_epochs=1, check_val_every_n_epoch=2, num_sanity_val_steps=0),
+        Classifier(),
+    )
+    other, wanted = _loader(2), _loader(1)
+    wanted.dataset.tensors[1].zero_()
+    trainer.validate(module, other, verbose=False)
+    trainer.fit(module, _loader(), wanted)
+    accuracy = float((module.eval()(wanted.dataset.tensors[0]).argmax(1) == 0).float().mean())
+    assert callback.report.metrics_before["val_accuracy"] == pytest.approx(accuracy)
+
+
+class _TakesPairs(Classifier):
+    """Trains and validates on batches of two loaders at once."""
+
+    def training_step(self, batch, batch_idx):
+        return sum(super(_TakesPairs, self).training_step(part, batch_idx) for part in batch.values())
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch["first"], batch_idx)
+
+
+@pytest.mark.parametrize("has_validation", [True, False])
+def test_batches_of_several_loaders_are_joined_in_calibration_and_validation_as_in_training(has_validation):
+    callback = QuantizeOnFitEnd("int8_static")
+    validated = CombinedLoader({"first": _loader(1), "second": _loader(2)}, "max_size") if has_validation else None
+    _trainer(callback, max_epochs=1).fit(_TakesPairs(), {"first": _loader(), "second": _loader(1)}, validated)
+    assert not callback.report.fallbacks and bool(callback.report.metrics_after) == has_validation
+
+
+class _Once(IterableDataset):
+    """A stream that ends once it was read."""
+
+    def __init__(self):
+        self.batches = iter(_loader())
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_a_stream_of_which_nothing_is_left_to_calibrate_with_is_said():
+    callback = QuantizeOnFitEnd("int8_static")
+    with pytest.warns(UserWarning, match="no layer saw a batch in calibration"):
+        _trainer(callback, max_epochs=1).fit(Classifier(), DataLoader(_Once(), batch_size=None))
+    assert "net.0.weight" in callback.report.fallbacks
