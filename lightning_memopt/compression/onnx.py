@@ -13,7 +13,15 @@ from lightning_memopt.compression.sizes import plain_values
 from lightning_memopt.models.copying import copy_module
 
 
-def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float = 1e-3, atol: float = 1e-4) -> Path:
+def export_onnx(
+    module: nn.Module,
+    inputs: Any,
+    path: str | Path,
+    *,
+    dynamic_shapes: Any = None,
+    rtol: float = 1e-3,
+    atol: float = 1e-4,
+) -> Path:
     """Export by torch's dynamo-based exporter and compare what onnxruntime computes with what ``module`` does.
 
     Weights in int8, fp8, fp16 and bf16 are written as they are held, to be widened when the file runs, so that it is
@@ -24,6 +32,9 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
         module: Any module that ``torch.export`` can follow; it is only read.
         inputs: A tensor, a tuple of positional arguments, or a dict of named ones.
         path: The ``.onnx`` file; missing folders are made.
+        dynamic_shapes: Sizes that may be others when the file runs, as ``torch.onnx.export`` takes them: in the form
+            of ``inputs`` names by dimension, such as ``({0: "batch"},)`` for one tensor. ``None``: the file takes the
+            sizes of ``inputs`` alone.
         rtol: Relative difference that is allowed.
         atol: Absolute difference that is allowed.
 
@@ -46,8 +57,9 @@ def export_onnx(module: nn.Module, inputs: Any, path: str | Path, *, rtol: float
         with torch.no_grad():
             expected = [leaf for leaf in tree_leaves(plain(*positional, **named)) if isinstance(leaf, Tensor)]
             program: Any = torch.onnx.export(
-                plain, positional, kwargs=named or None, dynamo=True, verbose=False, optimize=False
-            )
+                plain, positional, kwargs=named or None, dynamo=True, verbose=False, optimize=False,
+                dynamic_shapes=dynamic_shapes,
+            )  # fmt: skip
             _narrow(program.model.graph, held)  # before constants are folded, weights among them
             program.optimize()
             program.save(path, external_data=False)

@@ -40,6 +40,29 @@ def test_the_file_is_as_small_as_the_weights_are_and_tied_ones_are_in_it_once(sc
     assert export_onnx(module, x, tmp_path / "net.onnx").stat().st_size < part * dense
 
 
+class TakesNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x, scale):
+        return {"y": self.layer(x) * scale}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_sizes_that_are_named_may_be_others_when_the_file_runs(scheme, tmp_path):
+    module = TakesNames().eval()
+    quantize(module, scheme)
+    inputs = {"x": torch.randn(3, 64), "scale": torch.rand(3, 1)}
+    path = export_onnx(
+        module, inputs, tmp_path / "net.onnx", dynamic_shapes={"x": {0: "batch"}, "scale": {0: "batch"}}
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    others = {"x": torch.randn(7, 64), "scale": torch.rand(7, 1)}
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in others.items()})
+    torch.testing.assert_close(torch.from_numpy(found), module(**others)["y"].detach(), rtol=1e-3, atol=1e-4)
+
+
 def test_attention_is_small_in_the_file(tmp_path):
     module, x = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True).eval(), torch.randn(2, 5, 64)
     dense = export_onnx(module, x, tmp_path / "dense.onnx").stat().st_size
