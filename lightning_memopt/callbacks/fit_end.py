@@ -151,16 +151,23 @@ class FitEndCallback(ReportingCallback):
 def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:
     """Raise where ``callback``, which needs plain weights when training is over, would find them packed.
 
+    Where a copy is packed by then, it is warned of: that has not what ``callback`` does.
+
     Raises:
         MisconfigurationException: A callback before it quantizes the module itself.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks[: callbacks.index(callback)]:
+        name = type(other).__name__
         if getattr(other, "inplace", False):
-            name = type(other).__name__
             raise MisconfigurationException(
                 f"{name}(inplace=True) comes before it in the list of callbacks, and packs the weights that it would "
                 f"change. Put it before {name}."
+            )
+        if getattr(other, "packs_a_copy", False) and not hasattr(callback, "packs_a_copy"):
+            rank_zero_warn(
+                f"{type(callback).__name__} comes after {name} in the list of callbacks, which quantizes the weights "
+                f"as they are before it. Put it before {name} where one result is to have both."
             )
 
 

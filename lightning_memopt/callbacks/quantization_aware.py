@@ -158,7 +158,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
 
     @property
     @override
-    def _copies(self) -> bool:
+    def packs_a_copy(self) -> bool:
         return self.convert_on_fit_end
 
     @property

@@ -220,9 +220,14 @@ class QuantizeOnFitEnd(FitEndCallback):
         return module, dict.fromkeys(left, "left as it was, to meet max_metric_drop")
 
     @property
+    def packs_a_copy(self) -> bool:
+        """Whether it makes a quantized copy when training is over."""
+        return not self.inplace
+
+    @property
     @override
     def _copies(self) -> bool:
-        return not self.inplace
+        return self.packs_a_copy
 
     @property
     def _calibrates(self) -> bool:

@@ -1,5 +1,6 @@
 """PruneOnFitEnd under Lightning: every module of the zoo, strategies, the report, refusals before the first step."""
 
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from lightning_memopt import (
     ConstantSparsity,
     GradualPruning,
     PruneOnFitEnd,
+    QuantizationAwareTraining,
     QuantizeOnFitEnd,
 )
 from lightning_memopt.compression.codecs import encode
@@ -254,6 +256,20 @@ def test_behind_quantization_of_the_module_itself_it_is_refused_in_setup(make):
     callbacks = [NotEvenStarted(), QuantizeOnFitEnd("int8", inplace=True), make()]
     with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd\(inplace=True\) comes before it"):
         train(ZOO["gpt2"].build(), ZOO["gpt2"].loader(1), callbacks=callbacks)
+
+
+@pytest.mark.parametrize("make", [lambda: PruneOnFitEnd(0.5), lambda: ClusterWeights(4)])
+@pytest.mark.parametrize("quantizing", [QuantizeOnFitEnd, QuantizationAwareTraining])
+def test_behind_quantization_of_a_copy_that_copy_is_said_to_be_without_it(make, quantizing):
+    entry = ZOO["mlp"]
+    with pytest.warns(UserWarning, match=f"comes after {quantizing.__name__} in the list of callbacks"):
+        train(entry.build(), entry.loader(1), callbacks=[quantizing("int8"), make()])
+    others = [[make(), quantizing("int8")], [quantizing("int8"), QuantizeOnFitEnd("nf4")]]
+    others.append([QuantizationAwareTraining("int8", convert_on_fit_end=False), make()])
+    with warnings.catch_warnings(record=True) as said:
+        for callbacks in others:
+            train(entry.build(), entry.loader(1), callbacks=callbacks)
+    assert not [warning for warning in said if "comes after" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
