@@ -31,7 +31,7 @@ class HalfWeight(PackedWeight):
     def pack(cls, weight: Tensor, output_dim: int | tuple[int, ...] = 0, *, kind: str = "bf16", **_: Any) -> Self:
         """Round each element to 16 bits; beyond fp16's range, to its largest."""
         dtype = HALVES[kind]
-        largest = torch.finfo(dtype).max
+        largest = min(torch.finfo(dtype).max, torch.finfo(weight.dtype).max)
         values = weight.detach().clamp(-largest, largest).to(dtype)
         return cls({"values": values}, {"kind": kind}, weight.shape, weight.dtype)
 

@@ -204,6 +204,15 @@ def test_values_beyond_the_range_of_fp16_become_its_largest_and_not_infinite():
     assert HalfWeight.pack(torch.full((2, 2), 1e6), kind="fp16").dequantize().isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_type_are_held_in_16_bits(dtype, kind):
+    weight = torch.randn(4, 4, dtype=dtype)
+    packed = HalfWeight.pack(weight, kind=kind)
+    assert packed.dtype == dtype
+    torch.testing.assert_close(packed.dequantize(), weight, rtol=0.01, atol=0.01)
+
+
 def test_self_attention_multiplies_by_packed_weights_and_never_unpacks_them(monkeypatch):
     torch.manual_seed(0)
     attention, x = nn.MultiheadAttention(64, 4).eval(), torch.randn(7, 2, 64)
