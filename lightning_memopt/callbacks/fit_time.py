@@ -70,6 +70,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
         self._which = which
         self._bits = bits
         self._skipped: Mapping[str, str] = {}
+        self._names: set[str] = set()
         self._held: Held | None = None
         self._state: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
@@ -127,6 +128,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
         # By now the module has all its layers, and the strategy has taken them apart.
         selection = self._select(pl_module)
         self._skipped = selection.skipped
+        self._names = {weight.name for weight in selection.weights}
         if self._last_step is None:
             return
         with named_errors(self):

@@ -14,7 +14,7 @@ from lightning_memopt.callbacks.fit_time import HoldingCallback
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.callbacks.timing import time_example
 from lightning_memopt.compression.choose import Choice, Method, Scope
-from lightning_memopt.compression.masks import Masks, apply_masks
+from lightning_memopt.compression.masks import Masks, apply_masks, share_of_zeros
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.schedules import SparsitySchedule, check_schedule
 from lightning_memopt.compression.selection import Selection, Weight, WeightFilter
@@ -127,7 +127,7 @@ class GradualPruning(HoldingCallback):
             measure_sizes(pl_module, packed=False),
             pl_module,
             skipped=self._skipped,
-            eligible_sparsity=self.sparsity,
+            eligible_sparsity=share_of_zeros(pl_module, self._names),
             metrics_before=metrics_before,
             metrics_after=metrics_after,
             latency=time_example(trainer, pl_module, pl_module),  # zeros take as long as what they replace

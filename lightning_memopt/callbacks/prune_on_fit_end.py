@@ -27,7 +27,7 @@ from lightning_memopt.callbacks.timing import has_example, time_example
 from lightning_memopt.compression.choose import Choice, Scope, check_sparsity
 from lightning_memopt.compression.first_sizes import first_sizes
 from lightning_memopt.compression.graph import require_torch_pruning
-from lightning_memopt.compression.masks import Masks, find_sparsity
+from lightning_memopt.compression.masks import Masks, find_sparsity, share_of_zeros
 from lightning_memopt.compression.patterns import GROUPS, Elements, Groups
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
@@ -235,7 +235,7 @@ class PruneOnFitEnd(FitEndCallback):
         masks.prune(self.amount, self._choice)
         masks.apply()
         _warn_of_empty(module)
-        return selection.skipped, masks.sparsity
+        return selection.skipped, share_of_zeros(module, masks.weights)
 
     def _remove(self, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> StructuredPruning:
         return prune_structured(

@@ -1,6 +1,6 @@
 """Masks over weights: one bit an element, beside the module and not in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,15 +77,23 @@ def find_sparsity(module: nn.Module) -> dict[str, float]:
         >>> find_sparsity(layer)
         {'weight': 0.5}
     """
-    shares = {}
+    return {name: zeros / count for name, zeros, count in _count_zeros(module) if zeros}
+
+
+def share_of_zeros(module: nn.Module, names: Collection[str]) -> float:
+    """The share of zeros over the weights of ``module`` of these names, whoever made them; 0 where none is there."""
+    counts = [(zeros, count) for name, zeros, count in _count_zeros(module) if name in names]
+    return sum(zeros for zeros, _ in counts) / max(1, sum(count for _, count in counts))
+
+
+def _count_zeros(module: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """Of each weight its name, how many of its elements are zero, and how many there are."""
     for weight in find_weights(module):
         parameter = weight.parameter
         if is_lazy(parameter) or (is_compressed(parameter) and not isinstance(parameter, PackedWeight)):
             continue  # no numbers yet, or another library's
         values = read_whole(parameter)
-        if zeros := values.numel() - int(values.count_nonzero()):
-            shares[weight.name] = zeros / values.numel()
-    return shares
+        yield weight.name, values.numel() - int(values.count_nonzero()), values.numel()
 
 
 @torch.no_grad()
@@ -122,7 +130,7 @@ class Masks(Held):
 
     @property
     def sparsity(self) -> float:
-        """Share of all elements that is pruned."""
+        """Share of all elements that the masks prune; others may be zero too (:func:`share_of_zeros`)."""
         pruned = sum(int(unpack_bits(packed, 1, 8 * len(packed)).sum()) for packed in self._packed.values())
         return pruned / sum(weight.parameter.numel() for weight in self.weights.values())
 

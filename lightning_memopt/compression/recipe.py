@@ -10,7 +10,7 @@ from torch import nn
 from lightning_memopt.compression.choose import Choice, check_sparsity
 from lightning_memopt.compression.clustering import check_clusters, cluster_weights
 from lightning_memopt.compression.graph import Call
-from lightning_memopt.compression.masks import prune_weights
+from lightning_memopt.compression.masks import prune_weights, share_of_zeros
 from lightning_memopt.compression.quantize import packing, quantize
 from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.report import CompressionReport, compression_report
@@ -145,7 +145,7 @@ class Recipe:
                 skipped.update(prune_structured(module, amount, call, **how).skipped)
             else:
                 masks = prune_weights(module, amount, **how)
-                sparsity = masks.sparsity
+                sparsity = share_of_zeros(module, masks.weights)
                 skipped.update(masks.skipped)
         if self.cluster is not None:
             how = dict(self.cluster)

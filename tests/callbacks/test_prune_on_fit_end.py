@@ -18,7 +18,7 @@ from lightning_memopt import (
 )
 from lightning_memopt.compression.codecs import encode
 from lightning_memopt.compression.container import load_compressed
-from lightning_memopt.compression.masks import find_sparsity
+from lightning_memopt.compression.masks import find_sparsity, prune_weights
 from lightning_memopt.compression.selection import select_weights
 from lightning_memopt.compression.sizes import plain_values
 from tests.callbacks.learning import Learning, NotEvenStarted, learn
@@ -53,6 +53,22 @@ def test_the_report_has_the_true_share_over_what_was_to_be_pruned_and_over_all_a
     weight = run.module.model.transformer.h[0].mlp.c_fc.weight
     assert encode(weight).nbytes < 0.25 * weight.nbytes
     assert "on request only" in report.skipped["model.transformer.wte.weight"]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PruneOnFitEnd(0.5), lambda: GradualPruning(ConstantSparsity(0.5)), lambda: PruneOnFitEnd(0.9)]
+)
+def test_zeros_that_were_there_before_count_in_what_the_report_says_of_the_weights_to_be_pruned(make):
+    class Frozen(type(ZOO["mlp"].build())):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module, pruning = Frozen(0.0), make()
+    prune_weights(module, 0.8)
+    train(module, ZOO["mlp"].loader(1), callbacks=[pruning])
+    wanted = 0.9 if getattr(pruning, "amount", 0.5) == 0.9 else 0.8
+    assert pruning.report.eligible_sparsity == pytest.approx(wanted, abs=1e-3)
+    assert pruning.report.sparsity < pruning.report.eligible_sparsity
 
 
 @pytest.mark.parametrize(("amount", "kept", "length"), [(0.5, 2, 4), (0.75, 1, 4), (0.375, 5, 8)])
