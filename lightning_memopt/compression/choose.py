@@ -52,7 +52,7 @@ class Choice:
 
         Raises:
             ValueError: They cannot be pruned so, the pattern does not divide one that ``include`` asks for, or it
-                divides none.
+                divides none, or nothing would be pruned.
         """
         check_sparsity(sparsity)
         self.pattern.limit(sparsity)
@@ -62,6 +62,11 @@ class Choice:
         if reasons and (which.include is not None or not kept):
             name, reason = next(iter(reasons.items()))
             raise ValueError(f"{name!r} {reason}. Choose another pattern, or leave it out with exclude={name!r}.")
+        if not self._prunes_any(kept, sparsity):
+            raise ValueError(
+                f"{sparsity:g} of {kept[0].name!r} and of every other weight is less than pattern={self.pattern} "
+                "prunes together, so that nothing would be pruned. Prune more, or choose another pattern."
+            )
         for weight in kept:
             if self.method == "saliency" and not weight.parameter.requires_grad:
                 raise ValueError(
@@ -69,6 +74,14 @@ class Choice:
                     "use method='magnitude'."
                 )
         return Selection(kept, selection.skipped | reasons)
+
+    def _prunes_any(self, weights: Sequence[Weight], sparsity: float) -> bool:
+        sizes = [weight.parameter.numel() for weight in weights]
+        budgets = [sum(sizes)] * len(sizes) if self.scope == "global" else sizes
+        return any(
+            _budget(sparsity, budget) >= self.pattern.together(weight)
+            for weight, budget in zip(weights, budgets, strict=True)
+        )
 
 
 def check_sparsity(value: Any, name: str = "amount") -> None:
@@ -109,7 +122,7 @@ def choose_pruned(
 
     for group in [list(weights)] if choice.scope == "global" else [[weight] for weight in weights]:
         total = sum(weight.parameter.numel() for weight in group)
-        budget = min(round(sparsity * total), total - 1)  # less than all
+        budget = _budget(sparsity, total)
         threshold, rest = _find_threshold(group, keys_of, budget)
         for weight in group:
             keys = keys_of(weight)
@@ -121,6 +134,11 @@ def choose_pruned(
                 rest -= len(ties) * size
             shape = as_canonical(torch.empty(weight.parameter.shape, device="meta"), weight).shape
             yield weight, from_canonical(choice.pattern.spread(units, shape), weight)
+
+
+def _budget(sparsity: float, total: int) -> int:
+    """How many of ``total`` elements may be pruned: less than all."""
+    return min(round(sparsity * total), total - 1)
 
 
 def read_whole(tensor: Tensor) -> Tensor:

@@ -32,6 +32,10 @@ class Elements:
     def limit(self, sparsity: float) -> None:
         """Raise a :class:`ValueError` where ``sparsity`` cannot be had."""
 
+    def together(self, weight: Weight) -> int:
+        """How many elements of ``weight`` are pruned together."""
+        return 1
+
     def pool(self, scores: Tensor) -> Tensor:
         """The scores of what is pruned together, from those of elements (not negative)."""
         return scores
@@ -100,6 +104,10 @@ class Blocks(Elements):
         return f"is {outputs} outputs by {inputs} inputs, which blocks of {self.rows} x {self.columns} do not divide"
 
     @override
+    def together(self, weight: Weight) -> int:
+        return self.rows * self.columns
+
+    @override
     def pool(self, scores: Tensor) -> Tensor:
         blocks = scores.unflatten(2, (-1, self.columns)).unflatten(0, (-1, self.rows))
         return blocks.mean(dim=(1, 4))
@@ -119,6 +127,11 @@ class Channels(Elements):
     def __post_init__(self) -> None:
         if self.side not in ("outputs", "inputs") or not self.norm > 0:
             raise ValueError(f"{self} is no pattern: side is 'outputs' or 'inputs', and norm positive.")
+
+    @override
+    def together(self, weight: Weight) -> int:
+        across = weight.output_dim if self.side == "outputs" else weight.input_dim
+        return weight.parameter.numel() // weight.parameter.shape[across]
 
     @property
     def _across(self) -> tuple[int, int]:

@@ -116,3 +116,21 @@ def test_what_a_pattern_does_not_divide_and_nobody_asked_for_is_left_and_named(p
     masks = prune_weights(net, 0.5, pattern=pattern)
     assert (net[0].weight != 0).all() and float((net[2].weight == 0).float().mean()) == 0.5
     assert masks.sparsity == 0.5 and masks.skipped["0.weight"].startswith(reason)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    ("pattern", "least"), [("elements", 1 / 64), ("4x4", 16 / 64), ("outputs", 8 / 64), ("inputs", 8 / 64)]
+)
+def test_a_share_of_which_nothing_would_be_pruned_is_refused(pattern, least, scope):
+    net = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"'0.weight' and of every other weight is less than pattern="):
+        prune_weights(net, 0.4 * least, pattern=pattern, scope=scope)
+    assert (net[0].weight != 0).all()
+    assert prune_weights(net, least, pattern=pattern, scope=scope).sparsity == least
+
+
+def test_a_layer_of_one_output_is_left_whole_where_outputs_are_pruned_and_refused_alone():
+    assert prune_weights(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), 0.5, pattern="outputs").sparsity == 32 / 72
+    with pytest.raises(ValueError, match="nothing would be pruned"):
+        prune_weights(nn.Linear(8, 1), 0.9, pattern="outputs")
