@@ -91,8 +91,17 @@ class Recipe:
         """
         import yaml
 
+        class Loader(yaml.SafeLoader):
+            """Refuses a key that is there twice, of which YAML takes the last."""
+
+            def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+                keys = [key.value for key, _ in node.value]
+                if twice := [key for key in keys if keys.count(key) > 1]:
+                    raise ValueError(f"{path} has {twice[0]!r} twice, and YAML would take the last; make one of both")
+                return super().construct_mapping(node, deep)
+
         try:
-            content = yaml.safe_load(Path(path).read_text())
+            content = yaml.load(Path(path).read_text(), Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         prune = content.get("prune") if isinstance(content, Mapping) else None
@@ -171,6 +180,8 @@ def _checked(step: str, arguments: Any) -> Mapping[str, Any]:
     for name in ("scheme", "method", "scope", "init"):
         if not isinstance(arguments.get(name, ""), str):
             raise ValueError(f"{name} of {step} is a word, not {arguments[name]!r}")
+    if not isinstance(embeddings := arguments.get("embeddings", False), bool):
+        raise ValueError(f"embeddings of {step} is true or false, not {embeddings!r}")
     if not isinstance(seed := arguments.get("seed", 0), int):
         raise ValueError(f"seed of {step} is a whole number, not {seed!r}")
     return dict(arguments)

@@ -91,6 +91,7 @@ def test_steps_are_done_in_order_and_zeros_survive_quantization():
         ({"prune": {"amount": 0.5}, "cluster": {"n": 1}}, "n=1 is no number"),
         ({"prune": {"amount": 1.5, "method": "structured"}}, "1.5 is no share"),
         ({"prune": {"amount": 0.5, "seed": "x"}}, "seed of prune is a whole number"),
+        ({"prune": {"amount": 0.5, "embeddings": "no"}}, "embeddings of prune is true or false, not 'no'"),
         ({"module": "my.models:Net"}, "names some of prune"),
         ({"module": 3, "quantize": "int8"}, "module is a class"),
     ],
@@ -104,6 +105,20 @@ def test_a_pattern_that_yaml_takes_for_a_time_is_read_as_a_pattern(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("prune: {amount: 0.5, pattern: 2:4}")
     assert Recipe.from_yaml(path).prune["pattern"] == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("quantize: int8\nprune: {amount: 0.5}\nquantize: nf4", "quantize"),
+        ("prune: {amount: 0.5, amount: 0.6}", "amount"),
+    ],
+)
+def test_a_key_that_a_file_has_twice_is_refused_by_name(text, key, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"recipe.yaml has '{key}' twice"):
+        Recipe.from_yaml(path)
 
 
 def test_a_report_goes_to_a_folder_that_is_made_and_not_over_one(checkpoint, tmp_path, capsys):
