@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lightning_memopt.models.compiled import forget_compiled
+from lightning_memopt.models.rebinding import rebind_functions
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,8 +24,10 @@ def copy_module(module: Module) -> Module:
         >>> copy_module(module).outputs[0].requires_grad
         False
     """
-    copied = copy.deepcopy(module, {key: tensor.detach().clone() for key, tensor in _all_computed(module).items()})
+    copies: dict[int, Any] = {key: tensor.detach().clone() for key, tensor in _all_computed(module).items()}
+    copied = copy.deepcopy(module, copies)
     forget_compiled(copied)
+    rebind_functions(copied, copies)
     return copied
 
 
