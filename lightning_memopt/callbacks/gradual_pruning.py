@@ -1,9 +1,10 @@
 """Prune while training goes on, so that what remains can make up for what is gone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
@@ -75,6 +76,8 @@ class GradualPruning(HoldingCallback):
     ) -> None:
         self.schedule = schedule
         self._target = 0.0
+        self._awaits_gradients = False
+        self._first_step = 0
         with named_errors(self):
             super().__init__(WeightFilter(include, exclude, embeddings), bits=1)
             check_schedule(schedule)
@@ -99,6 +102,9 @@ class GradualPruning(HoldingCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # One optimizer steps all weights that have gradients at once; several may have theirs in turns.
+        self._awaits_gradients = self._choice.method == "saliency" and len(trainer.optimizers) == 1
+        self._first_step = trainer.global_step
         super().on_train_start(trainer, pl_module)
         if self._held is not None:
             self.sparsity = self._held.sparsity
@@ -115,6 +121,17 @@ class GradualPruning(HoldingCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         pl_module.log("sparsity", self.sparsity)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = self.schedule.at(trainer.global_step)
+        has_stepped = self._held is not None and trainer.global_step > self._first_step
+        if self._choice.method == "saliency" and has_stepped and self._target < due:
+            rank_zero_warn(
+                f"GradualPruning: {due:.1%} were to be pruned, and {self._target:.1%} are, since in no step all "
+                "weights had gradients. Use method='magnitude', or one callback for the weights of each optimizer."
+            )
+        super().on_train_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,6 +179,9 @@ class GradualPruning(HoldingCallback):
     @override
     def _advance(self, step: int) -> bool:
         assert self._held is not None
+        if self._awaits_gradients and step > self._first_step:
+            self._awaits_gradients = False
+            self._refuse_without_gradient(self._held.weights.values())
         target = self.schedule.at(step)
         if target <= self._target or (self._choice.method == "saliency" and not self._has_gradients):
             return False
@@ -169,11 +189,21 @@ class GradualPruning(HoldingCallback):
         self._target, self.sparsity = target, self._held.sparsity
         return True
 
+    def _refuse_without_gradient(self, weights: Iterable[Weight]) -> None:
+        """Raise in the first step what would be raised in the first that prunes, which may be hours later."""
+        missing = [weight.name for weight in weights if weight.parameter.grad is None]
+        if missing:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise MisconfigurationException(
+                f"GradualPruning: {missing[0]!r}{others} had no gradient in the first step, which did not use it, so "
+                "its saliency is not known. Exclude it, or use method='magnitude'."
+            )
+
     @property
     def _has_gradients(self) -> bool:
-        """Not before the first step of a run that is resumed: what is due then is pruned in that step."""
+        """Whether all weights have: what is due before, as in a run that is resumed, is pruned when they do."""
         assert self._held is not None
-        return any(weight.parameter.grad is not None for weight in self._held.weights.values())
+        return all(weight.parameter.grad is not None for weight in self._held.weights.values())
 
     @override
     def _apply_to(self, module: nn.Module, state: Mapping[str, Any]) -> None:

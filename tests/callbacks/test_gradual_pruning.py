@@ -362,6 +362,48 @@ def test_what_cannot_be_pruned_is_refused_by_name_before_the_first_step(name, pr
     assert trainer.global_step == 0
 
 
+class _WithUnusedLayer(type(ZOO["mlp"].build())):
+    def __init__(self):
+        super().__init__(0.0)
+        self.pooler = torch.nn.Linear(8, 8)
+
+
+def test_a_layer_that_is_not_used_is_refused_by_saliency_in_the_first_step_and_not_when_it_is_pruned():
+    watch = Watch(lambda _: None)
+    pruning = GradualPruning(ConstantSparsity(0.5, begin_step=8), "saliency")
+    with pytest.raises(
+        MisconfigurationException, match=r"GradualPruning: 'pooler.weight' had no gradient in the first"
+    ):
+        train(_WithUnusedLayer(), ZOO["mlp"].loader(10), steps=10, callbacks=[pruning, watch])
+    assert not watch.seen
+    pruning = GradualPruning(ConstantSparsity(0.5, begin_step=8), "saliency", exclude="pooler")
+    train(_WithUnusedLayer(), ZOO["mlp"].loader(10), steps=10, callbacks=[pruning])
+    assert pruning.sparsity == 0.5
+
+
+@pytest.mark.parametrize("begin_step", [1, 4])
+def test_two_optimizers_whose_gradients_come_in_turns_are_pruned_by_saliency(begin_step):
+    pruning = GradualPruning(ConstantSparsity(0.5, begin_step=begin_step), "saliency")
+    train(ZOO["gan"].build(), ZOO["gan"].loader(4), steps=8, callbacks=[pruning])
+    assert pruning.sparsity == 0.5
+
+
+class _NeverAtOnce(type(ZOO["gan"].build())):
+    """Of its two optimizers each forgets all gradients before it steps."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, part in zip(self.optimizers(), (self.generator, self.discriminator), strict=True):
+            self.zero_grad()
+            self.manual_backward(sum(parameter.square().sum() for parameter in part.parameters()))
+            optimizer.step()
+
+
+def test_gradients_that_are_never_there_at_once_are_said_to_have_left_weights_unpruned():
+    pruning = GradualPruning(ConstantSparsity(0.5, begin_step=2), "saliency")
+    with pytest.warns(UserWarning, match=r"50.0% were to be pruned, and 0.0% are, since in no step all"):
+        train(_NeverAtOnce(0.0), ZOO["gan"].loader(4), steps=8, callbacks=[pruning])
+
+
 def test_saliency_beside_the_optimizer_in_the_backward_is_refused():
     pruning = GradualPruning(ConstantSparsity(0.5, begin_step=1), "saliency")
     with pytest.raises(MisconfigurationException, match="OptimizerInBackward frees them"):
