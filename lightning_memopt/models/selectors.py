@@ -33,7 +33,9 @@ def as_selectors(value: Selector | Sequence[Selector], argument: str = "modules"
 
 def matches(name: str, module: nn.Module, selector: Selector) -> bool:
     """Whether ``selector`` means the submodule ``module``, whose qualified name is ``name``."""
-    return fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(module, selector)
+    if not isinstance(selector, str):
+        return isinstance(module, selector)
+    return name == selector or fnmatchcase(name, selector)  # a name with brackets is no pattern that matches it
 
 
 def show(selector: Selector) -> str:

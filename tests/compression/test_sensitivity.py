@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.sensitivity import scan_sensitivity
 
 
@@ -82,6 +83,15 @@ def test_a_module_that_keeps_what_it_computed_is_scanned_and_left_as_it_was():
     assert net.kept.requires_grad and [part.training for part in net] == [False, True, True]
     assert torch.equal(torch.get_rng_state(), before)
     assert found == scan_sensitivity(net, _judge, ["int8"])
+
+
+def test_names_with_brackets_are_names_of_what_they_name():
+    net = nn.ModuleDict({"a[0]": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    found = scan_sensitivity(net, lambda _: 1.0, ["int8"])
+    assert [trial.weight for trial in found.trials if trial.scheme] == ["a[0].weight", "b.weight"]
+    recipe = Recipe.from_dict({"quantize": [{"scheme": "int8", "include": "a*"}, "nf4"]})
+    recipe.apply(net)
+    assert [type(layer.weight).__name__ for layer in net.values()] == ["Int8Weight", "NF4Weight"]
 
 
 def test_bounds_that_nothing_meets_are_refused_by_name():
