@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
@@ -62,8 +61,6 @@ class OptimizerInBackward(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if holds_fakes(pl_module):
-            return  # the check compares values, which fake tensors do not have
         try:
             refuse_uninitialized(pl_module)
             for optimizer in trainer.optimizers:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lightning_memopt.models.fake import is_fake
 
 StepParameter = Callable[[Optimizer, torch.Tensor, int], None]
 """Steps one parameter, given its optimizer and the index of its group there."""
@@ -111,7 +114,7 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     Tried, not looked up by name: stand-ins of a few elements, with the optimizer's own hyper-parameters, are stepped
     three times together and three times one by one. An optimizer that needs a closure (LBFGS, SAM), a norm over all
     gradients, or a counter kept per group gives other numbers or fails. Neither the optimizer nor the random
-    number generators are changed.
+    number generators are changed. The stand-ins have values where the parameters are fake, which have none.
 
     Args:
         optimizer: The optimizer to try.
@@ -126,14 +129,18 @@ def check_steps_alone(optimizer: Optimizer) -> None:
         if like is None:  # it is empty, or other ranks hold all of it
             continue
         try:
-            together = _train_stand_ins(optimizer, group, like, _step_all)
-            alone = _train_stand_ins(optimizer, group, like, _step_each)
+            with _disable_current_modes():
+                together = _train_stand_ins(optimizer, group, like, _step_all)
+                alone = _train_stand_ins(optimizer, group, like, _step_each)
+                is_same = all(
+                    torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(together, alone, strict=True)
+                )
         except Exception as error:
             raise ValueError(
                 f"{name} cannot step one parameter at a time (tried on group {index}: "
                 f"{type(error).__name__}: {error}); {remedy}"
             ) from error
-        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(together, alone, strict=True)):
+        if not is_same:
             raise ValueError(
                 f"{name} steps its parameters jointly: on group {index}, one parameter at a time gave other weights "
                 f"than all at once, so gradients cannot be freed one by one; {remedy}"
@@ -166,7 +173,7 @@ def _train_stand_ins(
     for patch in ("step", _REPLACEMENT):
         twin.__dict__.pop(patch, None)
     twin.state = defaultdict(dict, {stand_in: _first_state(optimizer, like, shape) for stand_in in stand_ins})
-    twin.param_groups = [{**group, "params": stand_ins}]
+    twin.param_groups = [{name: _with_value(option) for name, option in group.items()} | {"params": stand_ins}]
     twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     # Forked, so that an optimizer that draws noise draws the same when its parameters are stepped one by one.
     with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
@@ -176,6 +183,11 @@ def _train_stand_ins(
                 stand_in.grad = gradient.to_sparse(1) if wants_sparse else gradient
             step(twin)
     return stand_ins
+
+
+def _with_value(option: Any) -> Any:
+    """A hyper-parameter as it is, or any small number where it is a tensor (``lr``) whose value is not known."""
+    return torch.full(option.shape, 1e-3) if isinstance(option, torch.Tensor) and is_fake(option) else option
 
 
 def _first_state(optimizer: Optimizer, like: torch.Tensor, shape: list[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -317,3 +318,26 @@ def test_a_schedule_that_waits_for_a_logged_value_does_not_stand_in_the_way(find
             return {"optimizer": optimizer, "lr_scheduler": config}
 
     assert find(Plateau(dropout=0.0), next(iter(ZOO["mlp"].loader()))).by_category["optimizer_state"] > 0
+
+
+@pytest.mark.parametrize("function", [memopt.measure_memory, memopt.predict_memory])
+@pytest.mark.parametrize(
+    ("options", "refuses"),
+    [
+        ({"callbacks": [memopt.OptimizerInBackward()]}, "OptimizerInBackward cannot work here"),
+        ({"plugins": [memopt.HalfPrecision("bf16")]}, "HalfPrecision steps parameters one at a time"),
+    ],
+    ids=["in backward", "half"],
+)
+def test_an_optimizer_that_steps_jointly_is_refused_in_a_prediction_as_in_training(function, options, refuses):
+    class ByLBFGS(_ConvNet):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    class ByTensorRate(_ConvNet):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=torch.tensor(1e-3))
+
+    with pytest.raises(MisconfigurationException, match=f"{refuses}.*LBFGS cannot step one parameter at a time"):
+        function(ByLBFGS(), _images(), **options)
+    assert function(ByTensorRate(), _images(), **options).peak_bytes > 0
