@@ -1,6 +1,6 @@
 """Lightning's side of stepping the optimizer in the backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
+from lightning_memopt.parallel.local import local_of
 from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
 from lightning_memopt.techniques.per_parameter import check_steps_alone
 
@@ -30,7 +33,8 @@ class OptimizerInBackward(Callback):
     and the numbers are the same. Where ranks hold shards or parts (ZeRO, tensor parallelism) each steps its own, once
     their gradient is reduced. What needs all gradients at once is refused by name before the first step: clipping by
     norm, accumulation, fp16 loss scaling, replicas (DDP), pipelines, manual optimization, and optimizers whose step
-    is joint (LBFGS). Hooks that read gradients (``on_before_optimizer_step``) find none.
+    is joint (LBFGS); so is an ``optimizer_zero_grad`` that leaves gradients, when it does. Hooks that read
+    gradients (``on_before_optimizer_step``) find none.
 
     Raises:
         MisconfigurationException: At the start of ``fit``, for what cannot work with it.
@@ -52,12 +56,13 @@ class OptimizerInBackward(Callback):
             return
         if problem := _find_problem(trainer, pl_module):
             raise MisconfigurationException(f"OptimizerInBackward cannot work here: {problem}")
-        for hook in ("on_before_optimizer_step", "on_after_backward"):
-            if is_overridden(hook, pl_module):
-                rank_zero_warn(
-                    f"`{type(pl_module).__name__}.{hook}` finds no gradients: OptimizerInBackward has used and freed "
-                    "them by then. To look at a gradient, hook its parameter (`parameter.register_hook`)."
-                )
+        for listener in (pl_module, *_users_callbacks(trainer)):
+            for hook in ("on_before_optimizer_step", "on_after_backward", "on_before_zero_grad"):
+                if is_overridden(hook, listener):
+                    rank_zero_warn(
+                        f"`{type(listener).__name__}.{hook}` finds no gradients: OptimizerInBackward has used and "
+                        "freed them by then. To look at a gradient, hook its parameter (`parameter.register_hook`)."
+                    )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,6 +85,9 @@ class OptimizerInBackward(Callback):
             step = partial(self._note_step, trainer.strategy.optimizer_step)
             self._undo.enter_context(replaced(trainer.strategy, optimizer_step=step))
             self._stepping = False
+        if is_overridden("optimizer_zero_grad", pl_module) and not holds_fakes(pl_module):
+            clear = partial(self._clear, pl_module, pl_module.optimizer_zero_grad)
+            self._undo.enter_context(replaced(pl_module, optimizer_zero_grad=clear))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
@@ -109,9 +117,36 @@ class OptimizerInBackward(Callback):
         finally:
             self._stepping = False
 
+    def _clear(
+        self, module: pl.LightningModule, clear: Callable[..., None], epoch: int, batch_idx: int, optimizer: Optimizer
+    ) -> None:
+        """The module's own ``optimizer_zero_grad``, which must clear a gradient that stands for all."""
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()]
+        stand_in = min(trained, key=torch.Tensor.numel, default=None)
+        if stand_in is not None:
+            stand_in.grad = torch.ones_like(stand_in)
+        clear(epoch, batch_idx, optimizer)
+        if stand_in is None:
+            return
+        kept, stand_in.grad = stand_in.grad, None
+        if kept is not None and local_of(kept).any():
+            raise MisconfigurationException(
+                f"OptimizerInBackward cannot work here: `{type(module).__name__}.optimizer_zero_grad` leaves "
+                f"gradients for the next backward to add to (in batch {batch_idx}), and they are freed in each. "
+                "Clear them for every batch, or remove the callback; ActivationCheckpointing saves activations in any case."
+            )
+
     def _detach(self) -> None:
         self._undo.close()
         self._stepping = None
+
+
+def _users_callbacks(trainer: pl.Trainer) -> Iterator[Callback]:
+    """Those of neither Lightning nor this package, which look at no gradient, or refuse this one by name."""
+    known = ("lightning", "pytorch_lightning", __name__.partition(".")[0])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__module__.partition(".")[0] not in known:
+            yield callback
 
 
 def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:

@@ -207,6 +207,37 @@ def test_hooks_that_read_gradients_are_warned_by_name_and_still_run():
     assert module.calls == 4
 
 
+def test_a_users_callback_that_reads_gradients_is_warned_by_name():
+    class LogsNorms(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            pass
+
+    with pytest.warns(UserWarning, match=r"`LogsNorms\.on_before_zero_grad` finds no gradients"):
+        _fit(callbacks=[LogsNorms()])
+
+
+@pytest.mark.parametrize("keep", [1, 2], ids=["always clears", "clears every second batch"])
+def test_an_optimizer_zero_grad_that_leaves_gradients_is_refused_before_they_are_missed(keep):
+    class Clears(type(ZOO["mlp"].build())):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            if batch_idx % keep == 0:
+                optimizer.zero_grad(set_to_none=False)
+
+    first, second = Clears(0.0), Clears(0.0)
+    second.load_state_dict(first.state_dict())
+    if keep == 1:
+        plain = train(first, ZOO["mlp"].loader(batches=4), steps=4)
+        assert_same_training(plain, _fit(module=second), rtol=0, atol=0)
+    else:
+        train(first, ZOO["mlp"].loader(batches=4), steps=1)
+        with pytest.raises(
+            MisconfigurationException, match=r"`Clears\.optimizer_zero_grad` leaves gradients .*batch 1"
+        ):
+            _fit(module=second)
+        torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
+    assert "optimizer_zero_grad" not in vars(second)
+
+
 class _OverridesClipping(type(ZOO["mlp"].build())):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.clip_gradients(optimizer, 0.5, "norm")
