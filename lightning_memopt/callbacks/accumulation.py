@@ -61,7 +61,8 @@ class GradientAccumulation(Callback):
 
     Raises:
         MisconfigurationException: For bad arguments at once; at the start of ``fit`` for manual optimization, another
-            accumulation, LBFGS, or a ``target_batch_size`` that the loader's batches do not make.
+            accumulation, LBFGS, or a ``target_batch_size`` that the loader's batches do not make; in the first window
+            for steps that run their closure twice (SAM).
 
     Example:
         >>> accumulation = GradientAccumulation({0: 8, 1000: 2}, by="step", normalize="tokens", mask_key="labels")
@@ -106,6 +107,7 @@ class GradientAccumulation(Callback):
         self._clears = False
         self._added: float | Tensor = 0
         self._had_backward = False
+        self._ran = False  # the closure of this batch, to its end
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -163,8 +165,12 @@ class GradientAccumulation(Callback):
         self._clears = self._window is None
         if self._window is None:
             self._window = self._new_window(trainer, pl_module)
-        self._had_backward = False
+        self._had_backward = self._ran = False
         self._scale = self._window.add(self._added, is_last=not trainer.fit_loop._should_accumulate())
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ran = True
 
     @override
     def on_before_optimizer_step(
@@ -284,6 +290,13 @@ class GradientAccumulation(Callback):
             return None
 
         def scaled_backward(loss: Tensor) -> None:
+            if self._ran and not self._clears:
+                raise MisconfigurationException(
+                    "GradientAccumulation cannot work here: the closure of a window's last batch runs a second time "
+                    f"(in an `optimizer_step` of yours, or in the step of {type(optimizer).__name__}), and the "
+                    "gradients of the window's other batches are of the weights as they were before. Give it whole "
+                    "batches (MicroBatching saves their activations), or run the closure once."
+                )
             self._had_backward = True
             backward(weigh(loss, self._scale))
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -130,6 +131,12 @@ class MicroBatching(Callback):
             if problem := _why_not_auto(trainer, pl_module):
                 raise MisconfigurationException(f"MicroBatching(size='auto') cannot work here: {problem}")
         _warn_of_batch_norm(pl_module)
+        if is_overridden("backward", pl_module):
+            rank_zero_warn(
+                f"MicroBatching calls `{type(pl_module).__name__}.backward` once for each micro-batch, with its "
+                "share of the loss. What it adds to gradients besides those of it (a penalty on weights, say) is "
+                "added as often; add it to the loss in `training_step` instead."
+            )
         # The compiler would trace what looks on, and a prediction would count it.
         self._looks_at_loss = self._by_samples and not (is_compiled(pl_module) or holds_fakes(pl_module))
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization

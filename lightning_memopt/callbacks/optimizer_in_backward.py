@@ -133,7 +133,7 @@ class OptimizerInBackward(Callback):
             raise MisconfigurationException(
                 f"OptimizerInBackward cannot work here: `{type(module).__name__}.optimizer_zero_grad` leaves "
                 f"gradients for the next backward to add to (in batch {batch_idx}), and they are freed in each. "
-                "Clear them for every batch, or remove the callback; ActivationCheckpointing saves activations in any case."
+                "Clear them for every batch, or remove the callback."
             )
 
     def _detach(self) -> None:

@@ -91,3 +91,36 @@ def test_a_target_batch_size_is_kept_when_a_reloaded_loader_has_larger_batches()
     )
     trainer.fit(module)
     assert trainer.global_step == 2 + 2
+
+
+class _SharpnessAware(torch.optim.SGD):
+    """Steps with the gradient at the weights that the first one leads to."""
+
+    def step(self, closure):
+        loss = torch.enable_grad()(closure)()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        moves = [0.05 * parameter.grad for parameter in parameters]
+        torch._foreach_add_([parameter.data for parameter in parameters], moves)
+        torch.enable_grad()(closure)()
+        torch._foreach_sub_([parameter.data for parameter in parameters], moves)
+        super().step()
+        return loss
+
+
+class _Sharp(TokenModel):
+    def configure_optimizers(self):
+        return _SharpnessAware(self.parameters(), lr=0.1)
+
+
+class _RunsTwice(TokenModel):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer_closure()
+        optimizer.step(closure=optimizer_closure)
+
+
+@pytest.mark.parametrize("module", [_Sharp, _RunsTwice])
+def test_a_closure_that_runs_twice_is_refused_where_gradients_of_other_batches_wait(module):
+    with pytest.raises(MisconfigurationException, match="closure of a window's last batch runs a second time"):
+        train(module(), loader(token_batches()), steps=2, callbacks=[GradientAccumulation(2)])
+    one = train(module(), loader(token_batches()), steps=4, callbacks=[GradientAccumulation(1)])
+    assert_same_training(train(module(), loader(token_batches()), steps=4), one)

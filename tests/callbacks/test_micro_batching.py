@@ -132,6 +132,16 @@ def test_manual_optimization_is_refused_by_name():
         train(entry.build(), entry.loader(), steps=1, callbacks=[MicroBatching(2)])
 
 
+def test_a_backward_of_the_users_own_gets_a_warning_that_it_is_called_for_each_micro_batch():
+    class Penalizes(type(ZOO["mlp"].build())):
+        def backward(self, loss):
+            loss.backward()
+            sum(weight.square().sum() for weight in self.parameters()).backward()
+
+    with pytest.warns(UserWarning, match=r"`Penalizes\.backward` once for each micro-batch"):
+        train(Penalizes(0.0), ZOO["mlp"].loader(), steps=1, callbacks=[MicroBatching(4)])
+
+
 def test_batch_norm_gets_one_warning_that_says_what_changes():
     entry = ZOO["cnn"]
     with pytest.warns(UserWarning, match=r"`blocks\.0\.norm1` and 5 more .* over the micro-batch") as warned:
