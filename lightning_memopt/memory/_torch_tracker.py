@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.arguments import tensor_arguments
-from lightning_memopt.memory.ledger import Accumulation, Holding, Ledger, Moment, Operation, State
+from lightning_memopt.memory.ledger import Accumulation, Holding, Ledger, Moment, Operation, SparseCopy, State
 from lightning_memopt.memory.module_stack import ModuleStack
 from lightning_memopt.memory.report import Phase
 from lightning_memopt.memory.workspace import Call, Workspace, describe_call
@@ -46,6 +46,13 @@ _CATEGORY_OF = {
     _MemRefType.OPT: "optimizer_state",
     _MemRefType.OTH: "other",
 }
+
+
+_INDICES_OF_SPARSE = {
+    torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default: 3,
+    torch.ops.aten._embedding_bag_backward.default: 1,
+}
+"""Which argument the sparse tensor that is made has for its indices. Where that has values, a fake one has a copy."""
 
 
 def _strided_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -344,8 +351,13 @@ class StorageTracker(MemTracker):
             operation = Operation(begin, end)
             self.ledger.operations.append(operation)
             self.ledger.add_scratch(operation, scratch_bytes)
-            if func is torch.ops.aten.add.Tensor and self._stack.is_bw and not torch.is_grad_enabled():
-                self._note_accumulation(args[0], result)
+            if self._stack.is_bw and not torch.is_grad_enabled():
+                if func is torch.ops.aten.add.Tensor:
+                    self._note_accumulation(args[0], result)
+                elif func is torch.ops.aten.clone.default and args[0].layout is torch.sparse_coo:
+                    self._note_sparse_copy(args[0], result)
+            if self.is_fake and func in _INDICES_OF_SPARSE and result.layout is torch.sparse_coo:
+                self._note_shared(args[_INDICES_OF_SPARSE[func]], result._indices())
         return result
 
     def _completed(self, func: Any, call: Call | None) -> Any:
@@ -367,6 +379,18 @@ class StorageTracker(MemTracker):
         into, made = self._holding_of(first), self._holding_of(result)
         if into is not None and made is not None and (into.node is None or into.node != made.node):
             self.ledger.accumulations.append(Accumulation(into, made, self.ledger.operations[-1].end))
+
+    def _note_sparse_copy(self, gradient: torch.Tensor, result: torch.Tensor) -> None:
+        parts = _strided_parts(gradient)
+        if not all(part.is_contiguous() for part in parts):  # then it is copied in any case
+            return
+        for part, made in zip(parts, _strided_parts(result), strict=True):
+            self._note_shared(part, made)
+
+    def _note_shared(self, part: torch.Tensor, made: torch.Tensor) -> None:
+        source, copy = self._holding_of(part), self._holding_of(made)
+        if source is not None and copy is not None and source is not copy:
+            self.ledger.sparse_copies.append(SparseCopy(source, copy))
 
     def _holding_of(self, tensor: torch.Tensor) -> Holding | None:
         winfo, _ = self._WINFO.get(tensor.untyped_storage(), (None, None))

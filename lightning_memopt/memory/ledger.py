@@ -61,6 +61,16 @@ class Holding:
             )
         )
 
+    def take_over_from(self, source: "Holding") -> None:
+        """Hold the memory of ``source``, and so none of its own before that is released."""
+        end = source.states[-1].since if source.is_released else None
+        if end is None or (self.is_released and self.states[-1].since.time <= end.time):
+            self.states = [self.states[-1]._replace(size_bytes=0)]
+            return
+        earlier = [state for state in self.states if state.since.time <= end.time]
+        later = [state for state in self.states if state.since.time > end.time]
+        self.states = [*(state._replace(since=end) for state in earlier[-1:]), *later]
+
     @property
     def is_released(self) -> bool:
         """Whether it holds nothing any more."""
@@ -98,6 +108,18 @@ class Accumulation:
     time: int
 
 
+@dataclass(frozen=True, slots=True)
+class SparseCopy:
+    """Autograd's copy of (the indices or the values of) a sparse gradient, for a parameter that has none.
+
+    Without a dispatch mode (such as the tracker) the parameter's gradient shares ``source``. So does a sparse tensor
+    its indices where these have values, of which a fake one makes fake indices.
+    """
+
+    source: Holding
+    result: Holding
+
+
 @dataclass
 class Ledger:
     """Everything that one measurement saw.
@@ -106,6 +128,7 @@ class Ledger:
         holdings: All memory that was ever held.
         operations: All operators, in order.
         accumulations: The operators among them that sum gradients.
+        sparse_copies: And those that copy them.
         opened_at: Time at which the report begins; what is held then is where it starts from.
         closed_at: Time at which the report ends; None for the end of the run.
     """
@@ -113,6 +136,7 @@ class Ledger:
     holdings: list[Holding] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     accumulations: list[Accumulation] = field(default_factory=list)
+    sparse_copies: list[SparseCopy] = field(default_factory=list)
     opened_at: int = 0
     closed_at: int | None = None
 
@@ -132,7 +156,12 @@ class Ledger:
             self.holdings.append(Holding([state, state._replace(size_bytes=0)]))
 
     def undo_observer_effect(self) -> None:
-        """Count sums of gradients as autograd makes them when no tracker watches: in place."""
+        """Count sums and copies of gradients as autograd makes them when no tracker watches: in place."""
+        sources: dict[Holding, Holding] = {}
+        for copy in self.sparse_copies:
+            sources[copy.result] = sources.get(copy.source, copy.source)  # of a copy's copy
+        for result, source in sources.items():
+            result.take_over_from(source)
         for accumulation in self.accumulations:
             released, first = accumulation.into.states[-1], accumulation.result.states[0]
             later = bisect_right(self.operations, accumulation.time, key=lambda operation: operation.begin.time)

@@ -138,8 +138,28 @@ class TensorSpec(NamedTuple):
         return TensorSpec(shape, tuple(stride), self.dtype)
 
 
+class SparseSpec(NamedTuple):
+    """Likewise a sparse tensor's, in COO layout."""
+
+    shape: tuple[int, ...]
+    indices: TensorSpec
+    values: TensorSpec
+    is_coalesced: bool
+
+    def make(self) -> torch.Tensor:
+        """A real tensor with as many elements, all of them zeros at the first place."""
+        return torch.sparse_coo_tensor(
+            self.indices.make(), self.values.make(), self.shape, is_coalesced=self.is_coalesced
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its indices and values."""
+        return self.indices.size_bytes + self.values.size_bytes
+
+
 class Call(NamedTuple):
-    """An operator and its arguments, tensors as :class:`TensorSpec`.
+    """An operator and its arguments, tensors as :class:`TensorSpec` or :class:`SparseSpec`.
 
     ``grad_enabled`` is the gradient mode of the call: without gradients the fused LSTM keeps no workspace.
     """
@@ -163,7 +183,7 @@ class Call(NamedTuple):
     def size_bytes(self) -> int:
         """Bytes of its tensor arguments."""
         leaves = tree_leaves((self.arguments, self.keywords), is_leaf=_is_spec)
-        return sum(leaf.size_bytes for leaf in leaves if isinstance(leaf, TensorSpec))
+        return sum(leaf.size_bytes for leaf in leaves if _is_spec(leaf))
 
 
 def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
@@ -173,6 +193,9 @@ def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
         return None
 
     def spec(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.sparse_coo:
+            parts = _spec(leaf._indices()), _spec(leaf._values())
+            return SparseSpec(tuple(leaf.shape), *parts, leaf.is_coalesced())
         return _spec(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
     return Call(
@@ -198,7 +221,7 @@ def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
         return all(tensor.is_contiguous() for tensor in tensors)
     one_dtype = len({tensor.dtype for tensor in tensors if tensor.dim() > 0}) <= 1
     if torch.Tag.pointwise in operator.tags:
-        return one_dtype or name == "where"
+        return (one_dtype or name == "where") and all(map(_is_dense, tensors))
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return tensors[0].dtype in (torch.float32, torch.float64) and all(map(_suits_blas, tensors[-2:]))
     return False
@@ -368,7 +391,12 @@ def _measure(call: Call) -> Need:
     finally:
         allocations = events.stop()
     held = peak = 0
+    live = set[int]()
     for allocation in allocations:
+        # Of what was there before, its release is told where an earlier profile saw that address.
+        if allocation.size_bytes < 0 and allocation.address not in live:
+            continue
+        live ^= {allocation.address}
         held += allocation.size_bytes
         peak = max(peak, held)
     # The result is alive until here, so that what it holds counted as held.
@@ -426,4 +454,4 @@ def _resized(call: Call, dimensions: dict[int, int], size: int) -> Call:
 
 
 def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, TensorSpec)
+    return isinstance(leaf, TensorSpec | SparseSpec)

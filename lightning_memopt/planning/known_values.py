@@ -9,6 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_memopt.memory.arguments import tensor_arguments, tensor_results
 from lightning_memopt.models.fake import run_operator
+from lightning_memopt.planning.sparse_fakes import SparseFakes
 
 _MAX_ELEMENTS = 2**22
 aten = torch.ops.aten
@@ -34,6 +35,11 @@ class KnownValues(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._drawn = WeakTensorKeyDictionary()
+        self._sparse = SparseFakes(stays_real)
+
+    def notes(self) -> list[str]:
+        """A sentence for each thing that was not known and had to be guessed."""
+        return sorted(self._sparse.notes)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -49,6 +55,8 @@ class KnownValues(TorchDispatchMode):
                 real = func(*args, **kwargs)
             if all(map(stays_real, tensor_results(real))):
                 return real
+        if (sparse := self._sparse.run(func, args, kwargs)) is not None:
+            return sparse
         if func is aten.index.Tensor:
             args = (args[0], _without_masks(args[1]))
         result = run_operator(func, args, kwargs)

@@ -174,7 +174,7 @@ def predict_step(
         explained = explain_reads_of_values(f"{type(own).__name__} cannot be predicted", instead)
         stepping = nullcontext() if gpu_granularity is None else step_as_on_gpu()
         stubs = StubsApart() if rank_strategy is not None else nullcontext()
-        with explained, stepping, mode, log or nullcontext(), KnownValues(), stubs:
+        with explained, stepping, mode, log or nullcontext(), KnownValues() as known, stubs:
             report = run_second_step(
                 own,
                 own_batch,
@@ -187,7 +187,7 @@ def predict_step(
                 prepares=prepares,
             )
     notes = [f"torchmetrics objects are left out: {', '.join(metrics)}"] if metrics else []
-    return replace(report, notes=(*report.notes, *notes))
+    return replace(report, notes=(*report.notes, *known.notes(), *notes))
 
 
 def _own_copy(

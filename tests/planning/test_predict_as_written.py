@@ -107,18 +107,6 @@ class InDoubleFromConfigureModel(_Net):
         return super().loss(batch.double())
 
 
-class SparseEmbedding(_Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Embedding(1000, 128, sparse=True)
-
-    def loss(self, batch):
-        return self.net(torch.arange(64)).square().sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SparseAdam(self.parameters())
-
-
 class GrowsFromEmpty(_Net):
     def loss(self, batch):
         with torch.no_grad():
@@ -285,13 +273,6 @@ def test_a_batch_that_is_a_dataclass_is_measured_and_predicted_as_its_tensors_ar
     loader = DataLoader([_Signals(values)] * 3, batch_size=None)
     train(TakesADataclass(), loader, steps=3, callbacks=[monitor])
     assert (tmp_path / "memory_report.json").exists()
-
-
-def test_sparse_gradients_are_measured_and_the_prediction_names_the_operator_that_it_cannot_know():
-    batch = torch.randn(64, 128)
-    raw = raw_peak_bytes(SparseEmbedding, batch)
-    assert memopt.measure_memory(SparseEmbedding(), batch).peak_bytes == pytest.approx(raw, rel=0.002)
-    assert "coalesce" in " ".join(memopt.predict_memory(SparseEmbedding(), batch).notes)
 
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand([]), lambda: 1 - torch.rand(1).item() * 0.5])
