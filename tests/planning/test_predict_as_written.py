@@ -158,6 +158,12 @@ class Spectrum(_Net):
         return F.mse_loss(torch.fft.irfft2(torch.fft.rfft2(batch) * self.filter), batch)
 
 
+class Spectrogram(_Net):
+    def loss(self, batch):
+        spectra = torch.stft(batch.flatten(), 256, 64, window=torch.hann_window(256), return_complex=True)
+        return super().loss((spectra.abs() + 1e-5).log().t()[:, :128])
+
+
 class Attention(_Net):
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +238,7 @@ CASES = {
     for each in (
         *(SGDWithALossThatReducesInPlace, BinaryCrossEntropy, CalledTwice, Frozen, TwoOptimizersByHand),
         *(ReadsTheTrainersCounters, RandomNumbers, Checkpointed, CheckpointedReentrant, InBfloat16FromTheStart),
-        *(InDoubleFromConfigureModel, Spectrum, Attention, BidirectionalGRU, Volumes),
+        *(InDoubleFromConfigureModel, Spectrum, Spectrogram, Attention, BidirectionalGRU, Volumes),
         *(NormOfTransposed, SegmentsInChannelsLast, ConnectionistTemporal, GroupedExperts),
         *(GrowsFromEmpty, ReflectionPadding, ReplicationPadding, Gated, Fold),
     )
