@@ -7,9 +7,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.report import MemoryReport, TimelinePoint
 from lightning_memopt.memory.workspace import Need
@@ -41,7 +39,7 @@ from lightning_memopt.planning.stages import (
     whole_partition,
 )
 from lightning_memopt.planning.values import ReadsValues
-from lightning_memopt.techniques.batches import batch_size, micro_batches
+from lightning_memopt.techniques.batches import batch_size, copied, micro_batches, tensors_in
 from lightning_memopt.techniques.lazy_logits import LogitsNotFormedError
 
 _WHOLE_TIMELINE = 10**7
@@ -246,7 +244,7 @@ class StepTracer:
         if batch is not self._batch:
             repeats = batch_size(self._batch) / batch_size(batch)
             left_out_bytes = _size_bytes(self._batch) - _size_bytes(batch)
-            batch = apply_to_collection(batch, torch.Tensor, torch.clone)  # a view would be traced with all of it
+            batch = copied(batch)  # a view would be traced with all of it
         log = OperatorLog()
         with _cut(self._module, blocks) as module:
             report = self._report(module, blocks, batch, choice, log, prepares, of_stage)
@@ -345,5 +343,4 @@ def _with_more(point: TimelinePoint, category: str, size_bytes: int) -> Timeline
 
 
 def _size_bytes(batch: Any) -> int:
-    leaves = tree_leaves(dict(batch) if hasattr(batch, "keys") else batch)
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return sum(tensor.nbytes for tensor in tensors_in(batch))

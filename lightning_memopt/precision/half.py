@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities import apply_to_collection
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.precision.names import DTYPES, check_name
+from lightning_memopt.techniques.batches import mapped
 from lightning_memopt.techniques.half_storage import HalfStorage, find_unmatched
 from lightning_memopt.techniques.per_parameter import check_steps_alone
 from lightning_memopt.techniques.rounding import ROUNDINGS, RandomBits, RoundedUpdates, Rounding
@@ -136,7 +136,7 @@ class HalfPrecision(Precision):
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
-        return apply_to_collection(data, torch.Tensor, cast)
+        return mapped(data, cast)  # Lightning's own refuses frozen dataclasses
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -169,20 +169,27 @@ def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
     return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
 
 
+def mapped(item: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``item`` with containers made anew, frozen dataclasses too, and ``function`` of each tensor in its place.
+
+    Example:
+        >>> mapped({"x": [torch.ones(2), "name"]}, torch.Tensor.bfloat16)["x"][0].dtype
+        torch.bfloat16
+    """
+    if isinstance(item, Tensor):
+        return function(item)
+    parts = _parts(item)
+    return item if parts is None else _rebuild(item, [mapped(part, function) for _, part in parts])
+
+
 def detached(item: Any) -> Any:
     """``item`` with each tensor in it detached from its graph."""
-    if isinstance(item, Tensor):
-        return item.detach()
-    parts = _parts(item)
-    return item if parts is None else _rebuild(item, [detached(part) for _, part in parts])
+    return mapped(item, Tensor.detach)
 
 
 def copied(item: Any) -> Any:
     """``item`` with containers made anew and tensors copied, for a step that may change its batch."""
-    if isinstance(item, Tensor):
-        return item.clone()
-    parts = _parts(item)
-    return item if parts is None else _rebuild(item, [copied(part) for _, part in parts])
+    return mapped(item, Tensor.clone)
 
 
 def _merge_tensors(tensors: list[Tensor], sizes: Sequence[int | None], weights: Sequence[float | Tensor]) -> Any:

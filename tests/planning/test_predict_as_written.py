@@ -160,8 +160,8 @@ class Spectrum(_Net):
 
 class Spectrogram(_Net):
     def loss(self, batch):
-        spectra = torch.stft(batch.flatten(), 256, 64, window=torch.hann_window(256), return_complex=True)
-        return super().loss((spectra.abs() + 1e-5).log().t()[:, :128])
+        spectra = torch.stft(batch.flatten(), 256, 8, window=torch.hann_window(256), return_complex=True)
+        return super().loss(spectra.abs().t()[:64, :128])
 
 
 class Attention(_Net):

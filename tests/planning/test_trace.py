@@ -1,6 +1,7 @@
 """Traces that are cheaper than two whole steps say the same; and a plan needs few of them."""
 
 import pytest
+import torch
 
 import lightning_memopt as memopt
 from lightning_memopt.parallel.mesh import MeshSizes
@@ -8,6 +9,7 @@ from lightning_memopt.planning.space import Choice, Layout, Techniques
 from lightning_memopt.planning.trace import StepTracer
 from tests.planning.a_cpu import A_CPU
 from tests.planning.test_plan import Deep, _batch
+from tests.planning.test_predict_as_written import TakesADataclass, _Net, _Signals
 from tests.zoo import ZOO
 
 _SHARDS = Layout("memopt_zero3", MeshSizes(shard=2))
@@ -52,6 +54,15 @@ def test_where_the_first_step_is_not_like_the_second_the_second_is_traced():
     module, batch = KeepsItsFirstOutput(), _batch()
     trace = StepTracer(module, module, batch, {}).trace(Choice(Layout(), Techniques()))
     assert trace.peak.total_bytes == memopt.predict_memory(KeepsItsFirstOutput(), batch).peak_bytes
+
+
+def test_micro_batches_of_a_frozen_dataclass_are_traced_as_those_of_its_tensor():
+    values, choice = torch.randn(64, 128), Choice(Layout(), Techniques(micro_batch=8))
+    peaks = [
+        StepTracer(module, module, batch, {}).trace(choice).peak.total_bytes
+        for module, batch in ((_Net(), values), (TakesADataclass(), _Signals(values)))
+    ]
+    assert peaks[0] == peaks[1]
 
 
 def _count_steps(monkeypatch, **options) -> int:

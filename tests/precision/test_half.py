@@ -1,8 +1,12 @@
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_memopt import HalfPrecision, LowBitOptimizer, OptimizerInBackward
@@ -237,3 +241,42 @@ def test_a_batch_norm_keeps_its_statistics_in_float32():
     module = Notes(0.0)
     train(module, ZOO["cnn"].loader(), steps=1, plugins=[HalfPrecision()])
     assert module.types == {torch.float32}
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    x: torch.Tensor
+    labels: torch.Tensor
+    name: str = "frozen"
+
+    def to(self, device, **_):
+        return _Frozen(self.x.to(device), self.labels.to(device), self.name)
+
+
+class _Pair(NamedTuple):
+    inner: _Frozen
+    weight: torch.Tensor
+
+
+def test_batches_of_frozen_dataclasses_and_named_tuples_are_cast_where_they_are():
+    seen = []
+
+    class Reads(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(4, 3)
+
+        def training_step(self, batch, batch_idx):
+            seen.append(batch)
+            return F.cross_entropy(self.net(batch.inner.x).float(), batch.inner.labels) * batch.weight.mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    batch = _Pair(_Frozen(torch.randn(2, 4), torch.tensor([0, 2])), torch.ones(2))
+    loader = DataLoader([batch], batch_size=None, collate_fn=lambda item: item)
+    train(Reads(), loader, steps=1, plugins=[HalfPrecision("bf16")])
+    assert isinstance(seen[0], _Pair) and seen[0].inner.name == "frozen"
+    assert seen[0].inner.x.dtype is seen[0].weight.dtype is torch.bfloat16
+    assert seen[0].inner.labels.dtype is torch.int64
+    assert batch.inner.x.dtype is torch.float32
