@@ -35,9 +35,13 @@ from lightning_memopt.techniques.micro_batching import (
     backward_in_micro_batches,
     halve_on_out_of_memory,
 )
+from lightning_memopt.techniques.parameter_writes import ParameterWrites
 from lightning_memopt.techniques.snapshot import StepSnapshot
 
 Value = TypeVar("Value")
+
+_WATCHED_BATCHES = 3
+"""In the first a teacher that begins as a copy of what is trained may be written what it was."""
 
 
 class MicroBatching(Callback):
@@ -109,6 +113,7 @@ class MicroBatching(Callback):
         self._split = split
         self._undo = Patches()
         self._looks_at_loss = False
+        self._looks_for_writes = 0  # in so many batches
 
     @property
     def size(self) -> int | None:
@@ -139,6 +144,9 @@ class MicroBatching(Callback):
             )
         # The compiler would trace what looks on, and a prediction would count it.
         self._looks_at_loss = self._by_samples and not (is_compiled(pl_module) or holds_fakes(pl_module))
+        # Where ranks hold shards, the parameters that a step finds are other tensors than before it.
+        holds_whole = trainer.world_size == 1 or isinstance(trainer.strategy.model, DistributedDataParallel)
+        self._looks_for_writes = _WATCHED_BATCHES if holds_whole and not holds_fakes(pl_module) else 0
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         self._undo.enter_context(replaced(optimization, _make_closure=partial(self._make_closure, trainer)))
 
@@ -193,8 +201,15 @@ class MicroBatching(Callback):
         if holds_fakes(module):
             return attempt(size)  # fake tensors need no memory, and have no values to bring back
         snapshots = (StepSnapshot(module), MetricSnapshot(module))
+        writes = ParameterWrites(module, by_value=False)
 
         def restore() -> None:
+            if written := writes.names():
+                raise MisconfigurationException(
+                    "MicroBatching cannot repeat this batch, in which memory ran out: `training_step` of "
+                    f"`{type(module).__name__}` writes to `{written[0]}` itself and would do so again. Move that to "
+                    "`on_train_batch_start` or `on_train_batch_end`, which are called once for a batch."
+                )
             for snapshot in snapshots:
                 snapshot.restore()
 
@@ -215,6 +230,12 @@ class MicroBatching(Callback):
                 average_gradients(module.parameters())
         return result
 
+    def _watch_writes(self, trainer: pl.Trainer) -> ParameterWrites | None:
+        if self._looks_for_writes == 0:
+            return None
+        self._looks_for_writes -= 1
+        return ParameterWrites(trainer.lightning_module, by_value=True)
+
     def _samples(self, batch: Any) -> int:
         return batch_size(batch) if self._split is micro_batches else len(self._split(batch, 1))
 
@@ -229,6 +250,7 @@ class MicroBatching(Callback):
         after_first = ExitStack()
         is_first = True
         looks_at_loss = self._looks_at_loss and size != WHOLE_BATCH
+        writes = self._watch_writes(trainer) if size != WHOLE_BATCH else None
         seen: list[CountTargets] = []
         weights: list[float | Tensor] = []
 
@@ -267,6 +289,9 @@ class MicroBatching(Callback):
                 backward=backward_once_hooked,
                 around=around,
             )
+        if writes is not None and len(weights) > 1 and (written := writes.names()):
+            self._looks_for_writes = 0
+            _warn_of_writes(trainer.lightning_module, written)
         if looks_at_loss and len(weights) > 1:
             self._looks_at_loss = False
             _warn_of_loss(trainer.lightning_module, seen, [float(weight) for weight in weights])
@@ -339,6 +364,15 @@ def _warn_of_loss(module: pl.LightningModule, seen: list[CountTargets], weights:
             f"that it does not ignore, and they hold {found} of these: the update is not that of the whole batch. "
             "Give `normalize='tokens'` and what is counted: `mask_key`, or `count`."
         )
+
+
+def _warn_of_writes(module: pl.LightningModule, written: list[str]) -> None:
+    others = f" and {len(written) - 1} more" if len(written) > 1 else ""
+    rank_zero_warn(
+        f"MicroBatching changes what `{type(module).__name__}` trains: its `training_step` writes to `{written[0]}`"
+        f"{others} itself, as a teacher that follows the trained weights, and now does so once for each micro-batch. "
+        "Move that to `on_train_batch_start` or `on_train_batch_end`, which are called once for a batch."
+    )
 
 
 def _warn_of_batch_norm(module: pl.LightningModule) -> None:

@@ -1,5 +1,6 @@
 """Micro-batching: the update, the logs and the outputs of the whole batch."""
 
+import copy
 import warnings
 
 import lightning.pytorch as pl
@@ -140,6 +141,43 @@ def test_a_backward_of_the_users_own_gets_a_warning_that_it_is_called_for_each_m
 
     with pytest.warns(UserWarning, match=r"`Penalizes\.backward` once for each micro-batch"):
         train(Penalizes(0.0), ZOO["mlp"].loader(), steps=1, callbacks=[MicroBatching(4)])
+
+
+class _Teaches(type(ZOO["mlp"].build())):
+    """The teacher follows what is trained, as in MoCo and BYOL."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def follow(self):
+        with torch.no_grad():
+            for mine, trained in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                mine.data.lerp_(trained, 0.1)  # leaves no trace but values
+
+
+class _TeachesInTheStep(_Teaches):
+    def training_step(self, batch, batch_idx):
+        self.follow()
+        return super().training_step(batch, batch_idx)
+
+
+class _TeachesOnceABatch(_Teaches):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.follow()
+
+
+def test_a_step_that_writes_to_a_teacher_is_warned_of_and_hooks_that_are_called_once_a_batch_are_not():
+    with pytest.warns(
+        UserWarning, match=r"`training_step` writes to `teacher\.0\.weight` and 5 more itself"
+    ) as warned:
+        train(_TeachesInTheStep(0.0), ZOO["mlp"].loader(), steps=4, callbacks=[MicroBatching(4)])
+    assert sum("writes to" in str(warning.message) for warning in warned) == 1
+    for module, size in ((_TeachesOnceABatch, 4), (_TeachesInTheStep, "auto")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(module(0.0), ZOO["mlp"].loader(), steps=4, callbacks=[MicroBatching(size)])
+        assert not any("writes to" in str(warning.message) for warning in caught)
 
 
 def test_batch_norm_gets_one_warning_that_says_what_changes():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Accuracy
@@ -121,6 +122,19 @@ def test_when_a_single_sample_does_not_fit_the_error_goes_on_with_what_else_woul
         train(NeverFits(0.0), ZOO["mlp"].loader(), callbacks=[MicroBatching()])
     assert "Not really" in str(caught.value.__cause__)
     assert is_out_of_memory(caught.value)
+
+
+def test_a_batch_whose_step_has_written_to_a_parameter_is_not_repeated():
+    class WritesToo(Fragile):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.norm.weight.mul_(0.9)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(
+        MisconfigurationException, match=r"memory ran out: `training_step` .* writes to `norm\.weight`"
+    ):
+        train(WritesToo("forward", fits=2), ZOO["mlp"].loader(), steps=2, callbacks=[MicroBatching()])
 
 
 def test_a_fixed_size_does_not_catch_the_error():
