@@ -35,7 +35,7 @@ from lightning_memopt.techniques.micro_batching import (
     backward_in_micro_batches,
     halve_on_out_of_memory,
 )
-from lightning_memopt.techniques.parameter_writes import ParameterWrites
+from lightning_memopt.techniques.own_writes import OwnWrites
 from lightning_memopt.techniques.snapshot import StepSnapshot
 
 Value = TypeVar("Value")
@@ -201,7 +201,7 @@ class MicroBatching(Callback):
         if holds_fakes(module):
             return attempt(size)  # fake tensors need no memory, and have no values to bring back
         snapshots = (StepSnapshot(module), MetricSnapshot(module))
-        writes = ParameterWrites(module, by_value=False)
+        writes = OwnWrites(module, thoroughly=False)
 
         def restore() -> None:
             if written := writes.names():
@@ -230,11 +230,11 @@ class MicroBatching(Callback):
                 average_gradients(module.parameters())
         return result
 
-    def _watch_writes(self, trainer: pl.Trainer) -> ParameterWrites | None:
+    def _watch_writes(self, trainer: pl.Trainer) -> OwnWrites | None:
         if self._looks_for_writes == 0:
             return None
         self._looks_for_writes -= 1
-        return ParameterWrites(trainer.lightning_module, by_value=True)
+        return OwnWrites(trainer.lightning_module, thoroughly=True)
 
     def _samples(self, batch: Any) -> int:
         return batch_size(batch) if self._split is micro_batches else len(self._split(batch, 1))
@@ -370,8 +370,8 @@ def _warn_of_writes(module: pl.LightningModule, written: list[str]) -> None:
     others = f" and {len(written) - 1} more" if len(written) > 1 else ""
     rank_zero_warn(
         f"MicroBatching changes what `{type(module).__name__}` trains: its `training_step` writes to `{written[0]}`"
-        f"{others} itself, as a teacher that follows the trained weights, and now does so once for each micro-batch. "
-        "Move that to `on_train_batch_start` or `on_train_batch_end`, which are called once for a batch."
+        f"{others} itself, as to a teacher or a running average, and now does so once for each micro-batch. Where it "
+        "need not be in the forward, move it to `on_train_batch_start` or `on_train_batch_end`: once a batch."
     )
 
 

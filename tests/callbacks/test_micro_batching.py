@@ -180,6 +180,21 @@ def test_a_step_that_writes_to_a_teacher_is_warned_of_and_hooks_that_are_called_
         assert not any("writes to" in str(warning.message) for warning in caught)
 
 
+def test_a_block_that_writes_a_buffer_of_its_own_is_warned_of():
+    class Quantizes(type(ZOO["mlp"].build())):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("counts", torch.zeros(3))
+            self.register_buffer("angles", torch.full((2,), float("nan"), dtype=torch.complex64))
+
+        def training_step(self, batch, batch_idx):
+            self.counts += 1
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match=r"`training_step` writes to `counts` itself"):
+        train(Quantizes(0.0), ZOO["mlp"].loader(), steps=1, callbacks=[MicroBatching(4)])
+
+
 def test_batch_norm_gets_one_warning_that_says_what_changes():
     entry = ZOO["cnn"]
     with pytest.warns(UserWarning, match=r"`blocks\.0\.norm1` and 5 more .* over the micro-batch") as warned:
