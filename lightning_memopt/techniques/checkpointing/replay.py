@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from lightning_memopt.techniques.host_random import HostRandomState, generators_of, host_random_kept
@@ -42,11 +43,21 @@ class WrittenBuffers:
     def __init__(self, module: nn.Module) -> None:
         self.generators = generators_of(module)
         self._all = _named_buffers(module)
+        self._parameters = [(m, name) for m in module.modules() for name in m._parameters]
         # BatchNorm's kernels write the running statistics without counting a version.
         self._written: set[tuple[nn.Module, str]] = {
             (owner, name) for owner, name in self._all if isinstance(owner, _NormBase)
         }
         self._has_run = False
+
+    def parameter_versions(self) -> list[tuple[str, torch.Tensor, int]]:
+        """The parameters that are there, by what owns them, and how often each was written to in place."""
+        found = ((owner, name, owner._parameters.get(name)) for owner, name in self._parameters)
+        return [
+            (f"{type(owner).__name__} writes its parameter {name!r}", parameter, _version(parameter))
+            for owner, name, parameter in found
+            if parameter is not None and not is_lazy(parameter)
+        ]
 
     def before(self) -> list[_Seen]:
         """The buffers, with copies of those that the coming call may change; of all of them before the first call."""
@@ -77,6 +88,17 @@ class WrittenBuffers:
                 )
             kept.append((owner, name, copy))
         return kept
+
+
+def refuse_written(before: list[tuple[str, torch.Tensor, int]]) -> None:
+    """Raise a :class:`RuntimeError` where the run since :meth:`WrittenBuffers.parameter_versions` wrote to one."""
+    for found, parameter, version in before:
+        if _version(parameter) != version:
+            raise RuntimeError(
+                f"{found} in its forward, which recomputation would do once more and with other results. Make it a "
+                "buffer (`register_buffer`), which is put back, write to it in `on_train_batch_end`, or leave its "
+                "block out with `modules=`."
+            )
 
 
 class Replayable:
@@ -116,7 +138,9 @@ class Replayable:
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self._at_start is not None:
             (seen, random), self._at_start = self._at_start, None
+            versions = self._buffers.parameter_versions()
             out = self._run(*args, **kwargs)
+            refuse_written(versions)
             self._before = self._buffers.learn(seen)
             if self._buffers.generators or not random.is_now():
                 self._random = random

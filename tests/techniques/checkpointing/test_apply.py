@@ -412,3 +412,24 @@ def test_a_key_value_cache_is_not_filled_twice() -> None:
         loss = module.model(**batch).loss
         loss.backward()
     assert torch.equal(loss, plain)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_parameter_that_a_block_writes_itself_is_refused_by_name(trained) -> None:
+    class Follows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.mean = nn.Parameter(torch.zeros(4), requires_grad=trained)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.1)
+            return self.linear(x) - self.mean
+
+    net = nn.Sequential(Follows(), Follows(), Follows())
+    with (
+        checkpoint_activations(net, "full"),
+        pytest.raises(RuntimeError, match="Follows writes its parameter 'mean'"),
+    ):
+        net(torch.randn(2, 4))
