@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
@@ -63,7 +64,8 @@ class MemoryMonitor(Callback):
 
     Raises:
         MisconfigurationException: ``every_n_steps`` is no positive integer, ``dirpath`` is a file or not on this
-            machine, or ``predicted`` is not a memory report.
+            machine, or ``predicted`` is not a memory report; at the start of ``fit``, the trainer has a
+            ``PyTorchProfiler``.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[MemoryMonitor(every_n_steps=500)], logger=False)
@@ -101,6 +103,12 @@ class MemoryMonitor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if isinstance(trainer.profiler, PyTorchProfiler):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "MemoryMonitor cannot work here: it reads the allocator by PyTorch's profiler, of which there can be "
+                f"one, and the trainer has a {type(trainer.profiler).__name__}. "  # type: ignore[attr-defined]
+                "Leave one of the two out, or take Lightning's SimpleProfiler or AdvancedProfiler."
+            )
         # On every rank: the logger's folder is broadcast from rank zero.
         logged_to = trainer.log_dir or trainer.default_root_dir
         folder = self.dirpath or _local_folder(os.path.join(logged_to, "memopt_report"))

@@ -28,7 +28,8 @@ class track_memory:
     found by :mod:`lightning_memopt.memory.workspace`.
 
     The block may hold one step or several, any number of optimizers, a submodule may be called any number of times,
-    and it need not hold modules at all. Nothing is left behind when the block raises.
+    and it need not hold modules at all. Nothing is left behind when the block raises. Entered again, it reports the
+    last block.
 
     Args:
         *tracked: Modules, optimizers and tensors, also nested in dicts, lists and tuples; anything else in the
@@ -79,6 +80,7 @@ class track_memory:
     def __enter__(self) -> "track_memory":
         for module in self._modules:
             refuse_uninitialized(module)
+        self._report, self._notes = None, []  # of a block before
         device = self._device()
         self._device_type = device.type
         is_fake = active_fake_mode() is not None

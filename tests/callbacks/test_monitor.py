@@ -460,3 +460,8 @@ def test_nothing_is_written_under_fast_dev_run(tmp_path):
     trainer.fit(ZOO["mlp"].build(), ZOO["mlp"].loader())
     assert len(monitor.history) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profiler_of_pytorchs_beside_it_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(MisconfigurationException, match="the trainer has a PyTorchProfiler"):
+        train(ZOO["mlp"].build(), ZOO["mlp"].loader(), steps=1, callbacks=[MemoryMonitor()], profiler="pytorch")

@@ -199,3 +199,15 @@ def test_tensors_without_data_of_somebody_else_take_no_memory(is_predicted):
         with unset_fake_temporarily():
             elsewhere(elsewhere.weight).relu()
     assert tracker.report().peak_bytes == pytest.approx(held.nbytes, abs=100)  # torch's own scalars beside them
+
+
+def test_a_tracker_that_is_entered_again_reports_the_last_block_and_not_the_first():
+    net = nn.Linear(8, 8)
+    tracker = memopt.track_memory(net)
+    with pytest.raises(RuntimeError), tracker:
+        net(torch.randn(4, 9))
+    first = tracker.report().peak_bytes
+    with tracker:
+        net(torch.randn(4, 8)).sum().backward()
+    assert tracker.report().peak_bytes > first
+    assert tracker.report().source == "measured"
