@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -140,12 +141,18 @@ class MemoryPlan(Callback):
             f"Memory plan: {result.best.strategy}, {names}: {format_bytes(result.best.peak_bytes)} of "
             f"{format_bytes(result.budget_bytes)} a device."
         )
+        if _is_profiled(trainer):
+            rank_zero_warn(
+                f"{type(self).__name__} does not measure what a step takes: the trainer has a PyTorchProfiler, and "
+                "there can be one. Lightning's SimpleProfiler and AdvancedProfiler stand in no way."
+            )
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.measured_bytes is None and self._tracker is None and trainer.global_step > 0:
+        is_due = self.measured_bytes is None and self._tracker is None and trainer.global_step > 0
+        if is_due and not _is_profiled(trainer):
             self._steps_before = trainer.global_step
             self._tracker = track_memory(pl_module, trainer.optimizers, tensors_in(batch))
             self._tracker.__enter__()
@@ -221,3 +228,8 @@ class MemoryPlan(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             said = result_as_dict(self.result) | {"measured_bytes": self.measured_bytes}
             (folder / PLANNED).write_text(json.dumps(said, indent=1), encoding="utf-8")
+
+
+def _is_profiled(trainer: pl.Trainer) -> bool:
+    """Whether the trainer starts PyTorch's profiler, of which there can be one, for each part of a step."""
+    return isinstance(trainer.profiler, PyTorchProfiler)  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -157,3 +158,12 @@ def test_a_strategy_that_splits_the_module_is_refused_with_what_to_use():
     trainer.strategy.__class__ = type("Split", (DDPStrategy,), {"splits_module": True})
     with pytest.raises(MisconfigurationException, match="memopt_auto"):
         plan.setup(trainer, Deep(), "fit")
+
+
+def test_beside_a_profiler_of_pytorchs_it_trains_and_says_that_it_does_not_measure(tmp_path):
+    plan = memopt.MemoryPlan(TIGHT, device=A_CPU)
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="profile")
+    with pytest.warns(UserWarning, match="MemoryPlan does not measure what a step takes: .* PyTorchProfiler"):
+        trainer = _fit(Deep(), plan, tmp_path=tmp_path, profiler=profiler)
+    assert trainer.global_step == 4
+    assert plan.result.best is not None and plan.measured_bytes is None
