@@ -112,9 +112,10 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step is more than the sum of its parameters' steps.
 
     Tried, not looked up by name: stand-ins of a few elements, with the optimizer's own hyper-parameters, are stepped
-    three times together and three times one by one. An optimizer that needs a closure (LBFGS, SAM), a norm over all
-    gradients, or a counter kept per group gives other numbers or fails. Neither the optimizer nor the random
-    number generators are changed. The stand-ins have values where the parameters are fake, which have none.
+    three times together and three times one by one, each time followed by the training loop's step, which finds no
+    gradients. An optimizer that needs a closure (LBFGS, SAM) or a norm over all gradients gives other numbers or
+    fails; so does one that changes parameters without a gradient. Neither the optimizer nor the random number
+    generators are changed. The stand-ins have values where the parameters are fake, which have none.
 
     Args:
         optimizer: The optimizer to try.
@@ -142,8 +143,9 @@ def check_steps_alone(optimizer: Optimizer) -> None:
             ) from error
         if not is_same:
             raise ValueError(
-                f"{name} steps its parameters jointly: on group {index}, one parameter at a time gave other weights "
-                f"than all at once, so gradients cannot be freed one by one; {remedy}"
+                f"{name} steps its parameters jointly: on group {index}, one parameter at a time, and a step that "
+                "found no gradients after that, gave other weights than all at once, so gradients cannot be freed "
+                f"one by one; {remedy}"
             )
 
 
@@ -208,3 +210,5 @@ def _step_all(optimizer: Optimizer) -> None:
 def _step_each(optimizer: Optimizer) -> None:
     for parameter in optimizer.param_groups[0]["params"]:
         step_one(optimizer, parameter, 0)
+        parameter.grad = None
+    _step_all(optimizer)  # as the training loop does, which finds no gradients

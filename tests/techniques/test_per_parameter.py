@@ -104,30 +104,42 @@ def test_lbfgs_is_refused_by_name():
         check_steps_alone(torch.optim.LBFGS(_parameters()))
 
 
-def test_an_optimizer_that_counts_steps_in_its_group_is_refused():
+def test_an_optimizer_that_counts_steps_in_its_group_is_accepted_as_the_step_without_gradients_counts():
     class CountsInGroup(torch.optim.SGD):
         @torch.no_grad()
         def step(self, closure=None):
             for group in self.param_groups:
                 group["count"] = group.get("count", 0) + 1
                 for parameter in group["params"]:
-                    parameter -= group["lr"] / group["count"] * parameter.grad
+                    if parameter.grad is not None:
+                        parameter -= group["lr"] / group["count"] * parameter.grad
 
-    with pytest.raises(ValueError, match="CountsInGroup steps its parameters jointly"):
-        check_steps_alone(CountsInGroup(_parameters(), lr=0.1))
+    check_steps_alone(CountsInGroup(_parameters(), lr=0.1))
 
 
 def test_an_optimizer_that_scales_by_the_norm_of_all_gradients_is_refused():
     class NormalizedSGD(torch.optim.SGD):
         @torch.no_grad()
         def step(self, closure=None):
-            parameters = [p for group in self.param_groups for p in group["params"]]
+            parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             for parameter in parameters:
                 parameter -= self.param_groups[0]["lr"] * parameter.grad / norm
 
     with pytest.raises(ValueError, match="NormalizedSGD steps its parameters jointly"):
         check_steps_alone(NormalizedSGD(_parameters(), lr=0.1))
+
+
+def test_an_optimizer_that_changes_parameters_without_a_gradient_is_refused():
+    class Decays(torch.optim.AdamW):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for group in self.param_groups:
+                torch._foreach_mul_([parameter.data for parameter in group["params"]], 0.999)
+            return loss
+
+    with pytest.raises(ValueError, match=r"Decays steps its parameters jointly: .* a step that found no"):
+        check_steps_alone(Decays(_parameters()))
 
 
 def test_checking_changes_neither_the_optimizer_nor_the_random_numbers():
@@ -146,6 +158,8 @@ def test_an_optimizer_that_adds_noise_to_each_parameter_is_accepted():
         def step(self, closure=None):
             for group in self.param_groups:
                 for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
                     parameter -= group["lr"] * parameter.grad + torch.randn_like(parameter)
 
     check_steps_alone(Langevin(_parameters(), lr=0.1))
