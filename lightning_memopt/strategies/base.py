@@ -33,6 +33,7 @@ from lightning_memopt.parallel.agreement import (
     separate_elements,
 )
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
+from lightning_memopt.parallel.gather_batches import gather_batches
 from lightning_memopt.parallel.loss_scale import unscale_on_all_ranks
 from lightning_memopt.parallel.mesh import MeshSizes, ParallelMesh
 from lightning_memopt.parallel.moving import move_in_place
@@ -342,8 +343,12 @@ class MemoptStrategy(WatchedStrategy):
 
     @override
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
-        """As Lightning's, over the ranks with different batches where no group is given."""
-        return super().all_gather(tensor, self.data_group if group is None else group, sync_grads)
+        """As Lightning's, over the ranks with different batches where no group is given: each batch is there once."""
+        # The module's own `all_gather` names all ranks where the user names none.
+        if self.data_group is None or group not in (None, dist.group.WORLD):
+            return super().all_gather(tensor, group, sync_grads)
+        with torch.set_grad_enabled(sync_grads and torch.is_grad_enabled()):
+            return gather_batches(tensor, self.data_group)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
