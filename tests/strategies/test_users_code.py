@@ -335,3 +335,19 @@ def test_the_users_sampler_stays_where_all_ranks_have_the_same_batches(strategy:
     assert first == second
     assert first[:2] == [in_order, backwards]
     assert sorted(first[2]) != sorted(in_order)
+
+
+class Slices(Net):
+    """Takes its layers apart in every other step, for what a layer between them returns."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx % 2:
+            return super().training_step(batch, batch_idx)
+        hidden = self.net[:-2](batch[0])
+        return F.cross_entropy(self.net[-2:](hidden), batch[1]) + hidden.square().mean()
+
+
+def test_slices_of_a_container_whose_layers_are_split_train_as_on_one_device() -> None:
+    plain = run_on_ranks(lambda: losses_of(Slices()), 1)[0]
+    for losses in run_on_ranks(lambda: losses_of(Slices(), 2, MAKE["tp"]()), 2):
+        assert losses == pytest.approx(plain, rel=1e-4)

@@ -158,7 +158,8 @@ class Region:
 class RegionOwner(nn.Module):
     """In front of the class of a module that holds groups of split layers."""
 
-    _tensor_regions: list[Region]
+    _tensor_regions: Sequence[Region] = ()
+    """None in a module that code makes of the class of this one: `nn.Sequential` does where it is sliced."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own ``forward`` does."""
