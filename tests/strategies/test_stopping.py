@@ -1,0 +1,48 @@
+"""Training that one rank decides to end ends on all of them, after the same batch and as on one device."""
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+from torch.nn import functional as F
+
+from tests.distributed import run_on_ranks
+from tests.strategies.users import MAKE, Net, small_loader, trainer_with
+
+
+class Validates(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+class Stops(Callback):
+    """Sets ``should_stop`` in a hook, after two optimizer steps and on the last rank alone."""
+
+    def __init__(self, hook: str) -> None:
+        self.validated_at: list[int] = []
+        own = getattr(self, hook)
+        setattr(self, hook, lambda trainer, *args: (own(trainer, *args), self._stop(trainer)))
+
+    def _stop(self, trainer: Any) -> None:
+        if trainer.global_step >= 2 and trainer.global_rank == trainer.world_size - 1:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.validated_at.append(trainer.global_step)
+
+
+def _fit(ranks: int, strategy: Any, hook: str) -> tuple[int, int, list[int]]:
+    stops = Stops(hook)
+    trainer = trainer_with(strategy, devices=ranks, callbacks=[stops], max_epochs=3, val_check_interval=2)
+    trainer.fit(Validates(), small_loader(4), small_loader(2))
+    return trainer.global_step, trainer.current_epoch, stops.validated_at
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hook"),
+    [("ddp", "on_train_batch_end"), ("zero3", "on_validation_end"), ("pp", "on_train_epoch_end")],
+)
+def test_all_ranks_stop_where_one_says_so(strategy: str, hook: str) -> None:
+    plain = run_on_ranks(lambda: _fit(1, "auto", hook), 1)[0]
+    assert plain[1] == 1
+    assert run_on_ranks(lambda: _fit(2, MAKE[strategy](), hook), 2, deadline_seconds=30) == [plain, plain]
