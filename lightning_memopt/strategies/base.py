@@ -41,7 +41,7 @@ from lightning_memopt.parallel.operators import teach_operators
 from lightning_memopt.parallel.refusal import StepRefused, failing_module
 from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.averaging import AverageOfParts, share_averages
-from lightning_memopt.strategies.even_batches import EvenBatches
+from lightning_memopt.strategies.even_batches import EvenBatches, EvenBatchesWithLength
 from lightning_memopt.strategies.finetuning import unfreezing_by_identity
 from lightning_memopt.strategies.termination import stopping_together
 from lightning_memopt.strategies.watched import WatchedStrategy
@@ -381,16 +381,19 @@ class MemoptStrategy(WatchedStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         dataset = getattr(dataloader, "dataset", None)
-        if self.data_size > 1 and isinstance(dataloader, DataLoader) and isinstance(dataset, IterableDataset):
+        is_stream = isinstance(dataloader, DataLoader) and isinstance(dataset, IterableDataset)
+        if self.data_size > 1 and is_stream:
             rank_zero_warn(
                 f"{type(dataset).__name__} is an IterableDataset, which Lightning does not split among ranks: unless "
                 f"it does so itself, each of the {self.data_size} replicas trains on all of it. Split it by "
                 "`torch.distributed.get_rank()` in `__iter__`. An epoch ends with the rank that has fewest batches."
             )
         loader = super().process_dataloader(dataloader)
-        if self.data_size > 1 and sized_len(loader) is None:
-            return EvenBatches(loader, self.reduce_boolean_decision, self._waits_for_batches)
-        return loader
+        has_length = sized_len(loader) is not None
+        if self.data_size == 1 or (has_length and not is_stream):
+            return loader
+        even = EvenBatchesWithLength if has_length else EvenBatches
+        return even(loader, self.reduce_boolean_decision, self._waits_for_batches)
 
     def _waits_for_batches(self) -> bool:
         assert self.lightning_module is not None

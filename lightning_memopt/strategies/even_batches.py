@@ -1,4 +1,4 @@
-"""Batches whose number nobody knows beforehand, and of which all ranks take equally many."""
+"""Batches whose number nobody knows for certain beforehand, and of which all ranks take equally many."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class EvenBatches:
-    """A data loader without a length, which ends on every rank where it ends on one.
+    """A data loader of a stream, which ends on every rank where it ends on one.
 
     A rank without a batch would be waited for, for ever, by those that have one. So before each batch all say whether
     they have one: a number from rank to rank.
@@ -45,3 +45,10 @@ class EvenBatches:
                 "used in this epoch. Give each rank equally many.",
                 stacklevel=2,
             )
+
+
+class EvenBatchesWithLength(EvenBatches):
+    """One whose stream says how many batches it has. Ranks say the same, and may have fewer: their part of all."""
+
+    def __len__(self) -> int:
+        return len(self._loader)

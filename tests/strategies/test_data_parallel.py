@@ -355,10 +355,20 @@ class UnevenStream(IterableDataset):
         return iter([MLP.loader(batches=2).dataset[i % 8] for i in range(4 * (2 + int(os.environ["RANK"])))])
 
 
-@pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
-def test_ranks_whose_streams_are_of_unknown_and_different_lengths_end_each_epoch_with_the_shortest(strategy):
+class UnevenStreamWithLength(UnevenStream):
+    """Says how many samples there are on all ranks."""
+
+    def __len__(self) -> int:
+        return 20
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stream"),
+    [("memopt_ddp", UnevenStream), ("memopt_zero3", UnevenStream), ("memopt_zero3", UnevenStreamWithLength)],
+)
+def test_ranks_whose_streams_have_unequally_many_batches_end_each_epoch_with_the_shortest(strategy, stream):
     def fit() -> tuple[int, list[str]]:
-        loader = DataLoader(UnevenStream(), batch_size=4)
+        loader = DataLoader(stream(), batch_size=4)
         options = {"steps": -1, "max_epochs": 2, "devices": 2, "strategy": strategy}
         runs: list[Any] = []
         said = _messages(lambda: runs.append(train(MLP.build(), loader, **options)))
