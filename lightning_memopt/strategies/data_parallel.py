@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.mixed_optimizers import stepping_mixed
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
+from lightning_memopt.parallel.unreduced import drop_unreduced_gradients
 from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.data_options import check_arguments, compression_hooks, mixed_precision_policy
 
@@ -123,6 +125,15 @@ class DataParallelStrategy(MemoptStrategy):
     def _shard_module(self) -> None:
         module = self.lightning_module
         assert module is not None
+        optimization = module.trainer.fit_loop.epoch_loop.automatic_optimization
+        zero_grad = optimization._optimizer_zero_grad
+
+        def zero_all(batch_idx: int, optimizer: Optimizer) -> None:
+            zero_grad(batch_idx, optimizer)
+            # Of a window that was left before its last batch (a hook ended the epoch, a stream did).
+            drop_unreduced_gradients(module)
+
+        self._undo_patches.enter_context(replaced(optimization, _optimizer_zero_grad=zero_all))
         stage: ShardStage = self.shard  # type: ignore[assignment]
         with self.refusals():
             self._sharding = shard_module(

@@ -351,3 +351,17 @@ def test_slices_of_a_container_whose_layers_are_split_train_as_on_one_device() -
     plain = run_on_ranks(lambda: losses_of(Slices()), 1)[0]
     for losses in run_on_ranks(lambda: losses_of(Slices(), 2, MAKE["tp"]()), 2):
         assert losses == pytest.approx(plain, rel=1e-4)
+
+
+class EndsEpochs(Net):
+    """Leaves its first epoch in the middle of a window of accumulated batches."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1 if self.current_epoch == 0 and batch_idx == 2 else None
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_gradients_of_a_window_that_a_hook_left_are_not_in_the_next(name: str) -> None:
+    plain = run_on_ranks(lambda: losses_of(EndsEpochs(), accumulate_grad_batches=3), 1)[0]
+    for losses in run_on_ranks(lambda: losses_of(EndsEpochs(), 2, MAKE[name](), accumulate_grad_batches=3), 2):
+        assert losses == pytest.approx(plain, rel=1e-4)
