@@ -253,8 +253,9 @@ def _lists_of_tensors_hold_samples(batch: Any) -> bool | None:
     """Whether lists of tensors within the batch hold one tensor a sample, such as images of several sizes.
 
     They do if they are as long as all else in the batch and first dimensions say something else (for images, the
-    number of channels). Where those say the same, it takes a dict a sample and tensors of several shapes; with such
-    dicts and one shape nobody knows (``None``). Otherwise a list of tensors is a container, such as two views of each
+    number of channels) and, where there is no dict a sample, they are of one type and as many dimensions. Where those
+    say the same, it takes a dict a sample and tensors of several shapes; with such dicts and one shape nobody knows
+    (``None``). Otherwise a list of tensors is a container, such as two views of each
     sample.
     """
     lists = [part for _, part in _sample_lists(batch, "batch", (Mapping, Tensor))]
@@ -263,6 +264,8 @@ def _lists_of_tensors_hold_samples(batch: Any) -> bool | None:
         return False
     by_row = set(dict(_tensor_sizes(batch, "batch", (Mapping,))).values())
     of_dicts = {len(part) for part in lists if isinstance(part[0], Mapping)}
+    if not of_dicts and any(len({(x.ndim, x.dtype) for x in tensors}) > 1 for tensors in of_tensors):
+        return False  # inputs and labels, say, in a batch of each of several loaders
     if len(by_row | of_dicts) > 1:
         return True
     are_ragged = any(len({tensor.shape[1:] for tensor in tensors}) > 1 for tensors in of_tensors)

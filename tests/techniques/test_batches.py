@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
-from lightning_memopt.techniques.batches import batch_size, detached, merge_outputs, micro_batches, weigh
+from lightning_memopt.techniques.batches import CannotCut, batch_size, detached, merge_outputs, micro_batches, weigh
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -149,6 +149,12 @@ def test_a_list_of_one_pair_a_sample_is_refused_rather_than_cut_along_channels(b
     sentence = rf"list of 8 {kind}s, in each of which tensors have 3 rows, .*give `split=`"
     with pytest.raises(ValueError, match=sentence):
         micro_batches(batch, size)
+
+
+def test_batches_of_several_loaders_that_have_unequally_many_samples_are_refused_by_name():
+    batch = {"a": [torch.zeros(8, 16), torch.zeros(8).long()], "b": [torch.zeros(4, 16), torch.zeros(4).long()]}
+    with pytest.raises(CannotCut, match=r"disagree .* \(batch\['a'\]\[0\]: 8, .*batch\['b'\]\[0\]: 4"):
+        micro_batches(batch, 2)
 
 
 def test_a_list_of_a_batch_from_each_of_several_loaders_is_cut_in_each():
