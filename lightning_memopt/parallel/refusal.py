@@ -7,6 +7,10 @@ class StepRefused(ValueError):
     """Raised in the midst of the user's step, alike on all ranks that share it."""
 
 
+class StepWaits(StepRefused):
+    """For what no stage may do anywhere in a step, behind its last block either."""
+
+
 def failing_module(error: BaseException, module: nn.Module) -> str:
     """The qualified name of the innermost submodule of ``module`` whose code was running; empty if none was."""
     names = {submodule: name for name, submodule in module.named_modules()}

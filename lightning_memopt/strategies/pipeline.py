@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +21,7 @@ from lightning_memopt.parallel.pipeline.probe import run_silently
 from lightning_memopt.parallel.pipeline.schedules import SCHEDULES, Schedule, number_of_micro_batches
 from lightning_memopt.parallel.pipeline.splitting import Split
 from lightning_memopt.parallel.pipeline.stubs import shadow_of
-from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.parallel.refusal import StepRefused, StepWaits
 from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.pipeline_checks import (
     check_optimizers,
@@ -33,6 +33,8 @@ from lightning_memopt.strategies.pipeline_steps import PipelineSteps, refuse_to_
 from lightning_memopt.strategies.sample_batch import sample_batch
 from lightning_memopt.techniques.batches import CannotCut, batch_size, copied, split_evenly
 from lightning_memopt.techniques.counting import Count, counter
+
+Value = TypeVar("Value")
 
 
 class PipelineParallelStrategy(MemoptStrategy):
@@ -115,6 +117,7 @@ class PipelineParallelStrategy(MemoptStrategy):
         self.split: Split = split
         self.pipeline: Pipeline | None = None
         self._steps: PipelineSteps | None = None
+        self._is_on_shadow = False
 
     @property
     @override
@@ -240,8 +243,12 @@ class PipelineParallelStrategy(MemoptStrategy):
 
     def call_on(self, name: str, rest: tuple[Any, ...], module: nn.Module, batch: Any) -> Any:
         """Run a step on the shadow of the module, with the precision of the trainer."""
-        with self.precision_plugin.forward_context():
-            return getattr(module, name)(copied(batch), *rest)  # the step may change the batch, and will run again
+        self._is_on_shadow = True
+        try:
+            with self.precision_plugin.forward_context():
+                return getattr(module, name)(copied(batch), *rest)  # the step may change it, and will run again
+        finally:
+            self._is_on_shadow = False
 
     @override
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -250,6 +257,28 @@ class PipelineParallelStrategy(MemoptStrategy):
         batch, *rest = (*args, *kwargs.values())
         with self.refused_steps():
             return self._steps.evaluate(name, batch, tuple(rest), partial(super().run_step, name))
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        self._refuse_in_step("barrier")
+        super().barrier(name)
+
+    @override
+    def broadcast(self, obj: Value, src: int = 0) -> Value:
+        self._refuse_in_step("broadcast")
+        return super().broadcast(obj, src)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        self._refuse_in_step("reduce_boolean_decision")
+        return super().reduce_boolean_decision(decision, all)
+
+    def _refuse_in_step(self, name: str) -> None:
+        if self._is_on_shadow or (self.pipeline is not None and self.pipeline.is_running):
+            raise StepWaits(
+                f"the step calls `strategy.{name}`, in which all ranks wait for each other, and only the last stage "
+                "runs a step to its end; call it in a hook, such as `on_train_batch_end`."
+            )
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

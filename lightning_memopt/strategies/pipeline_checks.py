@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
 from lightning_memopt.callbacks.micro_batching import MicroBatching
@@ -36,6 +37,11 @@ def _find_problem(trainer: pl.Trainer, module: pl.LightningModule) -> str | None
         return (
             f"`{name}` has a `backward` of its own, and a pipeline's backward is that of each stage by itself; scale "
             "the loss in `training_step`, or use `memopt_zero3`."
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return (
+            f"`{name}.training_step(dataloader_iter)` draws its batches itself, and a pipeline cuts each batch into "
+            "micro-batches before the step; take `batch` and `batch_idx`, or use `memopt_zero3`."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, MicroBatching):

@@ -461,15 +461,29 @@ def test_what_a_step_returns_of_an_earlier_stage_is_on_every_rank_of_a_pipeline(
         np.testing.assert_allclose(seen, plain, rtol=1e-5)
 
 
+class WaitsInStep(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.trainer.strategy.barrier()
+        return loss
+
+
+class DrawsBatches(Net):
+    def training_step(self, dataloader_iter: Any) -> Any:
+        return super().training_step(*next(dataloader_iter)[:2])
+
+
 @pytest.mark.parametrize(
     ("module", "said"),
     [
+        (WaitsInStep, "the step calls `strategy.barrier`, in which all ranks wait"),
+        (DrawsBatches, r"`DrawsBatches.training_step\(dataloader_iter\)` draws its batches itself"),
         (LogsEarlyValue, "`norm` is logged from a value that is computed before"),
         (KeepsEarlyValue, "appends to `kept` a value that is computed before"),
         (ReturnsEarlyValue, r"what is computed before `net.\d` without being an argument of it is returned"),
     ],
 )
-def test_what_only_an_earlier_stage_has_is_refused_on_all_ranks_at_once(module: type[Net], said: str) -> None:
+def test_what_a_step_of_a_pipeline_cannot_do_is_refused_on_all_ranks_at_once(module: type[Net], said: str) -> None:
     def fit() -> None:
         with pytest.raises(MisconfigurationException, match=said):
             trainer_with(MAKE["pp"]()).fit(module(), small_loader())

@@ -18,7 +18,7 @@ from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.recompute import is_checkpointed, is_checkpointed_reentrantly
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
-from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.parallel.refusal import StepRefused, StepWaits
 
 Step = Callable[[], Any]
 
@@ -147,7 +147,7 @@ def survey(
     try:
         observer.ended(run())
     except Exception as error:
-        if observer.position < len(links):
+        if observer.position < len(links) or isinstance(error, StepWaits):
             raise ValueError(_why_not(error)) from error
         observer.found.is_whole = False
         observer.found.stopped_by = f"{type(error).__name__}: {error}".splitlines()[0]
