@@ -180,6 +180,9 @@ class PipelineParallelStrategy(MemoptStrategy):
         if self.pipeline is not None:
             with self.refusals():
                 check_optimizers(self.optimizers)
+            for optimizer in self.optimizers:  # Adagrad makes its state at once, of what other stages hold too
+                for parameter in [p for p in optimizer.state if p.is_meta]:
+                    del optimizer.state[parameter]
 
     def _cut(self, name: str, batch: Any) -> Pipeline:
         mesh = self.mesh.pipeline

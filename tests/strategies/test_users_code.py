@@ -365,3 +365,14 @@ def test_gradients_of_a_window_that_a_hook_left_are_not_in_the_next(name: str) -
     plain = run_on_ranks(lambda: losses_of(EndsEpochs(), accumulate_grad_batches=3), 1)[0]
     for losses in run_on_ranks(lambda: losses_of(EndsEpochs(), 2, MAKE[name](), accumulate_grad_batches=3), 2):
         assert losses == pytest.approx(plain, rel=1e-4)
+
+
+class MakesStateAtOnce(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters(), lr=0.05)
+
+
+def test_an_optimizer_that_makes_its_state_before_the_first_step_trains_in_a_pipeline() -> None:
+    plain = run_on_ranks(lambda: losses_of(MakesStateAtOnce()), 1)[0]
+    for losses in run_on_ranks(lambda: losses_of(MakesStateAtOnce(), 2, MAKE["pp"]()), 2):
+        assert losses == pytest.approx(plain, rel=1e-4)
