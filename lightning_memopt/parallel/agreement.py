@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_PACKAGE = __name__.partition(".")[0]
+
 
 def gather_values(value: Hashable) -> list[Any]:
     """``value`` of each rank, in the order of ranks; only this one's without a process group."""
@@ -94,3 +96,10 @@ def find_batch_norms(module: nn.Module) -> list[str]:
         for name, submodule in module.named_modules()
         if isinstance(submodule, kinds) and not isinstance(submodule, nn.SyncBatchNorm)
     ]
+
+
+def has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether users' hooks are called with its gradient; what takes the parameter's place does not have them."""
+    hooked: Any = parameter
+    hooks = (*(hooked._backward_hooks or {}).values(), *(hooked._post_accumulate_grad_hooks or {}).values())
+    return any(not str(getattr(hook, "__module__", "")).startswith(f"{_PACKAGE}.") for hook in hooks)

@@ -30,6 +30,7 @@ from lightning_memopt.parallel.agreement import (
     check_same_module,
     find_batch_norms,
     gather_values,
+    has_hooks,
     separate_elements,
 )
 from lightning_memopt.parallel.clipping import clip_by_norm, clip_by_value
@@ -204,7 +205,15 @@ class MemoptStrategy(WatchedStrategy):
             if isinstance(submodule, nn.SyncBatchNorm) and submodule.process_group is None:
                 submodule.process_group = self.data_group  # only ranks with other batches call it at the same time
         broadcast_module_states(self.lightning_module)
+        hooked = [name for name, p in self.lightning_module.named_parameters() if has_hooks(p)]
         self.parallelize()
+        for name in hooked:
+            if isinstance(self.lightning_module.get_parameter(name), DTensor):
+                with self.refusals():
+                    raise ValueError(
+                        f"`{name}` has a hook of its gradient (`register_hook`), and each rank holds a part of it, "
+                        "of which no such hook is called; change gradients in `on_after_backward`, or use `memopt_ddp`."
+                    )
         move_in_place(self.lightning_module, self.root_device)
 
     @override

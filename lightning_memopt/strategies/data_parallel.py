@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_memopt.models.instance_patch import replaced
+from lightning_memopt.parallel.agreement import has_hooks
 from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.mixed_optimizers import stepping_mixed
 from lightning_memopt.parallel.optimizers import check_steps_shards
@@ -194,6 +196,19 @@ class DataParallelStrategy(MemoptStrategy):
         super().reshard()
         if self._sharding is not None:
             self._sharding.reshard()
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        for name, parameter in self.lightning_module.named_parameters() if self._sharding is not None else ():
+            # Others, after the accumulation of a gradient, are called with this rank's part.
+            if isinstance(parameter, DTensor) and parameter._backward_hooks and has_hooks(parameter):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: `{name}` was given a hook of its gradient (`register_hook`), and each "
+                    "rank holds a part of it, of which no such hook is called; change gradients in "
+                    "`on_after_backward`, or use `memopt_ddp`."
+                )
 
     @override
     def on_validation_end(self) -> None:

@@ -376,3 +376,25 @@ def test_an_optimizer_that_makes_its_state_before_the_first_step_trains_in_a_pip
     plain = run_on_ranks(lambda: losses_of(MakesStateAtOnce()), 1)[0]
     for losses in run_on_ranks(lambda: losses_of(MakesStateAtOnce(), 2, MAKE["pp"]()), 2):
         assert losses == pytest.approx(plain, rel=1e-4)
+
+
+class HooksAtOnce(Net):
+    """Halves the gradient of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2].weight.register_hook(lambda gradient: gradient / 2)
+
+
+class HooksLater(Net):
+    def on_fit_start(self) -> None:
+        self.net[2].weight.register_hook(lambda gradient: gradient / 2)
+
+
+@pytest.mark.parametrize(("strategy", "module"), [("zero1", HooksAtOnce), ("tp", HooksAtOnce), ("zero3", HooksLater)])
+def test_hooks_of_gradients_of_what_ranks_hold_parts_of_are_refused_by_name(strategy: str, module: type[Net]) -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=r"`net.2.weight` .* a hook of its gradient"):
+            trainer_with(MAKE[strategy]()).fit(module(), small_loader())
+
+    run_on_ranks(fit, 2)
