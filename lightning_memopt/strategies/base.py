@@ -212,7 +212,8 @@ class MemoptStrategy(WatchedStrategy):
                 with self.refusals():
                     raise ValueError(
                         f"`{name}` has a hook of its gradient (`register_hook`), and each rank holds a part of it, "
-                        "of which no such hook is called; change gradients in `on_after_backward`, or use `memopt_ddp`."
+                        "of which no such hook is called; change gradients in `on_after_backward`, or use "
+                        "`memopt_ddp`."
                     )
         move_in_place(self.lightning_module, self.root_device)
 

@@ -69,6 +69,7 @@ class DataParallelStrategy(MemoptStrategy):
         self.compression = compression
         self._sharding: Sharding | None = None
         self._unused_reported = False
+        self._reduced: frozenset[int] = frozenset()  # ids of the parameters whose gradients replicas reduce
 
     @property
     @override
@@ -100,6 +101,23 @@ class DataParallelStrategy(MemoptStrategy):
         if self.data_size > 1 and (self.shard == "parameters" or (is_fitting and self.shard != "none")):
             self._shard_module()
         super().parallelize()
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert self.lightning_module is not None
+        self._reduced = frozenset(id(p) for p in self.lightning_module.parameters() if p.requires_grad)
+
+    def _reduce_what_was_unfrozen(self) -> None:
+        """Wrap the module anew: torch's wrapper reduces what could be trained when it was made, and nothing else.
+
+        Replicas of what is trained later would each follow the gradients of their own batches.
+        """
+        module = self.lightning_module
+        assert module is not None
+        if any(p.requires_grad and id(p) not in self._reduced for p in module.parameters()):
+            self.model = module
+            self.configure_ddp()
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -165,6 +183,8 @@ class DataParallelStrategy(MemoptStrategy):
     @override
     def run_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a step of the module through the wrapper's (or the sharded module's) own call."""
+        if name == "training_step" and isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+            self._reduce_what_was_unfrozen()
         module, model = self.lightning_module, self.model
         assert module is not None and model is not None
         is_root = self._sharding is not None and module in self._sharding.roots

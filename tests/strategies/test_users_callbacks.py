@@ -1,5 +1,6 @@
 """Lightning's own callbacks and switches of the trainer do under every strategy what they do on one device."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from tests.distributed import run_on_ranks
 from tests.strategies.users import MAKE, Net, small_loader, trainer_with
@@ -59,6 +62,20 @@ def test_layers_that_a_callback_unfreezes_train_and_resume_as_on_one_device(stra
 
     for weights in run_on_ranks(thawed, 2):
         torch.testing.assert_close(weights, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_gradients_of_layers_that_a_callback_unfreezes_are_of_all_ranks_batches(strategy: str) -> None:
+    def fit(ranks: int, make: Callable[[], Any]) -> list[torch.Tensor]:
+        dataset = small_loader().dataset
+        sampler = DistributedSampler(dataset, ranks, int(os.environ["LOCAL_RANK"]), shuffle=False)
+        trainer = trainer_with(make(), devices=ranks, max_epochs=2, callbacks=[_Thaw()])
+        trainer.fit(module := _Frozen(), DataLoader(dataset, batch_size=8 // ranks, sampler=sampler))
+        return _weights(module)
+
+    (plain,) = run_on_ranks(lambda: fit(1, lambda: "auto"), 1)
+    for weights in run_on_ranks(lambda: fit(2, MAKE[strategy]), 2):
+        torch.testing.assert_close(weights, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "tp", "pp"])
