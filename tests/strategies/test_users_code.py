@@ -398,3 +398,23 @@ def test_hooks_of_gradients_of_what_ranks_hold_parts_of_are_refused_by_name(stra
             trainer_with(MAKE[strategy]()).fit(module(), small_loader())
 
     run_on_ranks(fit, 2)
+
+
+class PenalizesGradients(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0].requires_grad_()
+        logits = self(x)
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return F.cross_entropy(logits, batch[1]) + gradient.square().mean()
+
+
+def test_a_penalty_on_gradients_trains_as_on_one_device_or_is_refused() -> None:
+    plain = run_on_ranks(lambda: losses_of(PenalizesGradients()), 1)[0]
+    for losses in run_on_ranks(lambda: losses_of(PenalizesGradients(), 2, MAKE["zero3"]()), 2):
+        assert losses == pytest.approx(plain, rel=1e-4)
+
+    def refused() -> None:
+        with pytest.raises(MisconfigurationException, match="the step differentiates a gradient"):
+            losses_of(PenalizesGradients(), 2, MAKE["tp"]())
+
+    run_on_ranks(refused, 2)

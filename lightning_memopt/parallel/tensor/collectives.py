@@ -4,11 +4,15 @@ Every function has a forward and the backward that belongs to it; Shoeybi et al.
 (https://arxiv.org/abs/1909.08053) call the first two *f* and *g*.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_memopt.parallel.local import own
+from lightning_memopt.parallel.refusal import StepRefused
 
 
 def enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -18,6 +22,7 @@ def enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
         x: The same on all ranks of ``mesh``.
         mesh: The tensor group.
     """
+    x = _once_differentiable(x)
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
@@ -43,7 +48,7 @@ def gather(x: Tensor, mesh: DeviceMesh, dimension: int = -1, pieces: int = 1) ->
 
 def take_part(x: Tensor, mesh: DeviceMesh, dimension: int = -1) -> Tensor:
     """This rank's part of a dimension of ``x``, which is the same on all ranks; the gradient is gathered."""
-    whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    whole = DTensor.from_local(_once_differentiable(x), mesh, [Replicate()], run_check=False)
     return whole.redistribute(placements=[Shard(dimension % x.ndim)]).to_local()
 
 
@@ -69,3 +74,25 @@ def part_of(x: Tensor, rank: int, size: int, dimension: int = -1, pieces: int = 
 
 def _to_all(x: DTensor) -> Tensor:
     return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise StepRefused(
+                "the step differentiates a gradient (`torch.autograd.grad(..., create_graph=True)`, as a gradient "
+                "penalty does), and what split layers add up over ranks in a backward has no second one; use "
+                "`memopt_zero3`."
+            )
+        return gradient
+
+
+def _once_differentiable(x: Tensor) -> Tensor:
+    """``x``, refusing a backward of its backward, which DTensor computes wrongly and without a word."""
+    result: Tensor = _OnceDifferentiable.apply(x) if x.requires_grad else x
+    return result
