@@ -96,6 +96,22 @@ def check_can_shard(module: nn.Module, held_elsewhere: Collection[nn.Parameter] 
             )
 
 
+def check_gradients_are_dense(module: nn.Module) -> None:
+    """Refuse embeddings whose gradients are sparse tensors.
+
+    Raises:
+        ValueError: One is to be trained; names it.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Embedding | nn.EmbeddingBag) or not layer.sparse:
+            continue
+        if layer.weight.requires_grad and not layer.weight.is_meta:
+            raise ValueError(
+                f"`{name}` has `sparse=True`, and sparse gradients cannot be dealt out to ranks; leave that out, or "
+                "use `memopt_ddp`."
+            )
+
+
 def find_independent_children(module: nn.Module) -> list[nn.Module]:
     """The children of ``module`` that hold its parameters, if each parameter belongs to exactly one of them.
 

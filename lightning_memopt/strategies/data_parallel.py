@@ -21,6 +21,7 @@ from lightning_memopt.parallel.mesh import MeshSizes
 from lightning_memopt.parallel.mixed_optimizers import stepping_mixed
 from lightning_memopt.parallel.optimizers import check_steps_shards
 from lightning_memopt.parallel.sharding import Sharding, ShardStage, shard_module
+from lightning_memopt.parallel.units import check_gradients_are_dense
 from lightning_memopt.parallel.unreduced import drop_unreduced_gradients
 from lightning_memopt.strategies.base import MemoptStrategy
 from lightning_memopt.strategies.data_options import check_arguments, compression_hooks, mixed_precision_policy
@@ -156,6 +157,8 @@ class DataParallelStrategy(MemoptStrategy):
         self._undo_patches.enter_context(replaced(optimization, _optimizer_zero_grad=zero_all))
         stage: ShardStage = self.shard  # type: ignore[assignment]
         with self.refusals():
+            if module.trainer.state.fn == TrainerFn.FITTING:
+                check_gradients_are_dense(module)
             self._sharding = shard_module(
                 module,
                 self.mesh.shards,

@@ -418,3 +418,33 @@ def test_a_penalty_on_gradients_trains_as_on_one_device_or_is_refused() -> None:
             losses_of(PenalizesGradients(), 2, MAKE["tp"]())
 
     run_on_ranks(refused, 2)
+
+
+class LooksUpSparsely(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 16, sparse=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.table((x[:, 0] > 0).long()))
+
+
+def test_sparse_gradients_are_refused_by_name_where_they_would_be_dealt_out() -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match="`table` has `sparse=True`"):
+            trainer_with(MAKE["zero1"]()).fit(LooksUpSparsely(), small_loader())
+
+    run_on_ranks(fit, 2)
+
+
+class CallsInHook(Net):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+def test_a_model_that_a_hook_calls_is_refused_by_name_where_ranks_hold_some_of_its_layers() -> None:
+    def fit() -> None:
+        with pytest.raises(ValueError, match=r"`net.\d` was called outside of a step, and this rank holds nothing"):
+            trainer_with(MAKE["pp"]()).fit(CallsInHook(), small_loader())
+
+    run_on_ranks(fit, 2, deadline_seconds=30)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from lightning_memopt.parallel.refusal import StepRefused
+
 
 class _Link:
     """What the modules of a chain are instances of besides."""
@@ -35,9 +37,13 @@ class Chain:
     Args:
         modules: Each is one link, or several where it is called so often: each of its calls is one.
         watched: By name, modules of which the observer is told what they return, before their other hooks are.
+
+    Attributes:
+        absent: Names of those of which this rank holds nothing: without an observer they cannot be called.
     """
 
     def __init__(self, modules: Iterable[nn.Module], watched: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
+        self.absent: dict[nn.Module, str] = {}
         self._observer: Observer | None = None
         self._is_inside = False
         self._indices: dict[nn.Module, list[int]] = {}
@@ -95,6 +101,12 @@ class Chain:
                 finally:
                     chain._is_inside = False
 
+            if chain.observer is None and module in chain.absent:
+                raise StepRefused(
+                    f"`{chain.absent[module]}` was called outside of a step, and this rank holds nothing of it: only "
+                    "in steps do batches pass through all stages of a pipeline. Call the model in `validation_step` "
+                    "or `predict_step`, or use `memopt_zero3`."
+                )
             # What a link calls by itself is its own: a copy of it that is profiled, or it again.
             if chain.observer is None or chain._is_inside or module not in chain._indices:
                 return own(*args, **kwargs)

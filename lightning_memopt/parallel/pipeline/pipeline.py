@@ -124,6 +124,8 @@ class Pipeline:
         shapes = shapes_of_stages(found.boundaries, found.outputs, self.partition.starts, called)
         watched = {name: module.get_submodule(name) for name in watched_in(shapes)}
         self._chain = Chain((module.get_submodule(name) for name in links), watched)
+        parts = {module.get_submodule(name): name for name in links}
+        self._chain.absent = {part: name for part, name in parts.items() if any(p.is_meta for p in part.parameters())}
         self._followed: tuple[tuple[bool, ...], tuple[bool, ...]] = ((), ())
         self._shapes: dict[Hashable, Shapes] = {_kind_of_run(key, self._follow_modes(), sample): shapes}
         self._schedules: dict[Hashable, tuple[list[Stage], Any]] = {}
