@@ -448,3 +448,32 @@ def test_a_model_that_a_hook_calls_is_refused_by_name_where_ranks_hold_some_of_i
             trainer_with(MAKE["pp"]()).fit(CallsInHook(), small_loader())
 
     run_on_ranks(fit, 2, deadline_seconds=30)
+
+
+class HasAuxiliaryHead(Net):
+    """Has a second loss in every other step, and none when it validates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(32, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.net[:-1](batch[0])
+        loss = F.cross_entropy(self.net[-1](hidden), batch[1])
+        return loss if batch_idx % 2 else loss + F.cross_entropy(self.auxiliary(hidden), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_a_head_that_some_steps_leave_out_trains_in_a_pipeline_as_on_one_device() -> None:
+    def fit(ranks: int, make: Callable[[], Any]) -> tuple[float, list[np.ndarray]]:
+        trainer = trainer_with(make(), devices=ranks)
+        trainer.fit(module := HasAuxiliaryHead(), small_loader(4), small_loader(2))
+        return float(trainer.callback_metrics["loss"]), [p.detach().numpy() for p in module.parameters()]
+
+    ((plain_loss, plain),) = run_on_ranks(lambda: fit(1, lambda: "auto"), 1)
+    for loss, weights in run_on_ranks(lambda: fit(2, MAKE["pp"]), 2):
+        assert loss == pytest.approx(plain_loss, rel=1e-4)
+        for ours, theirs in zip(weights, plain, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

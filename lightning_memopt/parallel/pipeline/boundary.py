@@ -277,8 +277,12 @@ class StageRun:
         return tuple(tensors)
 
     def check_finished(self) -> None:
-        """Raise :class:`StepRefused` if the step ended before it called all of the stage's links."""
-        if self._next < self._links.stop:
+        """Raise :class:`StepRefused` if the step ended before it called all of the stage's links.
+
+        On the last stage it may leave out what comes last, such as an auxiliary head that validation does not need.
+        """
+        is_last = self._links.stop == len(self._names)
+        if self._next < (self._links.start + 1 if is_last else self._links.stop):
             raise StepRefused(
                 f"the step ended before it called `{self._names[self._next]}`; a pipeline needs each block in each "
                 "step."
