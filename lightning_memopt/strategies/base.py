@@ -169,6 +169,7 @@ class MemoptStrategy(WatchedStrategy):
         trainer = self.lightning_module.trainer
         self._undo_patches.enter_context(stopping_together(trainer))
         self._keep_samplers(trainer)
+        self._monitor_together(trainer)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -345,6 +346,24 @@ class MemoptStrategy(WatchedStrategy):
                 vars(module).pop("forward", None)  # Lightning's redirection leaves the bound method behind
 
     # What ranks tell each other
+
+    def _monitor_together(self, trainer: pl.Trainer) -> None:
+        """Let ``ReduceLROnPlateau`` see one number on all ranks: the mean of what each logged of its own batches.
+
+        Without ``sync_dist=True`` each rank has its own, and would go on with a learning rate of its own.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        own_value = loop._get_monitor_value
+
+        def mean_over_ranks(key: str) -> Any:
+            value = own_value(key)
+            if value is None or self.world_size == 1:
+                return value
+            total = value.detach().to(self.root_device, torch.float64)  # in which the mean of equal ones is that one
+            dist.all_reduce(total)
+            return (total / self.world_size).to(value.dtype if value.is_floating_point() else torch.float32)
+
+        self._undo_patches.enter_context(replaced(loop, _get_monitor_value=mean_over_ranks))
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

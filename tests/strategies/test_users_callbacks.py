@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
+from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from tests.distributed import run_on_ranks
@@ -89,3 +90,37 @@ def test_anomalies_are_detected_under_every_strategy(strategy: str) -> None:
     trainer_with("auto", devices=1).fit(module, small_loader())
     for weights in run_on_ranks(train, 2):
         torch.testing.assert_close(weights, _weights(module), rtol=1e-5, atol=1e-6)
+
+
+class _Plateaus(Net):
+    """Lowers its learning rate by a loss that each rank logs for itself."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.2)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_ranks_lower_the_learning_rate_together_where_each_logs_the_loss_of_its_own_batches(strategy: str) -> None:
+    def fit() -> tuple[list[torch.Tensor], list[float]]:
+        losses: list[float] = []
+        rank = int(os.environ["LOCAL_RANK"])
+        validated = DataLoader(Subset(small_loader().dataset, range(16 * rank, 16 * rank + 16)), batch_size=8)
+
+        class Judges(_Plateaus):
+            def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+                losses.append(float(metric))
+                scheduler.step(metric)
+
+        trainer = trainer_with(MAKE[strategy](), max_epochs=4)
+        trainer.fit(module := Judges(), small_loader(), validated)
+        assert losses[-1] != float(trainer.callback_metrics["loss"])
+        return _weights(module), losses
+
+    (first, losses), (second, others) = run_on_ranks(fit, 2)
+    assert losses == others
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
