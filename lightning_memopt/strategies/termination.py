@@ -26,6 +26,9 @@ def stopping_together(trainer: pl.Trainer) -> Iterator[None]:
 
     Enter it before the trainer registers its handlers.
     """
+    if trainer.world_size == 1:
+        yield  # with nobody to agree with, Lightning's own handler does it all
+        return
     connector, fit_loop = trainer._signal_connector, trainer.fit_loop
     loop, validation = fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop
     is_noted = False
@@ -40,8 +43,6 @@ def stopping_together(trainer: pl.Trainer) -> Iterator[None]:
 
     def compare_notes() -> None:
         nonlocal received
-        if trainer.world_size == 1:
-            return
         own = [(dist.get_rank() + 1) * is_noted, trainer.should_stop]
         notes = torch.tensor(own, dtype=torch.long, device=trainer.strategy.root_device)
         dist.all_reduce(notes, dist.ReduceOp.MAX)

@@ -1,9 +1,12 @@
 """Training that one rank decides to end ends on all of them, after the same batch and as on one device."""
 
+import os
+import signal
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import functional as F
 
 from tests.distributed import run_on_ranks
@@ -46,3 +49,21 @@ def test_all_ranks_stop_where_one_says_so(strategy: str, hook: str) -> None:
     plain = run_on_ranks(lambda: _fit(1, "auto", hook), 1)[0]
     assert plain[1] == 1
     assert run_on_ranks(lambda: _fit(2, MAKE[strategy](), hook), 2, deadline_seconds=30) == [plain, plain]
+
+
+class IsTold(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_a_rank_that_is_alone_stops_on_sigterm(name: str) -> None:
+    def fit() -> int:
+        trainer = trainer_with(MAKE[name](), devices=1, max_epochs=1)
+        with pytest.raises(SIGTERMException):
+            trainer.fit(IsTold(), small_loader(4))
+        return trainer.global_step
+
+    assert run_on_ranks(fit, 1) == [2]
