@@ -6,15 +6,28 @@ that moves them, such as a shuffle of channels, a smaller module runs, and what 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from lightning_memopt.compression.graph import Call, output_tensors
 from lightning_memopt.compression.slots import Slot, UnitGroup
 
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
 """What another order of summation makes of outputs, at most and as a part of the largest; others are not compared."""
+
+_DRAWN = {
+    getattr(torch.ops.aten, name): value
+    for names, value in (
+        (("rand", "rand_like", "uniform", "uniform_", "randn", "randn_like", "normal", "normal_"), 0.75),
+        (("bernoulli", "bernoulli_"), 1.0),  # with which dropout keeps everything
+    )
+    for name in names
+}
+"""Operators that draw a number for each place, and what is drawn everywhere instead."""
 
 MISPLACED = "in another order they compute something else, so that what becomes of them is not known"
 
@@ -31,9 +44,34 @@ def find_misplaced(module: nn.Module, call: Call, groups: Sequence[UnitGroup]) -
     if not groups:
         return []
     expected = _outputs(module, call)
-    if not _alike(expected, _outputs(module, call)):  # draws numbers, or counts its calls
-        return []
+    if not _alike(expected, _outputs(module, call)):  # draws numbers, as diffusion and variational models do
+        call = _drawing_evenly(call)
+        expected = _outputs(module, call)
+        if not _alike(expected, _outputs(module, call)):  # counts its calls
+            return []
     return list(_search(module, call, groups, expected))
+
+
+def _drawing_evenly(call: Call) -> Call:
+    """``call``, where what is drawn is the same in each run and in every place, so that it has no order."""
+
+    def run(module: nn.Module) -> Any:
+        devices = {tensor.device for tensor in module.parameters() if tensor.is_cuda}
+        with torch.random.fork_rng(devices), _EvenDraws():
+            torch.manual_seed(0)
+            return call(module)
+
+    return run
+
+
+class _EvenDraws(TorchDispatchMode):
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        drawn = func(*args, **(kwargs or {}))
+        value = _DRAWN.get(func.overloadpacket)
+        return drawn if value is None else drawn.fill_(value)
 
 
 def _search(

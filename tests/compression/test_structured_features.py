@@ -132,6 +132,28 @@ def test_features_that_an_operator_moves_are_left_and_named_and_those_between_re
     assert module.first.out_features == 32
 
 
+class Noisy(Moving):
+    """Adds noise to what it reads and to its features, and drops some, as in training."""
+
+    def forward(self, x):
+        x = F.dropout(self.first(x + torch.randn_like(x)), 0.5)
+        for block in self.blocks:
+            x = x + self.move(block(x).relu())
+        return self.last(x + torch.randn_like(x))
+
+
+def test_features_that_an_operator_moves_at_any_width_are_left_where_numbers_are_drawn_too():
+    module = Noisy(lambda x: x.view(-1, 2, x.shape[-1] // 2).transpose(1, 2).flatten(1))
+    found = prune_structured(module, 0.5, lambda module: module(torch.ones(4, 8)))
+    assert found.removed == {f"blocks.{place}.0": (16, 8) for place in range(2)}
+    assert module.first.out_features == 32
+
+
+def test_features_to_which_numbers_are_added_that_are_drawn_are_removed():
+    module = Noisy(nn.Identity())
+    assert prune_structured(module, 0.5, lambda module: module(torch.ones(4, 8))).removed["blocks.1.2"] == (32, 16)
+
+
 class OneGate(nn.Module):
     """Opens or closes all features by one number, which a layer makes of them."""
 
