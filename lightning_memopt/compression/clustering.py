@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_memopt.compression.bits import pack_bits, unpack_bits
 from lightning_memopt.compression.codecs import LARGEST_CODEBOOK
+from lightning_memopt.compression.finite import why_not_finite
 from lightning_memopt.compression.held import Held
 from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 
@@ -49,7 +50,7 @@ def cluster_weights(
         The clusters. To go on training with them, :meth:`Clusters.hold` the optimizers to them.
 
     Raises:
-        ValueError: ``n`` or ``init`` is out of range, or no weight matches.
+        ValueError: ``n`` or ``init`` is out of range, no weight matches, or one is not finite; nothing has changed.
 
     Example:
         >>> net = nn.Linear(32, 32)
@@ -101,7 +102,16 @@ class Clusters(Held):
             init: See there.
             seed: See there.
             all_zeros: Keep zeros however few there are, as where something prunes to fewer.
+
+        Raises:
+            ValueError: A weight has NaN or infinite elements, of which there is no mean.
         """
+        for weight in self.weights.values():
+            if reason := why_not_finite(weight.parameter):
+                raise ValueError(
+                    f"{weight.name!r} {reason}, and has no clusters. Cluster the weights of a checkpoint from "
+                    f"before, or leave it out with exclude={weight.name!r}."
+                )
         for name, weight in self.weights.items():
             values = weight.parameter.detach().float()
             is_zero = values == 0

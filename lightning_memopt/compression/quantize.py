@@ -1,5 +1,6 @@
 """Hold the weights of a module in few bits."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -7,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_memopt.compression.finite import why_not_finite
 from lightning_memopt.compression.packed import (
     Float8Weight,
     HalfWeight,
@@ -74,7 +76,7 @@ def quantize(
 
     Linear layers, Hugging Face's ``Conv1D``, convolutions, embeddings, experts stacked in one parameter and the
     projections of ``nn.MultiheadAttention`` are packed; ties stay ties. Biases, norms and recurrent layers stay as
-    they are.
+    they are, and so, with a warning, do weights with NaN or infinite elements.
 
     Args:
         module: A trained module. It can predict afterwards, not train.
@@ -102,6 +104,8 @@ def quantize(
     fallbacks: dict[str, str] = {}
     for weight in selection.weights:
         reason = why_not(weight)
+        if not reason and (reason := why_not_finite(weight.parameter)):
+            warnings.warn(f"{weight.name!r} {reason}, so it is left as it is, unquantized.", stacklevel=2)
         if not reason:
             found = _range_of(weight, input_ranges or {})
             packed = pack_weight(weight.parameter, weight, scheme, found)

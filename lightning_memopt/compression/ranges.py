@@ -1,9 +1,11 @@
 """Observe how large the inputs are that quantized layers round."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_memopt.compression.packed.integers import FEWEST
@@ -15,8 +17,11 @@ Range = tuple[float, float]
 
 
 def input_range(x: Tensor) -> Range:
-    """The range of ``x``."""
+    """The range of ``x``; of what is finite in it, since no steps are between others."""
     low, high = map(float, x.detach().aminmax())
+    if not math.isfinite(high - low):
+        x = x.detach()[torch.isfinite(x.detach())]
+        low, high = map(float, x.aminmax()) if x.numel() else (0.0, 0.0)
     return min(low, 0.0), max(high, 0.0)
 
 

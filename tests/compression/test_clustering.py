@@ -118,3 +118,15 @@ def test_a_state_restores_which_elements_share_a_value():
 def test_numbers_and_ways_to_begin_out_of_range_are_refused(n, init, message):
     with pytest.raises(ValueError, match=message):
         cluster_weights(_net(), n, init)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_with_elements_that_are_no_numbers_is_refused_by_name_before_any_is_rounded(bad):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    net[1].weight.data[3, 5] = bad
+    before = [parameter.clone() for parameter in net.parameters()]
+    with pytest.raises(ValueError, match=r"'1.weight' has elements that are NaN or infinite"):
+        cluster_weights(net, 4)
+    for old, new in zip(before, net.parameters(), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0, equal_nan=True)
+    assert len(cluster_weights(net, 4, exclude="1").weights) == 1

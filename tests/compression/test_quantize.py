@@ -124,6 +124,28 @@ def test_static_ranges_make_the_product_of_integers_and_inputs_beyond_them_are_c
     assert torch.equal(net(100 * x.abs() + 10), net(torch.full_like(x, float(x.abs().max()))))
 
 
+@pytest.mark.parametrize("bad_comes_first", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_ranges_are_of_the_finite_inputs_in_whatever_order_they_come(bad, bad_comes_first):
+    net, good = nn.Sequential(nn.Linear(128, 128)), torch.linspace(-2, 3, 128)[None]
+    spoiled = torch.where(torch.arange(128) == 5, bad, good)
+    with observe_inputs(net) as ranges:
+        for inputs in (spoiled, good) if bad_comes_first else (good, spoiled, torch.full((1, 128), bad)):
+            net(inputs)
+    assert ranges == {"0": (-2.0, 3.0)}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4_weight_only", "nf4", "fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_with_elements_that_are_no_numbers_is_left_with_a_warning_and_the_rest_is_packed(scheme, bad):
+    net = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    net[0].weight.data[3, 5] = bad
+    with pytest.warns(UserWarning, match=r"'0.weight' has elements that are NaN or infinite"):
+        done = quantize(net, scheme)
+    assert done.packed == ["1.weight"] and "NaN" in done.skipped["0.weight"]
+    assert net[0].weight.isfinite().sum() == 128 * 128 - 1
+
+
 def test_where_calibration_did_not_reach_or_a_convolution_rounds_no_inputs_the_fallback_is_named():
     class Net(nn.Module):
         def __init__(self):
