@@ -1,6 +1,7 @@
 """Follow a run of a module by torch-pruning's dependency graph, taught Hugging Face's ``Conv1D``, and to an end."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +41,21 @@ def output_tensors(output: Any) -> list[Tensor]:
     """The tensors with gradients in what a call returned; a cache of keys and values is no output."""
     if isinstance(output, Mapping):
         output = {name: value for name, value in output.items() if name != "past_key_values"}
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    tensors = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            tensors += [leaf] if leaf.grad_fn is not None else []
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            tensors += output_tensors([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
+    return tensors
 
 
 MOST_VISITS = 32
 """How often a walk through the graph may come to one of its nodes: the most in 50 architectures is six."""
+
+
+MOST_FEATURES = 2**20
+"""How many places features may lie in: where flattened ones are taken for others each time round, they multiply."""
 
 
 class _NoEnd(Exception):
@@ -61,6 +72,20 @@ class _Visited(list[Any]):
         if self.left < 0:
             raise _NoEnd
         return super().__iter__()
+
+
+class _Bounded(list[Any]):
+    """The mappings of a dependency from places to places, which a walk follows at each of its visits."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        yield _refuse_too_many
+
+
+def _refuse_too_many(places: Sequence[Any]) -> Sequence[Any]:
+    if len(places) > MOST_FEATURES:
+        raise _NoEnd
+    return places
 
 
 def follow(module: nn.Module, call: Call, ignored: Sequence[nn.Module]) -> tuple[Any, list[Any], list[nn.Module]]:
@@ -95,6 +120,8 @@ def follow(module: nn.Module, call: Call, ignored: Sequence[nn.Module]) -> tuple
                 self._look_for_opaque()
             for node in self.module2node.values():
                 node.dependencies = _Visited(node.dependencies)
+                for dependency in node.dependencies:
+                    dependency.index_mapping = _Bounded(dependency.index_mapping)
             return self
 
         def _look_for_opaque(self) -> None:

@@ -1,6 +1,7 @@
 """Which features structured pruning removes together: copies, gates, groups, and those that operators move."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -78,6 +79,50 @@ def test_features_that_are_followed_without_end_are_left_and_named_and_the_rest_
     found = prune_structured(Drifting(), 0.5, lambda module: module(torch.ones(2, 8)))
     assert found.removed == {"hidden": (24, 12)}
     assert "cannot be followed" in found.skipped["first"]
+
+
+class Pairs(nn.Module):
+    """Multiplies features of rows with each other, as recommenders do, which are taken for ever more features."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(5, 8) for _ in range(3))
+        self.first, self.last = nn.Linear(4, 8), nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, x):
+        dense, keys = self.first(x).relu(), torch.zeros(len(x), dtype=torch.long)
+        rows = torch.stack([dense, *(table(keys) for table in self.tables)], 1)
+        return self.last(torch.cat([dense, (rows @ rows.transpose(1, 2)).flatten(1)], -1))
+
+
+def test_features_that_are_taken_for_ever_more_are_left_and_named_and_the_rest_is_removed():
+    found = prune_structured(Pairs(), 0.5, lambda module: module(torch.ones(2, 4)))
+    assert found.removed == {"last.0": (16, 8)}
+    assert "cannot be followed" in found.skipped["first"]
+
+
+@dataclass
+class Outputs:
+    classes: torch.Tensor
+    boxes: tuple[torch.Tensor, ...]
+
+
+class TwoHeads(nn.Module):
+    """Gives out an object that holds tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.classes, self.boxes = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 4)
+
+    def forward(self, x):
+        features = self.trunk(x).relu()
+        return {"found": Outputs(self.classes(features), (self.boxes(features),))}
+
+
+def test_what_a_module_gives_out_in_a_dataclass_keeps_its_shape_and_what_it_is_made_of_is_removed():
+    module = TwoHeads()
+    assert prune_structured(module, 0.5, lambda module: module(torch.ones(2, 8))).removed == {"trunk": (16, 8)}
+    assert module(torch.ones(2, 8))["found"].boxes[0].shape == (2, 4)
 
 
 class Joined(nn.Module):
