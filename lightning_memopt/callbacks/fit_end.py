@@ -257,13 +257,15 @@ def last_validation(trainer: pl.Trainer) -> dict[str, float]:
     return _mean_over_ranks(trainer, {name: float(value) for name, value in logged.items()})
 
 
-def validate_if_possible(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-    """The metrics of ``module``; none where it is trained without validation."""
+def validate_if_possible(
+    trainer: pl.Trainer, module: pl.LightningModule, *, batches: int | None = None
+) -> dict[str, float]:
+    """The metrics of ``module``, see :func:`validate_now`; none where it is trained without validation."""
     try:
         require_validation(trainer, module)
     except MisconfigurationException:
         return {}
-    return validate_now(trainer, module)
+    return validate_now(trainer, module, batches=batches)
 
 
 def require_validation(trainer: pl.Trainer, module: pl.LightningModule) -> None:

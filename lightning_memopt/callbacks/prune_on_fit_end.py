@@ -169,7 +169,7 @@ class PruneOnFitEnd(FitEndCallback):
             self._batch = move_data_to_device(batch, "cpu")
             if not any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in pl_module.parameters()):
                 with named_errors(self):
-                    self._try_structured(pl_module)
+                    self._try_structured(pl_module, validates=True)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,13 +202,18 @@ class PruneOnFitEnd(FitEndCallback):
             export_path=self._export(trainer, module if stays_whole else pl_module),
         )  # fmt: skip
 
-    def _try_structured(self, module: pl.LightningModule) -> None:
-        """Prune a copy in host memory, so that a module that cannot be followed is refused now and not at the end."""
+    def _try_structured(self, module: pl.LightningModule, *, validates: bool = False) -> None:
+        """Prune a copy in host memory, so that a module that cannot be followed is refused now and not at the end.
+
+        Where it ``validates``, which ranks with parts of the module cannot, the smaller one does so, on one batch.
+        """
         trial = copy_module(module).cpu()
         trial.trainer = module.trainer
         random_state = StepSnapshot(trial)
         try:
             failed = self._remove(trial).failed
+            if validates:
+                _refuse_unvalidated(module.trainer, trial)
         finally:
             random_state.restore()
             del trial, random_state
@@ -262,6 +267,19 @@ def _check_structured(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"method='structured' follows training_step, and that of {type(module).__name__} steps its optimizers "
             "itself (automatic_optimization=False). Use another method, or prune_structured when training is over."
         )
+
+
+def _refuse_unvalidated(trainer: pl.Trainer, smaller: pl.LightningModule) -> None:
+    """Raise where validation, which is not followed, does not run with ``smaller``."""
+    try:
+        validate_if_possible(trainer, smaller, batches=1)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"method='structured' follows training_step, and validation of {type(smaller).__name__} does not run "
+            f"with what that makes smaller ({type(error).__name__}: {first_line}). "
+            "Exclude the layers whose outputs it reads with others than training_step does."
+        ) from error
 
 
 def _first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
