@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_memopt.compression.finite import check_materialized
 from lightning_memopt.compression.patterns import NEVER, Elements, as_canonical, as_pattern, from_canonical
 from lightning_memopt.compression.selection import Selection, Weight, WeightFilter
 from lightning_memopt.parallel.shards import whole_of_shards
@@ -113,13 +114,14 @@ def choose_pruned(
         Each weight with what to prune of it: bool, of its shape, on its device.
 
     Raises:
-        ValueError: A gradient is missing for ``"saliency"``.
+        ValueError: A gradient is missing for ``"saliency"``, or a weight is on the meta device.
     """
 
     @lru_cache(maxsize=1)  # of a single weight they are read once, of many they would not fit
     def keys_of(weight: Weight) -> Tensor:
         return _read_keys(weight, choice, before(weight) if before else None)
 
+    check_materialized((weight.name, weight.parameter) for weight in weights)
     for group in [list(weights)] if choice.scope == "global" else [[weight] for weight in weights]:
         total = sum(weight.parameter.numel() for weight in group)
         budget = _budget(sparsity, total)
@@ -165,7 +167,9 @@ def _score(weight: Weight, choice: Choice) -> Tensor:
     if choice.method == "random":
         # From the name, so that it does not depend on order, ranks, or what was drawn before.
         generator = torch.Generator().manual_seed(crc32(weight.name.encode()) + choice.seed)
-        return torch.rand(parameter.shape, generator=generator).to(parameter.device)
+        drawn = torch.rand(parameter.shape, generator=generator).to(parameter.device)
+        # What is zero already goes first, and counts: a target is not an addition to what another seed has pruned.
+        return torch.where(read_whole(parameter).to(drawn.device) == 0, drawn * 2**-24, drawn)
     if choice.method == "magnitude":
         return read_whole(parameter).abs()
     if parameter.grad is None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_memopt.compression.bits import pack_bits, unpack_bits
 from lightning_memopt.compression.codecs import LARGEST_CODEBOOK
-from lightning_memopt.compression.finite import why_not_finite
+from lightning_memopt.compression.finite import check_materialized, why_not_finite
 from lightning_memopt.compression.held import Held
 from lightning_memopt.compression.selection import Weight, is_compressed, select_weights
 
@@ -104,8 +104,9 @@ class Clusters(Held):
             all_zeros: Keep zeros however few there are, as where something prunes to fewer.
 
         Raises:
-            ValueError: A weight has NaN or infinite elements, of which there is no mean.
+            ValueError: A weight has NaN or infinite elements, of which there is no mean, or none yet (meta device).
         """
+        check_materialized((weight.name, weight.parameter) for weight in self.weights.values())
         for weight in self.weights.values():
             if reason := why_not_finite(weight.parameter):
                 raise ValueError(

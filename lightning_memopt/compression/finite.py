@@ -1,6 +1,7 @@
-"""Whether a tensor has numbers only: a mean or a scale of others is no number, for all that share it."""
+"""Whether a tensor has numbers, and only such: a mean or a scale of others is no number, for all that share it."""
 
 import math
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -13,3 +14,13 @@ def why_not_finite(tensor: Tensor) -> str:
         return ""
     lowest, highest = map(float, tensor.detach().aminmax())  # in one pass, and NaN where one is
     return "" if math.isfinite(lowest) and math.isfinite(highest) else "has elements that are NaN or infinite"
+
+
+def check_materialized(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a :class:`ValueError` where one of the named ``tensors`` has a shape and no numbers yet."""
+    for name, tensor in tensors:
+        if tensor.is_meta and not is_fake(tensor):
+            raise ValueError(
+                f"{name!r} is on the meta device, and has no numbers to compress. Make it first: "
+                "module.to_empty(device=...), and load its state."
+            )

@@ -66,7 +66,8 @@ def find_sparsity(module: nn.Module) -> dict[str, float]:
     """The share of zeros of each weight that has any, by name: what is pruned, whoever did it.
 
     Args:
-        module: A model of any kind; pruned by hand, by torch or by this package.
+        module: A model of any kind; pruned by hand, by this package or by ``torch.nn.utils.prune``, whose masks count
+            before they are removed too.
 
     Returns:
         From the weights' qualified names to fractions in (0, 1]; weights without zeros are left out.
@@ -90,10 +91,24 @@ def _count_zeros(module: nn.Module) -> Iterator[tuple[str, int, int]]:
     """Of each weight its name, how many of its elements are zero, and how many there are."""
     for weight in find_weights(module):
         parameter = weight.parameter
-        if is_lazy(parameter) or (is_compressed(parameter) and not isinstance(parameter, PackedWeight)):
-            continue  # no numbers yet, or another library's
+        if is_lazy(parameter) or parameter.is_meta:
+            continue  # no numbers yet
+        if is_compressed(parameter) and not isinstance(parameter, PackedWeight):
+            continue  # another library's
         values = read_whole(parameter)
         yield weight.name, values.numel() - int(values.count_nonzero()), values.numel()
+    for name, masked in _masked_by_torch(module):
+        yield name, masked.numel() - int(masked.count_nonzero()), masked.numel()
+
+
+def _masked_by_torch(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What ``torch.nn.utils.prune`` makes of matrices before each run, by the names that it took them from."""
+    for path, child in module.named_modules():
+        for name, original in child._parameters.items():
+            key = name.removesuffix("_orig")
+            mask = child._buffers.get(f"{key}_mask")
+            if key != name and mask is not None and original is not None and original.ndim > 1:
+                yield f"{path}.{key}".lstrip("."), original.detach() * mask
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_memopt.compression.finite import why_not_finite
+from lightning_memopt.compression.finite import check_materialized, why_not_finite
 from lightning_memopt.compression.packed import (
     Float8Weight,
     HalfWeight,
@@ -66,6 +66,7 @@ class Quantized:
     bytes_after: int = 0
 
 
+@torch.inference_mode(mode=False)  # within which packed weights would be of no use outside
 def quantize(
     module: nn.Module,
     scheme: Scheme = "int8_weight_only",
@@ -89,7 +90,8 @@ def quantize(
             (:func:`~lightning_memopt.compression.ranges.observe_inputs`).
 
     Raises:
-        ValueError: The scheme is unknown, or nothing became smaller (:class:`GrowthError`).
+        ValueError: The scheme is unknown, a weight is on the meta device, or nothing became smaller
+            (:class:`GrowthError`).
         ImportError: nf4 needs bitsandbytes, which is missing.
 
     Example:
@@ -100,6 +102,7 @@ def quantize(
     """
     packing(scheme)
     selection = (which or WeightFilter(embeddings=True)).select(module)
+    check_materialized((weight.name, weight.parameter) for weight in selection.weights)
     skipped, names, before = dict(selection.skipped), [], module_bytes(module)
     fallbacks: dict[str, str] = {}
     for weight in selection.weights:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_memopt.compression.choose import check_sparsity
 from lightning_memopt.compression.cutting import Smaller, Trials
+from lightning_memopt.compression.finite import check_materialized
 from lightning_memopt.compression.first_sizes import first_sizes, remember_sizes
 from lightning_memopt.compression.graph import Call
 from lightning_memopt.compression.interchangeable import MISPLACED
@@ -50,6 +51,7 @@ class StructuredPlan:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+@torch.inference_mode(mode=False)  # in which no gradient can be followed
 def prune_structured(
     module: nn.Module,
     amount: float,
@@ -92,6 +94,7 @@ def prune_structured(
         {'0': (8, 4)}
     """
     check_sparsity(amount)
+    check_materialized(module.named_parameters())
     before, call = _count(module), uncompiled(call)
     plan = plan_structured(module, amount, call, include=include, exclude=exclude, scores=scores)
     misplaced = {name: reason for name, reason in plan.skipped.items() if reason == MISPLACED}

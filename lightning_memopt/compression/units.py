@@ -17,6 +17,7 @@ from lightning_memopt.compression.concatenated import complete_copies
 from lightning_memopt.compression.fused import Fused, find_fused
 from lightning_memopt.compression.graph import Call, follow, is_conv1d, require_torch_pruning
 from lightning_memopt.compression.interchangeable import MISPLACED, find_misplaced
+from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.slots import Slot, UnitGroup, join_tied
 from lightning_memopt.compression.traceable import traceable
 from lightning_memopt.compression.unreached import add_unreached
@@ -71,6 +72,11 @@ def _find_units(module: nn.Module, call: Call) -> list[UnitGroup]:
     complete_copies(module, call, groups)
     found = [*known, *join_tied(groups)]
     found += add_unreached(module, found, names)
+    for group in found:
+        packed = [slot for slot in group.slots if isinstance(slot.tensor, PackedWeight)]
+        if packed and group.reason is None:
+            name = ".".join(filter(None, (names[id(packed[0].module)], packed[0].name)))
+            group.reason = f"{name!r} is quantized, and is not cut; remove first, and quantize then"
     for group in find_misplaced(module, call, [one for one in found if one.reason is None]):
         group.reason = MISPLACED
     return found

@@ -238,3 +238,30 @@ def test_what_is_pruned_is_seen_after_quantization_and_where_nothing_can_be_prun
     quantize(net, "int8", WeightFilter(include="0"))
     assert find_sparsity(net) == {"0.weight": pytest.approx(0.5, abs=0.01)}
     assert find_sparsity(nn.LayerNorm(4)) == {}
+
+
+def test_what_torch_masks_counts_before_and_after_its_mask_is_removed():
+    net = _net()
+    prune.l1_unstructured(net[0], "weight", 0.25)
+    prune.random_unstructured(net[0], "bias", 0.5)
+    assert find_sparsity(net) == {"0.weight": 0.25} and find_sparsity(net[0]) == {"weight": 0.25}
+    prune.remove(net[0], "weight")
+    assert find_sparsity(net) == {"0.weight": 0.25}
+
+
+@pytest.mark.parametrize("pattern", ["elements", "outputs"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_random_pruning_by_another_seed_meets_the_same_target_and_adds_nothing(pattern, scope):
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    prune_weights(net, 0.25, method="random", pattern=pattern, scope=scope)
+    first = [net[place].weight == 0 for place in (0, 1)]
+    prune_weights(net, 0.5, method="random", seed=1, pattern=pattern, scope=scope)
+    assert _zeros(net) == 1024
+    assert all((net[place].weight[zeros] == 0).all() for place, zeros in enumerate(first))
+
+
+def test_weights_that_are_zero_all_over_are_pruned_at_random_places():
+    layer = nn.Linear(64, 64)
+    nn.init.zeros_(layer.weight)
+    rows = prune_weights(layer, 0.5, method="random").of("weight").sum(1)
+    assert rows.min() > 16 and rows.max() < 48

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_memopt.compression.clustering import cluster_weights
 from lightning_memopt.compression.container import load_compressed, save_compressed
+from lightning_memopt.compression.masks import find_sparsity, prune_weights
+from lightning_memopt.compression.quantize import quantize
+from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.structured import plan_structured, prune_structured
 from lightning_memopt.demo.model import GPT
 from tests.zoo import ZOO
@@ -313,3 +317,36 @@ def test_a_module_that_is_loaded_knows_how_many_units_it_had_at_first(tmp_path):
     assert prune_structured(loaded, 0.5, call).removed == {}
     assert prune_structured(loaded, 0.75, call).removed == {"0": (8, 4)}
     assert "units" not in json.loads((save_compressed(make(), tmp_path / "whole") / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "compress",
+    [
+        lambda net: prune_weights(net, 0.5),
+        lambda net: cluster_weights(net, 4),
+        quantize,
+        lambda net: prune_structured(net, 0.5, lambda net: net(torch.ones(2, 64, device="meta"))),
+    ],
+)
+def test_a_module_on_the_meta_device_is_refused_by_name(compress):
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device, and has no numbers"):
+        compress(net)
+    assert find_sparsity(net) == {}
+
+
+def test_what_is_quantized_is_left_with_the_reason_and_the_rest_is_removed():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32))
+    quantize(net, "int8", WeightFilter(include="0"))
+    found = prune_structured(net, 0.5, lambda net: net(torch.ones(2, 64)))
+    assert found.removed == {"2": (64, 32)}
+    assert found.skipped["0"] == "'0.weight' is quantized, and is not cut; remove first, and quantize then"
+
+
+def test_modules_are_compressed_in_inference_mode_as_outside():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    with torch.inference_mode():
+        assert prune_structured(net, 0.5, lambda net: net(torch.ones(2, 64))).removed == {"0": (128, 64)}
+        quantize(net)
+    net(torch.ones(2, 64, requires_grad=True)).sum().backward()
