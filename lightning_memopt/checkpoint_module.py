@@ -117,11 +117,15 @@ def _config_of_cli(checkpoint: str) -> Mapping[str, Any]:
 
 def _arguments_of_cli(cls: type, hyper_parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What Lightning is to be told beside what the checkpoint says of how ``cls`` is built."""
-    if hyper_parameters:
-        # The name that was saved may be another, as of the script that was run.
-        return {"_class_path": f"{cls.__module__}.{cls.__name__}"} if "_class_path" in hyper_parameters else {}
+    # The name that was saved may be another, as of the script that was run.
+    named = {"_class_path": f"{cls.__module__}.{cls.__name__}"} if "_class_path" in hyper_parameters else {}
     if not config or config.get("class_path", cls.__name__).rpartition(".")[2] != cls.__name__:
-        return {}
+        return named
     is_subclass = "class_path" in config
     arguments = {**(config.get("init_args") or {}), **(config.get("dict_kwargs") or {})} if is_subclass else config
-    return {**arguments, "_instantiator": _INSTANTIATOR}
+    # Of a checkpoint that has hyperparameters those are missing that save_hyperparameters was told to ignore.
+    missing = {key: value for key, value in arguments.items() if key not in hyper_parameters}
+    saved = {key for key in hyper_parameters if not key.startswith("_")}
+    if hyper_parameters and not (missing and saved <= arguments.keys()):
+        return named
+    return {**missing, **named, "_instantiator": _INSTANTIATOR}

@@ -167,6 +167,26 @@ def test_what_a_checkpoint_names_is_not_run_where_it_is_no_part_of_lightning_and
         load_module(saved(lightning_memopt={"class": class_name(NotBuilt)}))
 
 
+class IgnoresItsPart(Net):
+    def __init__(self, width: int, act: nn.Module) -> None:
+        pl.LightningModule.__init__(self)
+        self.save_hyperparameters(ignore=["act"])
+        self._build(width, act)
+
+
+def test_what_hyperparameters_leave_out_is_built_as_the_config_of_the_run_says(saved, tmp_path):
+    path = saved(hyper_parameters={"width": 32})
+    model = "model:\n  width: 8\n  act:\n    class_path: torch.nn.Tanh\n"
+    (tmp_path / "config.yaml").write_text(f"# lightning.pytorch==2.6.6\ntrainer: {{}}\n{model}")
+    module = load_module(path, class_name(IgnoresItsPart))
+    assert isinstance(module.net[1], nn.Tanh) and module.net[0].out_features == 32
+    (tmp_path / "config.yaml").write_text(
+        f"# lightning.pytorch==2.6.6\ntrainer: {{}}\n{model.replace('width', 'wide')}"
+    )
+    with pytest.raises(ValueError, match="missing 1 required positional argument: 'act'"):
+        load_module(path, class_name(IgnoresItsPart))
+
+
 def test_a_config_that_is_not_of_lightnings_cli_says_nothing_of_how_the_module_is_built(saved, tmp_path):
     path = saved(hyper_parameters=None, state_dict=Net().state_dict())
     (tmp_path / "config.yaml").write_text("trainer: {}\nmodel: {_target_: my.Net, width: 3}\n")
