@@ -232,12 +232,21 @@ def _apply(module: nn.Module, kept: Kept, numbers: Numbers, undo: _Undo) -> dict
             for name, value in _sizes_of(child):
                 undo.set(child, name, value)
     for child in module.modules():
-        if isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None:
+        attentions = (
+            [one for one in child.modules() if _is_attention(one)] if isinstance(child, nn.Transformer) else []
+        )
+        if attentions:  # it compares what it reads with a size of its own
+            undo.set(child, "d_model", dict(_sizes_of(attentions[0]))["embed_dim"])
+        if _is_attention(child):
             for name, value in _sizes_of(child):
                 undo.set(child, name, value)
     for holder, name, value in numbers:
         undo.set(holder, name, value)
     return smaller
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
 
 
 def _sizes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -350,3 +350,26 @@ def test_modules_are_compressed_in_inference_mode_as_outside():
         assert prune_structured(net, 0.5, lambda net: net(torch.ones(2, 64))).removed == {"0": (128, 64)}
         quantize(net)
     net(torch.ones(2, 64, requires_grad=True)).sum().backward()
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(100, 64)
+        self.transformer = nn.Transformer(64, 4, 1, 1, 128, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(64, 100)
+
+    def forward(self, source, target):
+        return self.head(self.transformer(self.embed(source), self.embed(target)))
+
+
+def test_width_and_heads_of_torchs_transformer_are_removed_and_it_is_read_back(tmp_path):
+    module = Translator().eval()
+    found = prune_structured(module, 0.5, lambda module: module(IDS, IDS))
+    attentions = [name for name, part in module.named_modules() if isinstance(part, nn.MultiheadAttention)]
+    assert len(attentions) == 3 and all(found.removed[name] == (4, 2) for name in attentions)
+    assert module.transformer.d_model == module.embed.embedding_dim == 32 and not found.failed
+    save_compressed(module, tmp_path / "small")
+    loaded = load_compressed(tmp_path / "small", module=Translator()).eval()
+    torch.testing.assert_close(loaded(IDS, IDS), module(IDS, IDS), rtol=0, atol=0)
+    module(IDS, IDS).square().mean().backward()
