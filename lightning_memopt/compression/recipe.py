@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from lightning_memopt.compression.choose import Choice, check_sparsity
+from lightning_memopt.compression.choose import Choice, Method, check_sparsity
 from lightning_memopt.compression.clustering import check_clusters, cluster_weights
 from lightning_memopt.compression.graph import Call
 from lightning_memopt.compression.masks import prune_weights, share_of_zeros
@@ -113,7 +113,14 @@ class Recipe:
         """Raise for what can be told without a module, so that no step is done before it."""
         if self.prune is not None:
             check_sparsity(self.prune["amount"])
-            if self.prune.get("method") != "structured":
+            methods = (*get_args(Method), "structured")
+            if (method := self.prune.get("method", "magnitude")) not in methods:
+                more = "; n of m is said by a pattern, such as pattern: '2:4'" if method == "n:m" else ""
+                raise ValueError(f"method={method!r} is none of {', '.join(map(repr, methods))}{more}")
+            if method == "structured":
+                if extra := sorted(set(self.prune) - {"amount", "method", *_SELECTS}):
+                    raise ValueError(f"{', '.join(extra)} means nothing with method: structured; leave it out")
+            else:
                 how = {key: value for key, value in self.prune.items() if key in ("method", "pattern", "scope")}
                 Choice(**how).pattern.limit(self.prune["amount"])
         if self.cluster is not None:
@@ -135,6 +142,7 @@ class Recipe:
         Raises:
             ValueError: A step cannot be done to this module.
         """
+        self._check_values()
         before = measure_sizes(module, packed=False)
         skipped: dict[str, str] = {}
         fallbacks: dict[str, str] = {}
@@ -149,8 +157,6 @@ class Recipe:
                         "method: structured follows one run of the module, and there are no inputs to run it on. "
                         f"Give {type(module).__name__} an example_input_array"
                     )
-                if extra := sorted(set(how) - set(_SELECTS)):
-                    raise ValueError(f"{', '.join(extra)} means nothing with method: structured; leave it out")
                 skipped.update(prune_structured(module, amount, call, **how).skipped)
             else:
                 masks = prune_weights(module, amount, **how)

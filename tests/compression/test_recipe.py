@@ -90,6 +90,8 @@ def test_steps_are_done_in_order_and_zeros_survive_quantization():
         ({"prune": {"amount": 0.5}, "quantize": "int3"}, "int3"),
         ({"prune": {"amount": 0.5}, "cluster": {"n": 1}}, "n=1 is no number"),
         ({"prune": {"amount": 1.5, "method": "structured"}}, "1.5 is no share"),
+        ({"prune": {"amount": 0.5, "method": "n:m"}}, "'structured'; n of m is said by a pattern, such as pattern"),
+        ({"prune": {"amount": 0.5, "method": "structured", "scope": "global"}}, "scope means nothing with method"),
         ({"prune": {"amount": 0.5, "seed": "x"}}, "seed of prune is a whole number"),
         ({"prune": {"amount": 0.5, "embeddings": "no"}}, "embeddings of prune is true or false, not 'no'"),
         ({"module": "my.models:Net"}, "names some of prune"),
