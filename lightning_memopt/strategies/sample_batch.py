@@ -38,6 +38,8 @@ def sample_batch(trainer: pl.Trainer, patches: ExitStack) -> tuple[str, Any] | N
     if combined is None or not combined.flattened:
         return None
     is_fit = loop_name == "fit_loop"
+    if is_fit and combined._mode == "sequential":  # with which Lightning refuses to train, when the loop runs
+        return None
     if all(can_be_indexed(loader) for loader in (combined.flattened if is_fit else combined.flattened[:1])):
         with isolate_rng():
             batch = batch_of(combined.iterables if is_fit else combined.flattened[0])

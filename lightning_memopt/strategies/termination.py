@@ -1,4 +1,4 @@
-"""SIGTERM and ``trainer.should_stop``, on one rank or on all: every rank stops after the same batch."""
+"""SIGTERM, ``trainer.should_stop`` and ``-1``, on one rank or on all: every rank stops after the same batch."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_memopt.models.instance_patch import replaced
 
@@ -22,7 +23,8 @@ def stopping_together(trainer: pl.Trainer) -> Iterator[None]:
     peers take that for one of those: they hang, or train on the wrong numbers. Here the handler only makes a note,
     and the ranks compare notes once a batch, with one collective in place of the one by which Lightning asks rank 0
     for its own. Of ``should_stop`` Lightning asks nobody: where one rank sets it (its part of the validation was good
-    enough) that rank leaves, and the others wait for it.
+    enough) that rank leaves, and the others wait for it. So it is with an epoch that ``on_train_batch_start`` ends by
+    returning -1: ranks ask each other about it where the module has such a hook.
 
     Enter it before the trainer registers its handlers.
     """
@@ -75,15 +77,30 @@ def stopping_together(trainer: pl.Trainer) -> Iterator[None]:
 
         return compares
 
+    module = trainer.lightning_module
+    own_hook = module.on_train_batch_start
+
+    def end_epoch_together(batch: Any, batch_idx: int) -> int | None:
+        ends = own_hook(batch, batch_idx) == -1
+        return -1 if trainer.strategy.reduce_boolean_decision(ends, all=False) else None
+
     # Each asks next whether training goes on: the end of a batch, whether it validates first.
+    hooks = {"on_train_batch_start": end_epoch_together} if is_overridden("on_train_batch_start", module) else {}
     with (
         replaced(connector, _sigterm_notifier_fn=note),
+        replaced(module, **hooks),
         replaced(
             loop,
             _broadcast_sigterm_tensor=stop_where_received,
             on_advance_end=compared_before(loop.on_advance_end),
         ),
         replaced(validation, run=compared_after(validation.run)),
-        replaced(fit_loop, on_advance_end=compared_after(fit_loop.on_advance_end)),
+        replaced(
+            fit_loop,
+            run=compared_before(fit_loop.run),
+            on_run_start=compared_after(fit_loop.on_run_start),
+            on_advance_start=compared_after(fit_loop.on_advance_start),
+            on_advance_end=compared_after(fit_loop.on_advance_end),
+        ),
     ):
         yield

@@ -51,6 +51,46 @@ def test_all_ranks_stop_where_one_says_so(strategy: str, hook: str) -> None:
     assert run_on_ranks(lambda: _fit(2, MAKE[strategy](), hook), 2, deadline_seconds=30) == [plain, plain]
 
 
+class EndsBeforeItBegan(Validates):
+    """Says in a hook on rank 0 alone that training is over."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        setattr(self, hook, self._stop)
+
+    def _stop(self) -> None:
+        self.trainer.should_stop |= self.trainer.global_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hook"), [("ddp", "on_train_start"), ("pp", "on_fit_start"), ("zero3", "on_train_epoch_start")]
+)
+def test_no_rank_begins_where_one_says_before_the_first_batch_that_training_is_over(strategy: str, hook: str) -> None:
+    def fit() -> int:
+        trainer = trainer_with(MAKE[strategy]())
+        trainer.fit(EndsBeforeItBegan(hook), small_loader(4))
+        return trainer.global_step
+
+    assert run_on_ranks(fit, 2, deadline_seconds=30) == [0, 0]
+
+
+class EndsEpochs(Net):
+    """Ends each epoch after two batches, on rank 0 alone."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1 if batch_idx == 2 and self.trainer.global_rank == 0 else None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "pp"])
+def test_an_epoch_that_a_hook_ends_on_one_rank_ends_on_all(strategy: str) -> None:
+    def fit() -> tuple[int, int]:
+        trainer = trainer_with(MAKE[strategy](), max_epochs=2)
+        trainer.fit(EndsEpochs(), small_loader(4))
+        return trainer.global_step, trainer.current_epoch
+
+    assert run_on_ranks(fit, 2, deadline_seconds=30) == [(4, 2), (4, 2)]
+
+
 class IsTold(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if batch_idx == 1:
