@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -468,6 +469,19 @@ class WaitsInStep(Net):
         return loss
 
 
+class ReducesInStep(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        dist.all_reduce(loss.detach().clone())
+        return loss
+
+
+class ReducesOfBatch(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        dist.all_reduce(batch[0].mean())
+        return super().training_step(batch, batch_idx)
+
+
 class DrawsBatches(Net):
     def training_step(self, dataloader_iter: Any) -> Any:
         return super().training_step(*next(dataloader_iter)[:2])
@@ -477,6 +491,8 @@ class DrawsBatches(Net):
     ("module", "said"),
     [
         (WaitsInStep, "the step calls `strategy.barrier`, in which all ranks wait"),
+        (ReducesInStep, "the step calls `torch.distributed`, in which all ranks wait"),
+        (ReducesOfBatch, "the step calls `torch.distributed`, in which all ranks wait"),
         (DrawsBatches, r"`DrawsBatches.training_step\(dataloader_iter\)` draws its batches itself"),
         (LogsEarlyValue, "`norm` is logged from a value that is computed before"),
         (KeepsEarlyValue, "appends to `kept` a value that is computed before"),

@@ -1,7 +1,7 @@
 """A module cut into stages, and batches run through them."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -34,8 +34,15 @@ from lightning_memopt.parallel.pipeline.schedules import (
 )
 from lightning_memopt.parallel.pipeline.splitting import Split, holders, number_of_stages, partition
 from lightning_memopt.parallel.pipeline.stage import Stage, StageModule
-from lightning_memopt.parallel.pipeline.stubs import StubMode, find_places, in_place_of, is_stub, shadow_of
-from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.parallel.pipeline.stubs import (
+    WAITS_FOR_ALL,
+    StubMode,
+    find_places,
+    in_place_of,
+    is_stub,
+    shadow_of,
+)
+from lightning_memopt.parallel.refusal import StepRefused, StepWaits
 
 Call = Callable[[nn.Module, Any], Any]
 """(module or its shadow, micro-batch): runs a step of the user's on it."""
@@ -107,7 +114,10 @@ class Pipeline:
         links = find_links(self._shadow, run_silently(self._shadow, run))
         # Where a run is predicted nothing can be timed.
         times = OperatorTimes(device) if split == "measured" and active_fake_mode() is None else None
+        waits = _waits_of_all()
         found = survey(self._shadow, links, self._mode, run_silently(self._shadow, run), times)
+        if _waits_of_all() != waits:
+            raise StepWaits(WAITS_FOR_ALL)
         if times is not None:  # by one rank for all, which must cut alike
             found.costs = gather_values(tuple(times.costs(len(found.costs))) if dist.get_rank() == 0 else None)[0]
         self.partition = partition(found, split, count)
@@ -338,6 +348,14 @@ class Pipeline:
                 yield
         finally:
             self._chain.observer = None
+
+
+def _waits_of_all() -> int:
+    """How many collectives of all ranks there have been; gloo and NCCL count them."""
+    world: Any = dist.group.WORLD
+    with suppress(RuntimeError):  # of other backends, and of the one that predicts
+        return int(world._get_sequence_number_for_group())
+    return 0
 
 
 def _kind_of_run(key: Hashable, modes: Hashable, micro_batch: Any) -> Hashable:

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_memopt.models.grouped_products import teach_grouped_products
-from lightning_memopt.parallel.refusal import StepRefused
+from lightning_memopt.parallel.refusal import StepRefused, StepWaits
 
 Listener = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
 """Told of each operator on stubs: the operator, its arguments and what it returned."""
@@ -43,6 +44,8 @@ class StubMode(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            _refuse_waiting_for_all(func, args)
         _refuse_writing_to_real(func, args)
         if self._is_beside_fakes:
             args, kwargs = tree_map_only(FakeTensor, self._own, (args, kwargs))
@@ -127,6 +130,21 @@ def _refuse_writing_to_real(func: Any, args: Sequence[Any]) -> None:
                 "that it lacks the values; make the tensor from the values instead (`torch.cat`, `torch.stack`, "
                 "`torch.where`)."
             )
+
+
+WAITS_FOR_ALL = (
+    "the step calls `torch.distributed`, in which all ranks wait for each other, and only the last stage runs a step "
+    "to its end; call it in a hook, such as `on_train_batch_end`, or give `self.log` what is to be reduced."
+)
+
+
+def _refuse_waiting_for_all(func: Any, args: Sequence[Any]) -> None:
+    """Other stages are among all ranks; the groups of ranks with other batches are the strategies' own affair."""
+    world: Any = dist.group.WORLD
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        is_group = str(argument.type).endswith(".ProcessGroup")
+        if is_group and dist.ProcessGroup.unbox(value).group_name == world.group_name:
+            raise StepWaits(WAITS_FOR_ALL)
 
 
 @contextmanager
