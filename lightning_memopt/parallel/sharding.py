@@ -37,6 +37,7 @@ from lightning_memopt.parallel.units import (
     find_shard_units,
 )
 from lightning_memopt.parallel.unshard import unshard_in_place
+from lightning_memopt.parallel.unused import UnusedParameters
 
 ShardStage = Literal["optimizer", "gradients", "parameters"]
 
@@ -49,11 +50,13 @@ class Sharding:
         module: The module, sharded in place.
         stage: Which ZeRO stage.
         roots: The modules whose call gathers what belongs to no block.
+        unused: What ranks use of it.
     """
 
     module: nn.Module
     stage: ShardStage
     roots: tuple[FSDPModule, ...]
+    unused: UnusedParameters
     _undo: list[Callable[[], Any]] = field(default_factory=list)
 
     @contextmanager
@@ -176,4 +179,5 @@ def shard_module(
                 ignored_params=ignored,
             )
     sharded_roots = tuple(root for root in roots if isinstance(root, FSDPModule))
-    return Sharding(module, stage, sharded_roots, average_gradients(scalars, mesh))
+    unused = UnusedParameters(module, mesh)
+    return Sharding(module, stage, sharded_roots, unused, [unused.undo, *average_gradients(scalars, mesh)])

@@ -13,7 +13,8 @@ def find_shard_units(module: nn.Module) -> list[nn.Module]:
     """Find the blocks of ``module`` that can be gathered and freed one at a time.
 
     A block whose parameters are also used elsewhere (tied weights, a layer registered twice) is left out: it would
-    be freed while the other use still needs it. Its parameters stay with the rest of the model.
+    be freed while the other use still needs it. So are experts that are in no block: ranks call those to which their
+    own tokens are routed, and gather together. Their parameters stay with the rest of the model.
 
     Args:
         module: Any module; it is only read.
@@ -30,6 +31,7 @@ def find_shard_units(module: nn.Module) -> list[nn.Module]:
     return [
         block
         for stack in find_block_stacks(module)
+        if "expert" not in stack.name
         for block in stack.blocks
         if all(uses[parameter] == count for parameter, count in _count_uses(block).items())
     ]

@@ -208,6 +208,15 @@ class DataParallelStrategy(MemoptStrategy):
             self._sharding.begin_backward_at(tensors)
 
     @override
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._sharding is not None:
+            try:
+                self._sharding.unused.agree()
+            except ValueError as error:
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         with stepping_mixed(optimizer):
             result = super().optimizer_step(optimizer, closure, *args, **kwargs)
