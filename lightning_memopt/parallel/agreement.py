@@ -64,6 +64,30 @@ def broadcast_in_place(tensor: Tensor, src: int, group: dist.ProcessGroup | None
         tensor.copy_(sent)
 
 
+def check_buffers_are_apart(module: nn.Module) -> None:
+    """Refuse a buffer that lies in the memory of a parameter that is trained, and would not follow its parts.
+
+    Raises:
+        ValueError: Names both.
+    """
+    trained = {p.untyped_storage()._cdata: (name, p) for name, p in module.named_parameters() if p.requires_grad}
+    for name, buffer in module.named_buffers():
+        of, parameter = trained.get(buffer.untyped_storage()._cdata, ("", buffer))
+        own, theirs = _places(buffer), _places(parameter)
+        if of and max(own.start, theirs.start) < min(own.stop, theirs.stop):
+            raise ValueError(
+                f"buffer `{name}` is a view of the parameter `{of}`, which each rank holds a part of, and would keep "
+                "the values that it has now; compute it from the parameter in `forward`, or use `memopt_ddp`."
+            )
+
+
+def _places(tensor: Tensor) -> range:
+    """From its first to its last element in its storage, in bytes."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first, size = tensor.storage_offset(), tensor.element_size()
+    return range(first * size, (first + last + 1) * size)
+
+
 def separate_elements(module: nn.Module) -> None:
     """Give buffers of which several elements are one in memory (``expand``) memory for each, to be written into.
 

@@ -27,6 +27,7 @@ from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.parallel.agreement import (
     broadcast_module_states,
+    check_buffers_are_apart,
     check_same_module,
     find_batch_norms,
     gather_values,
@@ -179,6 +180,9 @@ class MemoptStrategy(WatchedStrategy):
         try:
             refuse_uninitialized(self.lightning_module, "it cannot be dealt out to ranks")
             check_same_module(self.lightning_module)
+            cuts_parameters = self.splits_module and self.world_size > self.sizes.pipeline
+            if cuts_parameters and trainer.state.fn == TrainerFn.FITTING:
+                check_buffers_are_apart(self.lightning_module)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         separate_elements(self.lightning_module)

@@ -477,3 +477,24 @@ def test_a_head_that_some_steps_leave_out_trains_in_a_pipeline_as_on_one_device(
         assert loss == pytest.approx(plain_loss, rel=1e-4)
         for ours, theirs in zip(weights, plain, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class HasViews(Net):
+    """Reads a row of its weight through a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = nn.Linear(16, 16)
+        self.register_buffer("row", self.mixer.weight.detach()[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(self.mixer(x) + self.row)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "tp"])
+def test_buffers_that_are_views_of_what_is_dealt_out_are_refused_by_name(strategy: str) -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match=r"`row` is a view of the parameter `mixer.weight`"):
+            trainer_with(MAKE[strategy]()).fit(HasViews(), small_loader())
+
+    run_on_ranks(fit, 2)
