@@ -10,11 +10,11 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.models.selectors import Selector
+from lightning_memopt.techniques.checkpointing.arguments import refuse_iterators, take_apart
 from lightning_memopt.techniques.checkpointing.budget import Keep
 from lightning_memopt.techniques.checkpointing.choose import Call, KeepNothing, KeepProducts, KeepWithinBudget
 from lightning_memopt.techniques.checkpointing.overlap import mark_recomputing, refuse_overlap
@@ -212,8 +212,10 @@ class _Runner:
             self._buffers = WrittenBuffers(self.region.module)
         # Tensors travel as positional arguments: those a checkpoint saves through the saved-tensor hooks, so that
         # offloading sees them, and with a check that nothing changes them in place.
-        leaves, spec = tree_flatten((args, kwargs))
-        replayable = Replayable(self.region.name, run, spec, self._buffers, self._chooser.replay_started)
+        leaves, build = take_apart((args, kwargs))
+        refuse_iterators(self.region.name, leaves)
+        first = partial(run, *args, **kwargs)
+        replayable = Replayable(self.region.name, run, first, build, self._buffers, self._chooser.replay_started)
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             keeping = (

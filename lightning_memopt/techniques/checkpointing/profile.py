@@ -18,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 from torch.utils.flop_counter import flop_registry
 
 from lightning_memopt.models.fake import run_operator
 from lightning_memopt.models.grouped_products import GROUPED_PRODUCT, grouped_flops
+from lightning_memopt.techniques.checkpointing.arguments import take_apart
 
 FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
 """Floating-point operations in the time that moves one byte: order of magnitude of today's machines. Only the ranking
@@ -122,8 +123,10 @@ def profile_region(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mappi
     recorder = _Recorder()
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         state = {name: _fake(tensor) for name, tensor in _state(module).items()}
-        fake_args, fake_kwargs = tree_map_only(torch.Tensor, _fake, (args, dict(kwargs)))
-        inputs = [leaf for leaf in tree_leaves((fake_args, fake_kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves, build = take_apart((args, dict(kwargs)))
+        leaves = [_fake(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        fake_args, fake_kwargs = build(leaves)
+        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         recorder.start(list(state.values()), inputs)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda packed: packed)
         with _without_outer_hooks(module), hooks, recorder:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from lightning_memopt.techniques.checkpointing.arguments import Build
 from lightning_memopt.techniques.host_random import HostRandomState, generators_of, host_random_kept
 
 ALWAYS_COPIED = 2**16
@@ -31,6 +32,14 @@ class _Seen(NamedTuple):
     buffer: torch.Tensor
     version: int
     copy: torch.Tensor | None
+
+
+class _AtStart(NamedTuple):
+    """What a call needs until it has run."""
+
+    first: Callable[[], Any]
+    seen: list[_Seen]
+    random: HostRandomState
 
 
 class WrittenBuffers:
@@ -110,7 +119,8 @@ class Replayable:
     Args:
         name: The region's.
         run: Its own forward.
-        spec: How to build its arguments from their leaves.
+        first: The same with the caller's own arguments, to which the forward may write.
+        build: Makes arguments for a replay of their leaves.
         buffers: What it may write.
         on_replay: Called when the backward asks for the first replay.
     """
@@ -119,33 +129,36 @@ class Replayable:
         self,
         name: str,
         run: Callable[..., Any],
-        spec: TreeSpec,
+        first: Callable[[], Any],
+        build: Build,
         buffers: WrittenBuffers,
         on_replay: Callable[[], None],
     ) -> None:
         self._name = name
         self._run = run
-        self._spec = spec
+        self._build = build
         self._buffers = buffers
         self._on_replay = on_replay
         seen, random = buffers.before(), HostRandomState(buffers.generators)
-        self._at_start: tuple[list[_Seen], HostRandomState] | None = (seen, random)  # None once it has run
+        self._at_start: _AtStart | None = _AtStart(first, seen, random)  # None once it has run
         self._before: _Buffers = []
         self._random: HostRandomState | None = None  # where the run drew from generators that torch leaves alone
 
     def __call__(self, *leaves: Any) -> Any:
         """Run the region on the leaves of its arguments and return what it returns."""
-        args, kwargs = tree_unflatten(leaves, self._spec)
         if self._at_start is not None:
-            (seen, random), self._at_start = self._at_start, None
-            versions = self._buffers.parameter_versions()
-            out = self._run(*args, **kwargs)
-            refuse_written(versions)
+            (first, seen, random), self._at_start = self._at_start, None
+            parameters = self._buffers.parameter_versions()
+            inputs = [(leaf, _version(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            out = first()
+            refuse_written(parameters)
+            self._refuse_changed(inputs, out)
             self._before = self._buffers.learn(seen)
             if self._buffers.generators or not random.is_now():
                 self._random = random
             return out
         self._on_replay()
+        args, kwargs = self._build(leaves)
         try:
             return self._run(*args, **kwargs)
         except RuntimeError as error:
@@ -157,6 +170,16 @@ class Replayable:
                 "policy keeps of it; use the policy 'full', which keeps none, or leave the block out with "
                 "`modules=`"
             ) from error
+
+    def _refuse_changed(self, inputs: list[tuple[torch.Tensor, int]], out: Any) -> None:
+        """Say now, and by name, what autograd would only say in the backward."""
+        changed = next((tensor for tensor, version in inputs if _version(tensor) != version), None)
+        if changed is not None and any(getattr(leaf, "requires_grad", False) for leaf in tree_leaves(out)):
+            raise RuntimeError(
+                f"{self._name} changes an input of shape {tuple(changed.shape)} in place, which its recomputation "
+                "would find changed already. Let it make a new tensor (`x = x + y` for `x += y`, `relu(x)` for "
+                "`relu_(x)`), or leave it out with `modules=`."
+            )
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
