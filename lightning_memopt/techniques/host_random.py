@@ -5,7 +5,7 @@ A step may ask them whether to drop a layer.
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,12 +57,16 @@ def generators_of(module: nn.Module) -> list[Any]:
 
     Takes 0.1 ms for a transformer block.
     """
+    return generators_among(value for owner in module.modules() for value in vars(owner).values())
+
+
+def generators_among(values: Iterable[Any]) -> list[Any]:
+    """Those of ``values`` that are random generators, each once."""
     kinds: list[type] = [torch.Generator, random.Random]
     if (numpy_random := _numpy_random()) is not None:
         kinds.append(numpy_random.Generator)
     held = tuple(kinds)
-    attributes = (value for owner in module.modules() for value in vars(owner).values())
-    return list({id(value): value for value in attributes if isinstance(value, held)}.values())
+    return list({id(value): value for value in values if isinstance(value, held)}.values())
 
 
 def _read(generator: Any) -> Any:

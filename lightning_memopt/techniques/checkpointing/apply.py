@@ -215,7 +215,8 @@ class _Runner:
         leaves, build = take_apart((args, kwargs))
         refuse_iterators(self.region.name, leaves)
         first = partial(run, *args, **kwargs)
-        replayable = Replayable(self.region.name, run, first, build, self._buffers, self._chooser.replay_started)
+        started = self._chooser.replay_started
+        replayable = Replayable(self.region.name, run, first, leaves, build, self._buffers, started)
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             keeping = (

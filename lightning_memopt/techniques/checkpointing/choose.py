@@ -12,7 +12,7 @@ from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.techniques.checkpointing.budget import BudgetPlan, Keep, plan_budget, products_to_keep
 from lightning_memopt.techniques.checkpointing.profile import RegionProfile, is_split, profile_region
 from lightning_memopt.techniques.checkpointing.selection import Region
-from lightning_memopt.techniques.host_random import generators_of, host_random_kept
+from lightning_memopt.techniques.host_random import generators_among, generators_of, host_random_kept
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +137,9 @@ class Profiles:
         signature = _signature(call)
         if signature not in self._by_signature:
             try:
-                with host_random_kept(
-                    generators_of(call.module)
-                ):  # torch's global ones are not asked by fake tensors
+                # Torch's global ones are not asked by fake tensors.
+                given = generators_among(tree_leaves((call.args, dict(call.kwargs))))
+                with host_random_kept([*generators_of(call.module), *given]):
                     self._by_signature[signature] = profile_region(call.module, call.args, call.kwargs)
             except Exception as error:
                 # Recomputing all of it is always right; a module that branches on values must not end the training.

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from lightning_memopt.models.fake import run_operator
 from lightning_memopt.models.grouped_products import GROUPED_PRODUCT, grouped_flops
 from lightning_memopt.techniques.checkpointing.arguments import take_apart
+from lightning_memopt.techniques.checkpointing.attributes import Attributes
 
 FLOPS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0}
 """Floating-point operations in the time that moves one byte: order of magnitude of today's machines. Only the ranking
@@ -121,37 +122,61 @@ def profile_region(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mappi
         Exception: Whatever a module raises that cannot run on fake tensors (branches on values, custom kernels).
     """
     recorder = _Recorder()
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with _disable_current_modes(), fakes, torch.enable_grad(), Attributes(module).put_back():
         state = {name: _fake(tensor) for name, tensor in _state(module).items()}
+        held = _replace_held_tensors(module)
         leaves, build = take_apart((args, dict(kwargs)))
         leaves = [_fake(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = build(leaves)
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        recorder.start(list(state.values()), inputs)
+        recorder.start([*state.values(), *held], inputs)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda packed: packed)
-        with _without_outer_hooks(module), hooks, recorder:
+        with _without_some_hooks(module), hooks, recorder:
             # In a context of its own: what collects outputs in a context variable (transformers does) gets no fakes.
             Context().run(functional_call, module, state, fake_args, fake_kwargs)
     input_bytes = {_storage(leaf): _storage_bytes(leaf) for leaf in inputs if leaf.requires_grad}
     return RegionProfile(recorder.operators(), sum(input_bytes.values()))
 
 
+def _replace_held_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Put fakes in the place of tensors in plain attributes, which operators may change in place."""
+    held = []
+    for attributes in map(vars, module.modules()):
+        for name, value in attributes.items():
+            if type(value) is torch.Tensor:
+                attributes[name] = _fake(value)
+                held.append(attributes[name])
+    return held
+
+
 @contextmanager
-def _without_outer_hooks(module: torch.nn.Module) -> Generator[None, None, None]:
-    """Leave out the hooks that run around what is recomputed: those of the region itself, and FSDP2's.
+def _without_some_hooks(module: torch.nn.Module) -> Generator[None, None, None]:
+    """Leave out hooks that run around what is recomputed, those of the region itself and FSDP2's, and users' own.
 
     The region's see the real call alone: one that collects its outputs would get another. FSDP2 would free the
-    parameters after this call, and the real one, which gathered them, is still to come.
+    parameters after this call, and the real one, which gathered them, is still to come. What users do with the output
+    of a layer in it is most often to note it, and they would note a fake.
     """
-    hooked = [submodule for submodule in module.modules() if submodule is module or isinstance(submodule, FSDPModule)]
+    hooked = list(module.modules())
     hooks = [(submodule._forward_pre_hooks, submodule._forward_hooks) for submodule in hooked]
     for submodule in hooked:
-        submodule._forward_pre_hooks, submodule._forward_hooks = OrderedDict(), OrderedDict()
+        if submodule is module or isinstance(submodule, FSDPModule):
+            submodule._forward_pre_hooks, submodule._forward_hooks = OrderedDict(), OrderedDict()
+        else:
+            needed = ((key, hook) for key, hook in submodule._forward_hooks.items() if not _is_users(hook))
+            submodule._forward_hooks = OrderedDict(needed)
     try:
         yield
     finally:
         for submodule, (before, after) in zip(hooked, hooks, strict=True):
             submodule._forward_pre_hooks, submodule._forward_hooks = before, after
+
+
+def _is_users(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a partial
+    written_in = getattr(function, "__module__", None) or type(function).__module__
+    return written_in.partition(".")[0] not in ("torch", "lightning_memopt")
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

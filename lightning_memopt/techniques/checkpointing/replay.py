@@ -1,11 +1,11 @@
 """Run a region a second time and leave everything but its activations as the first time left it.
 
 torch's random state and autocast are put back by ``torch.utils.checkpoint``. This adds Python's and NumPy's, that of
-generators which the region holds, and the buffers: BatchNorm's running statistics and counters, the power iteration
-of spectral normalization, anything that a forward writes.
+generators which the region holds, the plain attributes of its modules, and the buffers: BatchNorm's running
+statistics and counters, the power iteration of spectral normalization, anything that a forward writes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.techniques.checkpointing.arguments import Build
-from lightning_memopt.techniques.host_random import HostRandomState, generators_of, host_random_kept
+from lightning_memopt.techniques.checkpointing.attributes import Attributes
+from lightning_memopt.techniques.host_random import HostRandomState, generators_among, generators_of, host_random_kept
 
 ALWAYS_COPIED = 2**16
 """Bytes up to which a buffer is copied before each call, as warm-ups and observers first write on a later one."""
@@ -45,17 +46,20 @@ class _AtStart(NamedTuple):
 class WrittenBuffers:
     """The buffers of a region that its forward changes: BatchNorm's, and those seen to change in a call.
 
+    Tensors in plain attributes count as buffers where they are changed in place; what else becomes of attributes is
+    for :class:`~lightning_memopt.techniques.checkpointing.attributes.Attributes`.
+
     Attributes:
         generators: Random generators that the region holds.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.generators = generators_of(module)
-        self._all = _named_buffers(module)
+        self._module = module
         self._parameters = [(m, name) for m in module.modules() for name in m._parameters]
         # BatchNorm's kernels write the running statistics without counting a version.
         self._written: set[tuple[nn.Module, str]] = {
-            (owner, name) for owner, name in self._all if isinstance(owner, _NormBase)
+            (owner, name) for owner in module.modules() if isinstance(owner, _NormBase) for name in owner._buffers
         }
         self._has_run = False
 
@@ -68,13 +72,25 @@ class WrittenBuffers:
             if parameter is not None and not is_lazy(parameter)
         ]
 
+    def replaced_parameters(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """Tensors that stand in the place of parameters for now, by ``torch.func.functional_call``."""
+        found: list[tuple[nn.Module, str, torch.Tensor]] = []
+        for owner, name in self._parameters:
+            tensor = owner._parameters.get(name)
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                found.append((owner, name, tensor))
+        return found
+
+    def attributes(self) -> Attributes:
+        """What the region's modules hold beside these."""
+        return Attributes(self._module)
+
     def before(self) -> list[_Seen]:
         """The buffers, with copies of those that the coming call may change; of all of them before the first call."""
         seen = []
-        for owner, name in self._all:
-            if (buffer := owner._buffers.get(name)) is not None:
-                copies = not self._has_run or (owner, name) in self._written or buffer.nbytes <= ALWAYS_COPIED
-                seen.append(_Seen(owner, name, buffer, _version(buffer), buffer.detach().clone() if copies else None))
+        for owner, name, buffer in _tensors(self._module):
+            copies = not self._has_run or (owner, name) in self._written or buffer.nbytes <= ALWAYS_COPIED
+            seen.append(_Seen(owner, name, buffer, _version(buffer), buffer.detach().clone() if copies else None))
         return seen
 
     def learn(self, before: list[_Seen]) -> _Buffers:
@@ -84,7 +100,7 @@ class WrittenBuffers:
         for owner, name, buffer, version, copy in before:
             is_unwritten = _version(buffer) == version
             if (owner, name) not in self._written:
-                if is_unwritten and owner._buffers.get(name) is buffer:
+                if is_unwritten and (_holder(owner, name).get(name) is buffer or name not in owner._buffers):
                     continue
                 self._written.add((owner, name))
             if copy is None and is_unwritten:  # another was put in its place
@@ -120,6 +136,7 @@ class Replayable:
         name: The region's.
         run: Its own forward.
         first: The same with the caller's own arguments, to which the forward may write.
+        leaves: What these arguments consist of.
         build: Makes arguments for a replay of their leaves.
         buffers: What it may write.
         on_replay: Called when the backward asks for the first replay.
@@ -130,6 +147,7 @@ class Replayable:
         name: str,
         run: Callable[..., Any],
         first: Callable[[], Any],
+        leaves: Sequence[Any],
         build: Build,
         buffers: WrittenBuffers,
         on_replay: Callable[[], None],
@@ -139,7 +157,10 @@ class Replayable:
         self._build = build
         self._buffers = buffers
         self._on_replay = on_replay
-        seen, random = buffers.before(), HostRandomState(buffers.generators)
+        self._generators = [*buffers.generators, *generators_among(leaves)]
+        self._attributes = buffers.attributes()
+        self._replaced_parameters = buffers.replaced_parameters()
+        seen, random = buffers.before(), HostRandomState(self._generators)
         self._at_start: _AtStart | None = _AtStart(first, seen, random)  # None once it has run
         self._before: _Buffers = []
         self._random: HostRandomState | None = None  # where the run drew from generators that torch leaves alone
@@ -154,7 +175,7 @@ class Replayable:
             refuse_written(parameters)
             self._refuse_changed(inputs, out)
             self._before = self._buffers.learn(seen)
-            if self._buffers.generators or not random.is_now():
+            if self._generators or not random.is_now():
                 self._random = random
             return out
         self._on_replay()
@@ -183,11 +204,10 @@ class Replayable:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Within the block buffers and generators are as they were before the run; to be entered around a replay."""
-        drawing_again = (
-            nullcontext() if self._random is None else host_random_kept(self._buffers.generators, self._random)
-        )
-        with _swapped(self._before), drawing_again:
+        """Within the block buffers, attributes and generators are as they were before the run, for a replay."""
+        drawing_again = nullcontext() if self._random is None else host_random_kept(self._generators, self._random)
+        parameters = _replaced(self._replaced_parameters)
+        with self._attributes.put_back(), parameters, _swapped(self._before), drawing_again:
             yield
 
 
@@ -212,18 +232,43 @@ class Around(AbstractContextManager[None]):
 @contextmanager
 def _swapped(before: _Buffers) -> Iterator[None]:
     """Let the replay read and write copies of the buffers as they were before the first run."""
-    current = [(owner, name, owner._buffers[name]) for owner, name, _ in before]
+    holders = [_holder(owner, name) for owner, name, _ in before]
+    current = [(holder, name, holder[name]) for holder, (_, name, _) in zip(holders, before, strict=True)]
     try:
-        for owner, name, copy in before:
-            owner._buffers[name] = copy.clone()
+        for holder, (_, name, copy) in zip(holders, before, strict=True):
+            holder[name] = copy.clone()
         yield
     finally:
-        for owner, name, buffer in current:
-            owner._buffers[name] = buffer
+        for holder, name, buffer in current:
+            holder[name] = buffer
 
 
-def _named_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [(m, name) for m in module.modules() for name, buffer in m._buffers.items() if buffer is not None]
+@contextmanager
+def _replaced(parameters: Sequence[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
+    """Let the replay of a functional call read what stood in the place of parameters."""
+    current = [(owner._parameters, name, owner._parameters[name]) for owner, name, _ in parameters]
+    try:
+        for owner, name, tensor in parameters:
+            owner._parameters[name] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for held, name, parameter in current:
+            held[name] = parameter
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Buffers, and attributes that are tensors; not such as are part of a graph, which nothing may write to."""
+    for owner in module.modules():
+        for name, value in owner._buffers.items():
+            if value is not None:
+                yield owner, name, value
+        for name, value in vars(owner).items():
+            if isinstance(value, torch.Tensor) and not value.requires_grad:
+                yield owner, name, value
+
+
+def _holder(owner: nn.Module, name: str) -> dict[str, Any]:
+    return owner._buffers if name in owner._buffers else vars(owner)
 
 
 def _version(buffer: torch.Tensor) -> int:
