@@ -253,7 +253,14 @@ class MemoryMonitor(Callback):
             return
         self._release_reserve()
         device_type = trainer.strategy.root_device.type
-        found = examine(error, pl_module, trainer.optimizers, device_type=device_type, last_report=self._last)
+        found = examine(
+            error,
+            pl_module,
+            trainer.optimizers,
+            device_type=device_type,
+            last_report=self._last,
+            is_training=not (trainer.validating or trainer.sanity_checking),
+        )
         stem = "out_of_memory" if trainer.is_global_zero else f"out_of_memory_rank{trainer.global_rank}"
         text, *_ = write_post_mortem(found, self._folder, stem)
         _log.error("Out of memory; what was in use and what would have helped: %s", text)

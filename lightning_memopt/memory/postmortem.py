@@ -119,6 +119,7 @@ def examine(
     *,
     device_type: str = "cpu",
     last_report: MemoryReport | None = None,
+    is_training: bool = True,
 ) -> PostMortem:
     """Describe the memory in use while ``error`` is handled.
 
@@ -130,12 +131,13 @@ def examine(
         optimizers: Its optimizers.
         device_type: Where the model trains; the host's memory is examined instead if that is what ran out.
         last_report: The last complete step that was measured.
+        is_training: Whether a training step failed, and not a validation.
     """
     message = str(error)
     if isinstance(error, MemoryError | OSError) or "DefaultCPUAllocator" in message:
         device_type = "cpu"
     requested = requested_bytes(message)
-    grows_with_batch = requested if requested is not None and not _was_in_optimizer(error) else 0
+    in_optimizer, creates_state = _was_in_optimizer(error)
     live = find_live_tensors(module, optimizers, device_type)
     return PostMortem(
         error=f"{type(error).__name__}: {message}",
@@ -145,21 +147,35 @@ def examine(
         by_category=sum_by(live, "category"),
         by_submodule=sum_by(live, "submodule"),
         largest=tuple(live[:_LARGEST]),
-        remedies=tuple(estimate_remedies(live, module, grows_with_batch)),
+        remedies=tuple(
+            estimate_remedies(
+                live,
+                module,
+                0 if in_optimizer else requested or 0,
+                requested or 0 if creates_state else 0,
+                is_training=is_training,
+            )
+        ),
         last_report=last_report,
     )
 
 
-def _was_in_optimizer(error: BaseException) -> bool:
-    """Whether the optimizer's own arithmetic failed, not the closure (forward and backward) that it may call."""
-    inside = False
+def _was_in_optimizer(error: BaseException) -> tuple[bool, bool]:
+    """Whether the optimizer's own arithmetic failed, not the closure (forward and backward) that it may call.
+
+    And whether that was where torch's optimizers make the state of a parameter, in full precision.
+    """
+    inside = creates_state = False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = frame.f_globals.get("__name__", "")
         if name.startswith("torch.optim."):
             inside = True
+            creates_state = frame.f_code.co_name == "_init_group"
         elif name.startswith(("torch.nn.", "torch.autograd.", "lightning.", "pytorch_lightning.")):
-            inside = False
-    return inside
+            inside = creates_state = False
+        elif name.startswith("lightning_memopt.techniques."):
+            creates_state = False  # packs it
+    return inside, creates_state
 
 
 def requested_bytes(message: str) -> int | None:

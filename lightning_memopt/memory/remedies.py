@@ -30,7 +30,14 @@ class Remedy:
     formula: str
 
 
-def estimate_remedies(live: Sequence[LiveTensor], module: nn.Module, requested_batch_bytes: int = 0) -> list[Remedy]:
+def estimate_remedies(
+    live: Sequence[LiveTensor],
+    module: nn.Module,
+    requested_batch_bytes: int = 0,
+    requested_state_bytes: int = 0,
+    *,
+    is_training: bool = True,
+) -> list[Remedy]:
     """What would have helped and by how much, the most helpful first.
 
     The estimates are made from the tensors that were alive, not from the model's definition: a technique that is
@@ -38,15 +45,25 @@ def estimate_remedies(live: Sequence[LiveTensor], module: nn.Module, requested_b
 
     Args:
         live: The tensors in use, from :func:`~lightning_memopt.memory.live.find_live_tensors`.
-        module: The model, for its blocks and its vocabulary.
+        module: The model, for its blocks, its vocabulary, and whether it optimizes by itself
+            (``automatic_optimization = False``), which leaves techniques out that change the loop's steps.
         requested_batch_bytes: Size of the allocation that failed, if it grows with the batch.
+        requested_state_bytes: The same, if it was to be optimizer state of 32 bits.
+        is_training: Whether a training step failed; the batches of a validation are not split.
     """
+    is_manual = not getattr(module, "automatic_optimization", True)
+    if not is_training:
+        halving = "Half the batch_size of the validation's DataLoader"
+    elif is_manual:
+        halving = "techniques.micro_batching.backward_in_micro_batches with half the batch"
+    else:
+        halving = "MicroBatching with half the batch"
     candidates = (
         _full_checkpointing(live, module),
-        _half_the_batch(live, requested_batch_bytes),
+        _half_the_batch(live, requested_batch_bytes, halving),
         _chunked_loss(live, module),
-        _low_bit_state(live),
-        _optimizer_in_backward(live),
+        _low_bit_state(live, requested_state_bytes),
+        None if is_manual else _optimizer_in_backward(live),
         _half_precision(live),
     )
     least = _WORTH_SAYING * _total(live)
@@ -76,13 +93,13 @@ def _full_checkpointing(live: Sequence[LiveTensor], module: nn.Module) -> Remedy
     return Remedy("ActivationCheckpointing('full')", whole - largest - len(by_block) * inlet, formula)
 
 
-def _half_the_batch(live: Sequence[LiveTensor], requested_bytes: int) -> Remedy:
+def _half_the_batch(live: Sequence[LiveTensor], requested_bytes: int, technique: str) -> Remedy:
     size = _total(_of(live, "activations", "temporaries"))
     formula = (
         f"half of activations and temporaries ({format_bytes(size)}) and of the allocation that failed "
         f"({format_bytes(requested_bytes)}), all proportional to the batch"
     )
-    return Remedy("MicroBatching with half the batch", (size + requested_bytes) // 2, formula)
+    return Remedy(technique, (size + requested_bytes) // 2, formula)
 
 
 def _chunked_loss(live: Sequence[LiveTensor], module: nn.Module) -> Remedy | None:
@@ -100,12 +117,14 @@ def _chunked_loss(live: Sequence[LiveTensor], module: nn.Module) -> Remedy | Non
     return Remedy("ChunkedLoss()", size - size // _CHUNKS, formula)
 
 
-def _low_bit_state(live: Sequence[LiveTensor]) -> Remedy:
+def _low_bit_state(live: Sequence[LiveTensor], requested_bytes: int) -> Remedy:
     wide = [tensor for tensor in _of(live, "optimizer_state") if tensor.dtype in ("float32", "float64")]
     size = _total(wide)
     kept = sum(tensor.size_bytes * _LOW_BITS // int(tensor.dtype.removeprefix("float")) for tensor in wide)
-    formula = f"optimizer state kept in 32 bits or more ({format_bytes(size)}) at {_LOW_BITS} bits a value"
-    return Remedy(f"LowBitOptimizer(bits={_LOW_BITS})", size - kept, formula)
+    failed = f" and the allocation that failed ({format_bytes(requested_bytes)})" if requested_bytes else ""
+    formula = f"optimizer state kept in 32 bits or more ({format_bytes(size)}){failed} at {_LOW_BITS} bits a value"
+    saved_of_failed = requested_bytes - requested_bytes * _LOW_BITS // 32
+    return Remedy(f"LowBitOptimizer(bits={_LOW_BITS})", size - kept + saved_of_failed, formula)
 
 
 def _optimizer_in_backward(live: Sequence[LiveTensor]) -> Remedy | None:

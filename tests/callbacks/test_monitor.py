@@ -21,8 +21,9 @@ from lightning_memopt.callbacks.monitor import MemoryMonitor
 from lightning_memopt.memory.report import CATEGORIES, format_bytes
 from tests.distributed import run_on_ranks
 from tests.memory.synthetic import report_of_a_step
-from tests.parity import assert_parity, train
+from tests.parity import assert_parity, quiet_trainer, train
 from tests.zoo import LARGER, ZOO, slow_where
+from tests.zoo.plain import MLP
 
 REPORT_FILES = {"memory_report.html", "memory_report.json", "memory_timeline.png"}
 POST_MORTEM_FILES = {"out_of_memory.txt", "out_of_memory.json", "out_of_memory.html"}
@@ -252,6 +253,21 @@ def test_after_out_of_memory_the_post_mortem_is_there_and_the_same_error_goes_on
     assert found["requested_bytes"] == 2 * 2**30
     assert {"parameters", "gradients", "optimizer_state"} <= set(found["by_category"])
     assert found["last_report"]["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("checks_before", [0, 1])
+def test_after_out_of_memory_in_a_validation_its_batches_are_what_to_make_smaller(tmp_path, checks_before):
+    class FailsToValidate(MLP):
+        def validation_step(self, batch, batch_idx):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 67108864 bytes.")
+
+    trainer = quiet_trainer(1, MemoryMonitor(dirpath=tmp_path), num_sanity_val_steps=checks_before)
+    loader = ZOO["mlp"].loader(batches=1)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        trainer.fit(FailsToValidate(0.0), loader, loader)
+    named = [each["technique"] for each in json.loads((tmp_path / "out_of_memory.json").read_text())["remedies"]]
+    assert named[0] == "Half the batch_size of the validation's DataLoader"
+    assert not any(name.startswith("MicroBatching") for name in named)
 
 
 def test_a_post_mortem_that_cannot_be_written_does_not_hide_the_error(tmp_path):

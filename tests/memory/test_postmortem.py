@@ -204,6 +204,33 @@ def test_an_allocation_that_fails_in_the_optimizer_does_not_count_as_growing_wit
     assert (remedy(fail(optimizer.step), "MicroBatching") or 0) < 2**40
 
 
+def test_state_that_could_not_be_made_counts_among_what_fewer_bits_save(monkeypatch):
+    net = nn.Linear(337, 337)
+    net(torch.randn(3, 337)).sum().backward()
+
+    def fails(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000 bytes.")
+
+    monkeypatch.setattr(torch, "zeros_like", fails)
+    try:
+        torch.optim.AdamW(net.parameters()).step()
+    except RuntimeError as error:
+        remedies = examine(error, net).remedies
+    assert remedy(remedies, "LowBitOptimizer") == 30_000_000
+
+
+def test_what_a_module_that_optimizes_by_itself_or_a_validation_cannot_use_is_not_named():
+    live = [live_of("gradients", 4 * MIB), live_of("gradients", 4 * MIB), live_of("activations", 8 * MIB)]
+    manual = nn.Linear(1, 1)
+    manual.automatic_optimization = False
+    found = estimate_remedies(live, manual)
+    assert remedy(found, "OptimizerInBackward") is None and remedy(found, "MicroBatching") is None
+    assert remedy(found, "techniques.micro_batching.backward_in_micro_batches") == 4 * MIB
+    assert remedy(estimate_remedies(live, nn.Linear(1, 1)), "MicroBatching") == 4 * MIB
+    validating = estimate_remedies(live, nn.Linear(1, 1), is_training=False)
+    assert remedy(validating, "MicroBatching") is None and remedy(validating, "Half the batch_size") == 4 * MIB
+
+
 def test_the_input_of_the_operation_that_failed_names_the_submodule_that_made_it():
     net = nn.Sequential(nn.Linear(347, 349))
     hidden = net(torch.randn(3, 347))
