@@ -1,14 +1,17 @@
 """MemoryPlan switches on what was planned, leaves nothing behind, and plans again where it was wrong."""
 
 import json
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import lightning_memopt as memopt
 from lightning_memopt.cli import main
@@ -52,6 +55,44 @@ def test_a_run_under_a_plan_stays_within_its_budget_trains_the_same_and_can_be_r
     assert reported["error"] == plan.result.best.peak_bytes / plan.measured_bytes - 1
     assert main(["report", str(tmp_path)]) == 0
     assert "auto, " in capsys.readouterr().out
+
+
+def test_a_plan_draws_no_random_numbers_of_the_training(tmp_path):
+    class Noisy(Dataset):
+        def __init__(self) -> None:
+            self.inputs, self.targets = _batch(8)
+            self.own = random.Random(0)
+
+        def __len__(self) -> int:
+            return len(self.inputs)
+
+        def __getitem__(self, index):
+            noise = torch.rand(()) + np.random.rand() + random.random() + self.own.random()
+            return self.inputs[index] + noise.float(), self.targets[index]
+
+    def losses(batched: bool, *callbacks: Callback) -> list[float]:
+        pl.seed_everything(0)
+        record = Recorder()
+        trainer = pl.Trainer(
+            max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[*callbacks, record], default_root_dir=tmp_path,
+        )  # fmt: skip
+        order = {"batch_size": 4, "shuffle": True, "generator": torch.Generator()}
+        sampler = BatchSampler(RandomSampler(range(8), generator=torch.Generator()), 4, drop_last=False)
+        loader = DataLoader(Noisy(), **(order if batched else {"batch_sampler": sampler}))
+        trainer.fit(Deep(), loader)
+        return record.losses
+
+    for batched in (True, False):
+        assert losses(batched, memopt.MemoryPlan("1GiB", device=A_CPU)) == losses(batched)
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
 
 
 class Once(IterableDataset):
