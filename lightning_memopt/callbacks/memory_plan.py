@@ -222,12 +222,16 @@ class MemoryPlan(Callback):
                 getattr(callback, hook)(trainer, module, *(("fit",) if hook == "setup" else ()))
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero:
-            assert self.result is not None
-            folder = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # `fast_dev_run` writes no logs and no checkpoints either
+        assert self.result is not None
+        folder = Path(trainer.default_root_dir)
+        said = result_as_dict(self.result) | {"measured_bytes": self.measured_bytes}
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            said = result_as_dict(self.result) | {"measured_bytes": self.measured_bytes}
             (folder / PLANNED).write_text(json.dumps(said, indent=1), encoding="utf-8")
+        except OSError as failure:  # a full or read-only disk must not cost the training
+            rank_zero_warn(f"{type(self).__name__} could not write what it planned: {failure}")
 
 
 def _is_profiled(trainer: pl.Trainer) -> bool:

@@ -87,6 +87,17 @@ def test_a_plan_draws_no_random_numbers_of_the_training(tmp_path):
         assert losses(batched, memopt.MemoryPlan("1GiB", device=A_CPU)) == losses(batched)
 
 
+def test_a_plan_that_cannot_be_written_ends_no_training_and_a_trial_run_writes_none(tmp_path):
+    in_the_way = tmp_path / "a file"
+    in_the_way.touch()
+    plan = memopt.MemoryPlan("1GiB", device=A_CPU)
+    with pytest.warns(UserWarning, match="MemoryPlan could not write what it planned: .*a file"):
+        trainer = _fit(Deep(), plan, tmp_path=in_the_way / "runs")
+    assert trainer.global_step == 4 and plan.measured_bytes is not None
+    _fit(Deep(), memopt.MemoryPlan("1GiB", device=A_CPU), tmp_path=tmp_path, fast_dev_run=3)
+    assert not (tmp_path / PLANNED).exists()
+
+
 class Recorder(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
