@@ -27,6 +27,7 @@ from lightning_memopt.strategies.pipeline_checks import (
     check_optimizers,
     check_trainer,
     warn_of_batch_norm,
+    warn_of_power_iteration,
     warn_of_unseen,
 )
 from lightning_memopt.strategies.pipeline_steps import PipelineSteps, refuse_to_cut
@@ -150,6 +151,8 @@ class PipelineParallelStrategy(MemoptStrategy):
         if trainer.state.fn == TrainerFn.FITTING and self.sizes.pipeline > 1:
             check_trainer(type(self).__name__, trainer)
             warn_of_batch_norm(trainer.lightning_module)
+            if self.microbatches != 1:
+                warn_of_power_iteration(trainer.lightning_module)
         super().setup(trainer)
 
     @override

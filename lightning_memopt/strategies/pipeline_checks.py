@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
 
 from lightning_memopt.callbacks.micro_batching import MicroBatching
@@ -79,6 +81,23 @@ def warn_of_batch_norm(module: pl.LightningModule) -> None:
         rank_zero_warn(
             f"`{names[0]}`{more} normalizes over the micro-batch instead of the batch, so training differs from one "
             "device with the same batches; GroupNorm or LayerNorm would not."
+        )
+
+
+def warn_of_power_iteration(module: pl.LightningModule) -> None:
+    """Say that spectral norms are estimated once for each micro-batch, and so further than once for each batch."""
+    names = [
+        name.partition(".parametrizations.")[0]
+        for name, part in module.named_modules()
+        for computes in [part, *part._forward_pre_hooks.values()]
+        if isinstance(computes, _SpectralNorm | SpectralNorm)
+    ]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        rank_zero_warn(
+            f"`{names[0]}`{more} has a spectral norm, whose estimate goes a step on with each micro-batch instead of "
+            "each batch, so weights differ from those on one device until it has settled. With `microbatches=1` they "
+            "do not."
         )
 
 

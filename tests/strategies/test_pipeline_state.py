@@ -1,5 +1,6 @@
 """What a rank of a pipeline holds, while training, in checkpoints, and afterwards."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,25 @@ class SavesAtTheEnd(Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         trainer.save_checkpoint(self.path)
+
+
+class Spectral(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.net[0])
+        nn.utils.spectral_norm(self.net[4])
+
+
+def test_spectral_norms_are_warned_of_but_with_one_micro_batch_where_they_train_as_on_one_device():
+    def fit(microbatches: int) -> tuple[list[float], list[str]]:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            losses = losses_of(Spectral(), 2, memopt.PipelineParallelStrategy(microbatches=microbatches))
+        return losses, [str(each.message) for each in warned if "spectral norm" in str(each.message)]
+
+    plain = run_on_ranks(lambda: losses_of(Spectral()), 1)[0]
+    losses, said = run_on_ranks(lambda: fit(1), 2)[0]
+    np.testing.assert_allclose(losses, plain, rtol=1e-5)
+    assert said == []
+    (said,) = run_on_ranks(lambda: fit(2), 2)[0][1]
+    assert said.startswith("`net.0` and 1 more has a spectral norm")
