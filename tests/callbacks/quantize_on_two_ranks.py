@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_memopt import QuantizeOnFitEnd
-from tests.callbacks.test_quantize_on_fit_end import Classifier, _loader
+from tests.callbacks.classifier import Classifier, signs_loader
 
 
 def quantize(strategy: str, folder: Path) -> tuple[list[float], float, list[float]]:
@@ -20,7 +20,7 @@ def quantize(strategy: str, folder: Path) -> tuple[list[float], float, list[floa
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=3, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
     )  # fmt: skip
-    trainer.fit(module, _loader(), _loader(1))
+    trainer.fit(module, signs_loader(), signs_loader(1))
     weight = callback.quantized.net[2].weight
     values = [*weight.dequantize().flatten().tolist(), weight.inputs]
     return values, callback.report.metrics_after["val_accuracy"], module.net[2].weight.flatten().tolist()

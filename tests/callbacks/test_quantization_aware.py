@@ -26,12 +26,12 @@ from lightning_memopt import (
 from lightning_memopt.compression.fake_quantize import FakeQuantization
 from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import quantize
-from tests.callbacks.test_quantize_on_fit_end import (
+from tests.callbacks.classifier import (
     Classifier,
-    _fit,
-    _loader,
-    _trainer,
     assert_rounding_kept_what_was_learned,
+    fit_signs,
+    signs_loader,
+    trainer_with,
 )
 from tests.parity import train
 from tests.zoo import ZOO, slow_where
@@ -114,10 +114,10 @@ class _ReadsItself(Classifier):
 
 def test_a_layer_whose_weight_is_read_and_which_is_not_called_is_said_to_train_as_it_is():
     with pytest.warns(UserWarning, match=r"'net.0.weight' were not rounded in the first batch"):
-        _fit(QuantizationAwareTraining("int8"), _ReadsItself(), max_epochs=1)
+        fit_signs(QuantizationAwareTraining("int8"), _ReadsItself(), max_epochs=1)
     with warnings.catch_warnings(record=True) as said:
-        _fit(QuantizationAwareTraining("int8"), max_epochs=1)
-        _fit(QuantizationAwareTraining("int8", exclude="net.0"), _ReadsItself(), max_epochs=1)
+        fit_signs(QuantizationAwareTraining("int8"), max_epochs=1)
+        fit_signs(QuantizationAwareTraining("int8", exclude="net.0"), _ReadsItself(), max_epochs=1)
     assert not [warning for warning in said if "not rounded" in str(warning.message)]
 
 
@@ -134,12 +134,12 @@ def test_gradients_pass_the_rounding_unchanged():
 @pytest.mark.parametrize("scheme", [*SCHEMES, "int8_static"])
 def test_training_goes_on_and_the_copy_is_what_was_trained(scheme, tmp_path):
     callback = QuantizationAwareTraining(scheme, start_step=4, export_path=tmp_path / "net")
-    trainer, module = _fit(callback)
+    trainer, module = fit_signs(callback)
     assert isinstance(callback.quantized.head.weight, PackedWeight)
     assert not isinstance(module.head.weight, PackedWeight) and not module.head._forward_pre_hooks
     assert_rounding_kept_what_was_learned(callback.report)
-    predicted = torch.cat(trainer.predict(callback.quantized, _loader(1)))
-    assert torch.equal(predicted, torch.cat(trainer.predict(load_compressed(tmp_path / "net"), _loader(1))))
+    predicted = torch.cat(trainer.predict(callback.quantized, signs_loader(1)))
+    assert torch.equal(predicted, torch.cat(trainer.predict(load_compressed(tmp_path / "net"), signs_loader(1))))
     if scheme == "int8_static":
         low, high = callback.quantized.head.weight.inputs
         assert low <= 0 < high
@@ -148,13 +148,13 @@ def test_training_goes_on_and_the_copy_is_what_was_trained(scheme, tmp_path):
 def test_fine_tuning_for_4_bits_loses_less_than_fine_tuning_and_rounding_afterwards():
     torch.manual_seed(1)
     trained = Classifier(128)
-    _trainer(max_epochs=6).fit(trained, _loader(), _loader(1))
+    trainer_with(max_epochs=6).fit(trained, signs_loader(), signs_loader(1))
     losses = []
     for callback in (QuantizeOnFitEnd("nf4"), QuantizationAwareTraining("nf4")):
         module = copy.deepcopy(trained)
         module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=1e-2)
         torch.manual_seed(0)
-        _trainer(callback, max_epochs=4).fit(module, _loader(), _loader())
+        trainer_with(callback, max_epochs=4).fit(module, signs_loader(), signs_loader())
         losses.append(callback.report.metrics_after["val_loss"])
     assert losses[1] < losses[0]
 
@@ -171,7 +171,7 @@ class _Watch(pl.Callback):
 def test_rounding_starts_and_ranges_freeze_at_their_steps():
     callback = QuantizationAwareTraining("int8_static", start_step=3, freeze_observers_step=6)
     watch = _Watch(callback)
-    _fit(callback, None, watch, max_epochs=-1, max_steps=9)
+    fit_signs(callback, None, watch, max_epochs=-1, max_steps=9)
     assert [enabled for enabled, *_ in watch.seen] == [False] * 3 + [True] * 6
     assert [observing for _, observing, _ in watch.seen] == [True] * 6 + [False] * 3
     ranges = [value for *_, value in watch.seen]
@@ -214,7 +214,7 @@ def test_compiled_parts_are_rounded_from_the_same_steps_on_and_not_after_trainin
         torch._dynamo.reset()
         torch.manual_seed(0)
         callback = QuantizationAwareTraining(scheme, start_step=3, freeze_observers_step=5)
-        _, module = _fit(callback, make(), max_epochs=1)
+        _, module = fit_signs(callback, make(), max_epochs=1)
         logits = module.eval()(torch.ones(2, 16)).detach()
         return [*module.parameters()], callback.report.metrics_before, logits
 
@@ -237,9 +237,9 @@ def test_resuming_has_the_ranges_of_the_uninterrupted_run(tmp_path):
     def run(steps, **options):
         torch.manual_seed(0)
         callback = QuantizationAwareTraining("int8_static")
-        trainer = _trainer(callback, max_epochs=-1, max_steps=steps)
+        trainer = trainer_with(callback, max_epochs=-1, max_steps=steps)
         module = Classifier()
-        trainer.fit(module, _loader(), _loader(1), **options)
+        trainer.fit(module, signs_loader(), signs_loader(1), **options)
         return trainer, module, callback
 
     _, whole, expected = run(16)
@@ -253,7 +253,7 @@ def test_resuming_has_the_ranges_of_the_uninterrupted_run(tmp_path):
 @pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "nf4"])
 def test_with_gradual_pruning_the_zeros_stay_zeros(scheme):
     callback = QuantizationAwareTraining(scheme)
-    _, module = _fit(callback, None, GradualPruning(ConstantSparsity(0.75, begin_step=4)))
+    _, module = fit_signs(callback, None, GradualPruning(ConstantSparsity(0.75, begin_step=4)))
     for name, packed in callback.quantized.named_parameters():
         if isinstance(packed, PackedWeight):
             zeros = module.get_parameter(name) == 0
@@ -265,7 +265,7 @@ def test_with_clustering_the_clusters_stay_clusters():
     callback = QuantizationAwareTraining("int8")
     torch.manual_seed(0)  # before the module is made: what it learns in so few steps depends on where it starts
     module = Classifier(128)
-    _trainer(ClusterWeights(16, begin_step=12), callback).fit(module, _loader(), _loader(1))
+    trainer_with(ClusterWeights(16, begin_step=12), callback).fit(module, signs_loader(), signs_loader(1))
     packed = callback.quantized.net[2].weight
     assert len(torch.unique(module.net[2].weight)) <= 16
     assert len(torch.unique(packed.values)) <= 16 and packed.scale.numel() == 1
@@ -277,7 +277,7 @@ def test_pruned_clustered_and_rounded_weights_keep_their_zeros_and_clusters():
     before = [GradualPruning(ConstantSparsity(0.5, begin_step=4)), ClusterWeights(16, begin_step=8)]
     torch.manual_seed(0)
     module = Classifier(128)
-    _trainer(*before, callback).fit(module, _loader(), _loader(1))
+    trainer_with(*before, callback).fit(module, signs_loader(), signs_loader(1))
     weight, packed = module.net[2].weight, callback.quantized.net[2].weight
     zeros = weight == 0
     assert zeros.float().mean() == 0.5 and len(weight.unique()) <= 16
@@ -287,7 +287,7 @@ def test_pruned_clustered_and_rounded_weights_keep_their_zeros_and_clusters():
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging, partial(StochasticWeightAveraging, 1e-2, 1)])
 def test_the_average_of_weights_that_trained_with_rounding_is_what_is_quantized(averaging):
     callback = QuantizationAwareTraining("int8")
-    _, module = _fit(callback, None, averaging())
+    _, module = fit_signs(callback, None, averaging())
     averaged = copy.deepcopy(module)
     quantize(averaged, "int8")
     for (name, packed), expected in zip(callback.quantized.named_parameters(), averaged.parameters(), strict=True):
@@ -299,7 +299,7 @@ def test_what_a_checkpointed_block_computes_again_is_not_observed_again():
     ranges = []
     for others in ([], [ActivationCheckpointing("full", modules=["net"])]):
         callback = QuantizationAwareTraining("int8_static")
-        _fit(callback, None, *others)
+        fit_signs(callback, None, *others)
         ranges.append(callback.state_dict()["ranges"])
     assert ranges[0] == ranges[1]
 
@@ -307,7 +307,7 @@ def test_what_a_checkpointed_block_computes_again_is_not_observed_again():
 def test_two_of_them_keep_their_ranges_apart_in_a_checkpoint(tmp_path):
     body = QuantizationAwareTraining("int8_static", include="net.*", convert_on_fit_end=False)
     head = QuantizationAwareTraining("int8_static", include="head", convert_on_fit_end=False)
-    trainer, _ = _fit(body, None, head)
+    trainer, _ = fit_signs(body, None, head)
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
     assert {name for key in (body.state_key, head.state_key) for name in saved[key]["ranges"]} == {

@@ -9,79 +9,24 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torchmetrics import Accuracy
 
 from lightning_memopt import DataParallelStrategy, PruneOnFitEnd, QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.onnx import unpacked_copy
 from lightning_memopt.compression.packed import PackedWeight
+from tests.callbacks.classifier import (
+    Classifier,
+    assert_rounding_kept_what_was_learned,
+    fit_signs,
+    signs_loader,
+    trainer_with,
+)
 from tests.callbacks.learning import NotEvenStarted
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
-
-
-class Classifier(pl.LightningModule):
-    """Learns the sign of a sum; counts how often Lightning sets it up."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        self.head = nn.Linear(width, 2)
-        self.accuracy = Accuracy("multiclass", num_classes=2)
-        self.setups: list[str] = []
-        self.example_input_array = torch.randn(8, 16)
-
-    def setup(self, stage):
-        self.setups.append(stage)
-
-    def forward(self, x):
-        return self.head(self.net(x))
-
-    def training_step(self, batch, batch_idx):
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        logits = self(batch[0])
-        self.accuracy(logits, batch[1])
-        self.log("val_accuracy", self.accuracy)
-        self.log("val_loss", F.cross_entropy(logits, batch[1]))
-
-    test_step = validation_step
-
-    def predict_step(self, batch, batch_idx):
-        return self(batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-def _loader(seed: int = 0) -> DataLoader:
-    x = torch.randn(256, 16, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=32)
-
-
-def _trainer(*callbacks, **options) -> pl.Trainer:
-    options = {"max_epochs": 3, "logger": False, "enable_checkpointing": False} | options
-    return pl.Trainer(
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **options
-    )
-
-
-def _fit(callback, module=None, *others, **options):
-    torch.manual_seed(0)
-    module = module or Classifier()
-    trainer = _trainer(callback, *others, **options)
-    trainer.fit(module, _loader(), _loader(1))
-    return trainer, module
 
 
 class Brittle(Classifier):
@@ -92,22 +37,16 @@ class Brittle(Classifier):
         self.log("score", -float(sum(isinstance(parameter, PackedWeight) for parameter in self.parameters())))
 
 
-def assert_rounding_kept_what_was_learned(report):
-    """Something was: a guess has 0.5, and eight seeds had 0.87 to 0.96. Rounding costs a hundredth or two of it."""
-    before, after = report.metrics_before["val_accuracy"], report.metrics_after["val_accuracy"]
-    assert before > 0.75 and after > before - 0.05
-
-
 @pytest.mark.parametrize(
     "scheme", ["int8", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp8", "fp16", "bf16"]
 )
 def test_the_copy_tests_predicts_and_loads_and_the_original_is_as_plain_training_leaves_it(scheme, tmp_path):
     callback = QuantizeOnFitEnd(scheme, max_metric_drop=0.05, monitor="val_accuracy", export_path=tmp_path / "net")
-    trainer, module = _fit(callback)
+    trainer, module = fit_signs(callback)
     assert [latency.batch_size for latency in callback.report.latency] == [1, 8]
     torch.manual_seed(0)
     plain = Classifier()
-    _trainer().fit(plain, _loader(), _loader(1))
+    trainer_with().fit(plain, signs_loader(), signs_loader(1))
     for key, value in plain.state_dict().items():
         assert torch.equal(module.state_dict()[key], value)
 
@@ -115,23 +54,23 @@ def test_the_copy_tests_predicts_and_loads_and_the_original_is_as_plain_training
     assert isinstance(quantized.net[2].weight, PackedWeight) and not callback.refusal
     assert callback.report.ratio < (0.55 if scheme.endswith("16") else 0.32)
     assert_rounding_kept_what_was_learned(callback.report)
-    tested = trainer.test(quantized, _loader(1), verbose=False)[0]
+    tested = trainer.test(quantized, signs_loader(1), verbose=False)[0]
     assert tested["val_accuracy"] == pytest.approx(callback.report.metrics_after["val_accuracy"])
-    predicted = torch.cat(trainer.predict(quantized, _loader(1)))
-    loaded = torch.cat(trainer.predict(load_compressed(tmp_path / "net"), _loader(1)))
+    predicted = torch.cat(trainer.predict(quantized, signs_loader(1)))
+    loaded = torch.cat(trainer.predict(load_compressed(tmp_path / "net"), signs_loader(1)))
     assert torch.equal(predicted, loaded)
-    assert not torch.equal(predicted, torch.cat(trainer.predict(module, _loader(1))))
+    assert not torch.equal(predicted, torch.cat(trainer.predict(module, signs_loader(1))))
 
 
 def test_the_best_checkpoint_is_reloaded_and_tested_as_without_the_callback(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
     callback = QuantizeOnFitEnd("int8", max_metric_drop=0.02)
-    trainer, module = _fit(callback, None, checkpoint, enable_checkpointing=True)
-    best = trainer.test(module, _loader(1), ckpt_path="best", verbose=False)[0]["val_accuracy"]
+    trainer, module = fit_signs(callback, None, checkpoint, enable_checkpointing=True)
+    best = trainer.test(module, signs_loader(1), ckpt_path="best", verbose=False)[0]["val_accuracy"]
     assert best == pytest.approx(float(checkpoint.best_model_score))
     assert Classifier.load_from_checkpoint(checkpoint.best_model_path).net[2].weight.dtype is torch.float32
     trainer.fit_loop.max_epochs = 4
-    trainer.fit(module, _loader(), _loader(1))  # and training goes on
+    trainer.fit(module, signs_loader(), signs_loader(1))  # and training goes on
     assert trainer.current_epoch == 4
 
 
@@ -139,14 +78,14 @@ def test_the_best_checkpoint_is_reloaded_and_tested_as_without_the_callback(tmp_
 def test_a_best_checkpoint_is_not_loaded_into_the_copy_that_predicted_last(name_it, tmp_path):
     callback = QuantizeOnFitEnd("int8")
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
-    trainer, module = _fit(callback, None, checkpoint, enable_checkpointing=True)
+    trainer, module = fit_signs(callback, None, checkpoint, enable_checkpointing=True)
     with torch.no_grad():
         callback.quantized.head.bias.add_(1)
-    wanted = trainer.predict(callback.quantized, _loader(1))[0]
+    wanted = trainer.predict(callback.quantized, signs_loader(1))[0]
     with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd: .* Name a module to load it into"):
-        trainer.test(callback.quantized if name_it else None, _loader(1), ckpt_path="best", verbose=False)
-    assert torch.equal(trainer.predict(callback.quantized, _loader(1))[0], wanted)
-    trainer.test(module, _loader(1), ckpt_path="best", verbose=False)
+        trainer.test(callback.quantized if name_it else None, signs_loader(1), ckpt_path="best", verbose=False)
+    assert torch.equal(trainer.predict(callback.quantized, signs_loader(1))[0], wanted)
+    trainer.test(module, signs_loader(1), ckpt_path="best", verbose=False)
     assert "on_load_checkpoint" not in vars(callback.quantized)
 
 
@@ -165,7 +104,7 @@ def test_validating_at_the_end_leaves_the_metrics_and_the_state_of_the_trainer_a
             assert vars(module).keys() == hooks.keys() and module.trainer is trainer
             assert trainer.state.fn == "fit"
 
-    _, module = _fit(Looks())
+    _, module = fit_signs(Looks())
     assert seen["metrics"]["val_accuracy"] == pytest.approx(seen["callback"]["val_accuracy"])
     assert seen["metrics"]["val_loss"] == pytest.approx(seen["callback"]["val_loss"])
     assert module.setups == ["fit"]
@@ -176,10 +115,10 @@ def test_a_result_that_loses_too_much_is_dropped_with_a_warning_and_the_original
         "int4_weight_only", max_metric_drop=0.5, monitor="score", export_path=tmp_path / "net"
     )
     with pytest.warns(UserWarning, match=r"score went from .* the result is dropped"):
-        trainer, module = _fit(callback, Brittle())
+        trainer, module = fit_signs(callback, Brittle())
     assert callback.quantized is None and "score" in callback.refusal
     assert not (tmp_path / "net").exists()
-    kept = trainer.validate(module, _loader(1), verbose=False)[0]
+    kept = trainer.validate(module, signs_loader(1), verbose=False)[0]
     assert kept["score"] == 0 and kept["val_loss"] == pytest.approx(callback.report.metrics_before["val_loss"])
 
 
@@ -187,15 +126,15 @@ def test_a_result_that_loses_too_much_is_dropped_with_a_warning_and_the_original
 def test_a_gate_that_takes_for_better_what_another_callback_takes_for_worse_is_refused_in_setup(other):
     callback = QuantizeOnFitEnd("int8", max_metric_drop=0.1, monitor="val_loss")
     with pytest.raises(MisconfigurationException, match=f"'val_loss' .* mode='max', and {other.__name__} moni"):
-        _fit(callback, None, other(monitor="val_loss"), NotEvenStarted(), enable_checkpointing=True)
+        fit_signs(callback, None, other(monitor="val_loss"), NotEvenStarted(), enable_checkpointing=True)
 
 
 def test_a_loss_that_is_judged_as_if_more_of_it_were_better_is_warned_of_and_otherwise_nothing_is_said():
     with pytest.warns(UserWarning, match="'val_loss' is judged with mode='max'"):
-        _fit(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_loss"), max_epochs=1)
+        fit_signs(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_loss"), max_epochs=1)
     with warnings.catch_warnings(record=True) as said:
-        _fit(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_loss", mode="min"), max_epochs=1)
-        _fit(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_accuracy"), max_epochs=1)
+        fit_signs(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_loss", mode="min"), max_epochs=1)
+        fit_signs(QuantizeOnFitEnd("int8", max_metric_drop=9.0, monitor="val_accuracy"), max_epochs=1)
     assert not [warning for warning in said if "judged with" in str(warning.message)]
 
 
@@ -210,7 +149,7 @@ def test_backing_off_packs_what_the_gate_bears_and_names_what_it_does_not(tmp_pa
     callback = QuantizeOnFitEnd(
         "int8_static", max_metric_drop=0.5, back_off=True, monitor="score", export_path=tmp_path / "net"
     )
-    _fit(callback, Tender())
+    fit_signs(callback, Tender())
     assert not callback.refusal and callback.report.metrics_after["score"] == 1.0
     assert callback.report.skipped["net.2.weight"] == "left as it was, to meet max_metric_drop"
     loaded = load_compressed(tmp_path / "net", Tender())
@@ -224,7 +163,7 @@ def test_backing_off_packs_what_the_gate_bears_and_names_what_it_does_not(tmp_pa
 def test_backing_off_to_nothing_is_a_refusal():
     callback = QuantizeOnFitEnd("int8", max_metric_drop=0.5, back_off=True, monitor="score")
     with pytest.warns(UserWarning, match="the result is dropped"):
-        _fit(callback, Brittle())
+        fit_signs(callback, Brittle())
     assert callback.quantized is None and callback.refusal
 
 
@@ -232,8 +171,8 @@ def test_backing_off_to_nothing_is_a_refusal():
 def test_the_copy_of_a_module_that_is_compiled_as_a_whole_is_what_is_judged_and_predicts(scheme):
     callback, module = QuantizeOnFitEnd(scheme), Classifier()
     module.compile(backend="eager")
-    _fit(callback, module, max_epochs=1)
-    x, y = _loader(1).dataset.tensors
+    fit_signs(callback, module, max_epochs=1)
+    x, y = signs_loader(1).dataset.tensors
     found = callback.quantized(x)
     assert not torch.allclose(found, module(x))
     assert callback.report.metrics_after["val_loss"] == pytest.approx(float(F.cross_entropy(found, y)), rel=1e-4)
@@ -244,7 +183,7 @@ def test_the_copy_of_a_module_that_is_compiled_as_a_whole_is_what_is_judged_and_
 
 def test_in_place_the_module_itself_is_packed():
     callback = QuantizeOnFitEnd("int8", inplace=True)
-    _, module = _fit(callback)
+    _, module = fit_signs(callback)
     assert callback.quantized is module and isinstance(module.head.weight, PackedWeight)
 
 
@@ -284,11 +223,11 @@ def test_two_ranks_quantize_the_same_whole_module_and_one_writes_it(strategy, tm
 )
 def test_the_process_that_launched_others_gets_the_quantized_module_back_and_they_validate_it(make, tmp_path):
     callback = QuantizeOnFitEnd("int8_static", export_path=tmp_path / "net")
-    trainer, module = _fit(callback, None, devices=2, strategy=make(), max_epochs=1)
+    trainer, module = fit_signs(callback, None, devices=2, strategy=make(), max_epochs=1)
     written, x = load_compressed(tmp_path / "net"), torch.randn(4, 16)
     assert isinstance(callback.quantized.net[2].weight, PackedWeight)
     assert torch.equal(callback.quantized(x), written(x)) and not torch.equal(module.eval()(x), written(x))
-    trainer.validate(callback.quantized, _loader(1), verbose=False)
+    trainer.validate(callback.quantized, signs_loader(1), verbose=False)
     validated = float(trainer.callback_metrics["val_accuracy"])
     assert validated == pytest.approx(callback.report.metrics_after["val_accuracy"])
 
@@ -297,14 +236,14 @@ def test_the_process_that_launched_others_gets_the_quantized_module_back_and_the
 @pytest.mark.parametrize("max_drop", [0.5, 10.0])
 def test_the_process_that_launched_others_is_told_why_a_result_was_refused(max_drop):
     callback = QuantizeOnFitEnd("int4_weight_only", max_metric_drop=max_drop, monitor="score")
-    _fit(callback, Brittle(), devices=2, strategy="ddp_fork", max_epochs=1)
+    fit_signs(callback, Brittle(), devices=2, strategy="ddp_fork", max_epochs=1)
     assert bool(callback.refusal) == (callback.quantized is None) == (max_drop == 0.5)
 
 
 @pytest.mark.distributed
 def test_packing_the_module_itself_is_refused_where_weights_travel_back_to_a_plain_one():
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"QuantizeOnFitEnd: .*inplace=True packs"):
-        _fit(QuantizeOnFitEnd(inplace=True), None, devices=2, strategy="ddp_fork")
+        fit_signs(QuantizeOnFitEnd(inplace=True), None, devices=2, strategy="ddp_fork")
 
 
 def test_without_bitsandbytes_the_extra_to_install_is_named_when_nf4_is_asked_for(monkeypatch):
@@ -343,8 +282,8 @@ class StepsItself(NoValidation):
 def test_calibration_needs_no_validation(module, options):
     callback, plain = QuantizeOnFitEnd("int8_static", calibration_batches=2), module()
     trained = copy.deepcopy(plain)
-    trainer, _ = _fit(callback, trained, **options)
-    _fit(pl.Callback(), plain, **options)
+    trainer, _ = fit_signs(callback, trained, **options)
+    fit_signs(pl.Callback(), plain, **options)
     assert all(torch.equal(one, two) for one, two in zip(trained.parameters(), plain.parameters(), strict=True))
     assert trainer.callback_metrics.keys() == plain.trainer.callback_metrics.keys()
     assert getattr(trained, "batches", None) == getattr(plain, "batches", None)
@@ -375,7 +314,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(make, module, options
             stepped.append(1)
 
     with pytest.raises(MisconfigurationException, match=f"QuantizeOnFitEnd: .*{match}"):
-        _fit(make(), module(), Steps(), **options)
+        fit_signs(make(), module(), Steps(), **options)
     assert not stepped
 
 
@@ -409,81 +348,22 @@ class _Keeping(Classifier):
     "callback", [QuantizeOnFitEnd("int8"), PruneOnFitEnd(0.5, max_metric_drop=1.0, monitor="val_accuracy")]
 )
 def test_a_module_that_keeps_its_last_logits_is_copied(callback):
-    _, module = _fit(callback, _Keeping(), max_epochs=1)
+    _, module = fit_signs(callback, _Keeping(), max_epochs=1)
     assert callback.report.metrics_after and module.last_logits.grad_fn is not None
-
-
-class LogsAfterwards(pl.Callback):
-    def on_validation_epoch_end(self, trainer, module):
-        module.log("of_a_callback", 1.0)
 
 
 def test_a_type_that_no_file_holds_is_refused_before_the_first_step(tmp_path):
     module = Classifier()
     module.register_buffer("phases", torch.zeros(3, dtype=torch.complex128))
     with pytest.raises(MisconfigurationException, match=r"`phases` holds torch\.complex128"):
-        _fit(QuantizeOnFitEnd("int8", export_path=tmp_path / "net"), module, NotEvenStarted())
-
-
-def test_a_metric_that_only_a_callback_logs_is_refused_before_the_first_step():
-    callback, module = QuantizeOnFitEnd("int8", max_metric_drop=0.1, monitor="of_a_callback"), Classifier()
-    with pytest.raises(MisconfigurationException, match=r"of_a_callback.*logs \['val_accuracy', 'val_loss'\]"):
-        _fit(callback, module, LogsAfterwards())
-    assert module.trainer.global_step == 0
-
-
-class TakesDicts(Classifier):
-    """Whose training batches are of another form than those that it validates on."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step((batch["x"], batch["y"]), batch_idx)
-
-
-def test_training_batches_that_validation_cannot_take_are_refused_before_the_first_step():
-    module, trainer = TakesDicts(), _trainer(QuantizeOnFitEnd("int8_static"))
-    pairs = _loader()
-    batches = [{"x": x, "y": y} for x, y in pairs]
-    with pytest.raises(MisconfigurationException, match=r"calibrated with training batches.*validation_step"):
-        trainer.fit(module, batches, _loader(1))
-    assert trainer.global_step == 0
-
-
-@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}])
-def test_judging_on_one_batch_at_the_start_changes_no_training(workers):
-    shuffled = DataLoader(_loader().dataset, batch_size=32, shuffle=True, **workers)
-    weights = []
-    for callbacks in ([], [QuantizeOnFitEnd("int8_static", max_metric_drop=0.5, monitor="val_accuracy")]):
-        torch.manual_seed(0)
-        module = Classifier()
-        _trainer(*callbacks).fit(module, shuffled, _loader(1))
-        weights.append(module.state_dict())
-    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
-
-
-class StepsItsScheduler(Classifier):
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
-
-    def lr_scheduler_step(self, scheduler, metric):
-        """By hand."""
-
-    def on_validation_epoch_end(self):
-        if not self.trainer.sanity_checking:
-            self.lr_schedulers().step()
-
-
-def test_validating_at_the_end_steps_no_scheduler_of_the_users():
-    trainer, _ = _fit(QuantizeOnFitEnd("int8"), StepsItsScheduler())
-    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2 / 2**3
+        fit_signs(QuantizeOnFitEnd("int8", export_path=tmp_path / "net"), module, NotEvenStarted())
 
 
 @pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: {"x": x}])
 def test_an_example_of_several_arguments_or_of_named_ones_is_timed_too(wrap):
     module, callback = Classifier(), QuantizeOnFitEnd("int8")
     module.example_input_array = wrap(module.example_input_array)
-    _fit(callback, module, max_epochs=1)
+    fit_signs(callback, module, max_epochs=1)
     assert [one.batch_size for one in callback.report.latency] == [1, 8]
 
 
@@ -492,60 +372,5 @@ def test_a_latency_that_cannot_be_measured_is_no_reason_to_lose_the_result():
     module.example_input_array = torch.randn(16)  # of one sample, without a dimension for more
     callback = QuantizeOnFitEnd("int8")
     with pytest.warns(UserWarning, match="No latency was measured"):
-        _fit(callback, module)
+        fit_signs(callback, module)
     assert callback.quantized is not None and callback.report.latency == ()
-
-
-def test_validation_that_never_ran_is_run_when_training_is_over():
-    callback = QuantizeOnFitEnd("int8", max_metric_drop=1.0, monitor="val_accuracy")
-    _fit(callback, max_epochs=1, check_val_every_n_epoch=5, num_sanity_val_steps=0)
-    assert callback.report.metrics_before.keys() == {"val_accuracy", "val_loss"} and callback.quantized is not None
-
-
-def test_validation_that_never_ran_is_not_that_of_other_data_that_was_validated_before_training():
-    callback = QuantizeOnFitEnd("int8")
-    trainer, module = (
-        _trainer(callback, max_epochs=1, check_val_every_n_epoch=2, num_sanity_val_steps=0),
-        Classifier(),
-    )
-    other, wanted = _loader(2), _loader(1)
-    wanted.dataset.tensors[1].zero_()
-    trainer.validate(module, other, verbose=False)
-    trainer.fit(module, _loader(), wanted)
-    accuracy = float((module.eval()(wanted.dataset.tensors[0]).argmax(1) == 0).float().mean())
-    assert callback.report.metrics_before["val_accuracy"] == pytest.approx(accuracy)
-
-
-class _TakesPairs(Classifier):
-    """Trains and validates on batches of two loaders at once."""
-
-    def training_step(self, batch, batch_idx):
-        return sum(super(_TakesPairs, self).training_step(part, batch_idx) for part in batch.values())
-
-    def validation_step(self, batch, batch_idx):
-        super().validation_step(batch["first"], batch_idx)
-
-
-@pytest.mark.parametrize("has_validation", [True, False])
-def test_batches_of_several_loaders_are_joined_in_calibration_and_validation_as_in_training(has_validation):
-    callback = QuantizeOnFitEnd("int8_static")
-    validated = CombinedLoader({"first": _loader(1), "second": _loader(2)}, "max_size") if has_validation else None
-    _trainer(callback, max_epochs=1).fit(_TakesPairs(), {"first": _loader(), "second": _loader(1)}, validated)
-    assert not callback.report.fallbacks and bool(callback.report.metrics_after) == has_validation
-
-
-class _Once(IterableDataset):
-    """A stream that ends once it was read."""
-
-    def __init__(self):
-        self.batches = iter(_loader())
-
-    def __iter__(self):
-        return self.batches
-
-
-def test_a_stream_of_which_nothing_is_left_to_calibrate_with_is_said():
-    callback = QuantizeOnFitEnd("int8_static")
-    with pytest.warns(UserWarning, match="no layer saw a batch in calibration"):
-        _trainer(callback, max_epochs=1).fit(Classifier(), DataLoader(_Once(), batch_size=None))
-    assert "net.0.weight" in callback.report.fallbacks
