@@ -65,6 +65,7 @@ def main() -> int:
 
 def _trained(task: Task, folder: Path | None) -> pl.LightningModule:
     """The task's module after its training, or with the weights that an earlier run left in ``folder``."""
+    pl.seed_everything(0, verbose=False)  # the same module, whichever rows are asked for
     module = task.build()
     path = folder and folder / f"{task.name}.safetensors"
     if path and path.exists():

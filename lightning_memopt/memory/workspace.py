@@ -220,9 +220,8 @@ def _is_free(operator: Any, tensors: list[torch.Tensor]) -> bool:
     if name in _FREE_WHERE_CONTIGUOUS:
         return all(tensor.is_contiguous() for tensor in tensors)
     one_dtype = len({tensor.dtype for tensor in tensors if tensor.dim() > 0}) <= 1
-    if torch.Tag.pointwise in operator.tags and not any(
-        map(torch.is_complex, tensors)
-    ):  # `abs` computes complex ones
+    is_complex = any(map(torch.is_complex, tensors))  # `abs` makes complex numbers beside its result
+    if torch.Tag.pointwise in operator.tags and not is_complex:
         return (one_dtype or name == "where") and all(map(_is_dense, tensors))
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return tensors[0].dtype in (torch.float32, torch.float64) and all(map(_suits_blas, tensors[-2:]))
