@@ -1,6 +1,7 @@
 """What lies between split layers is computed in parts only where that was verified; numbers are right in any case."""
 
 import gc
+import time
 from collections.abc import Callable
 
 import pytest
@@ -294,14 +295,22 @@ def test_what_was_tried_is_not_kept():
         gc.collect()
         return sum(isinstance(each, Tensor) for each in gc.get_objects())
 
+    def fewest(moments: int, at_most: int = 0) -> int:
+        """Threads of gloo hold what they sent for a moment: seen at several moments, until there are ``at_most``."""
+        counts = [tensors()]
+        while counts[-1] > at_most and len(counts) < moments:
+            time.sleep(0.02)
+            counts.append(tensors())
+        return min(counts)
+
     def tensors_more(name: str) -> int:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
         module, x = CASES[name][0](), torch.randn(3, LENGTH, WIDTH)
         tensor_parallelize(module, mesh, find_tensor_plan(module, mesh.size()))
-        before = tensors()
+        before = fewest(8)
         _run(module, x)
         module.zero_grad()
-        return tensors() - before
+        return fewest(250, before) - before
 
     def count_each() -> dict[str, int]:
         gc.freeze()  # what was there before the test is not looked through each time
@@ -309,7 +318,7 @@ def test_what_was_tried_is_not_kept():
         return {name: tensors_more(name) for name in CASES}
 
     more = run_on_ranks(count_each, 2, deadline_seconds=300)[0]
-    assert all(count < 4 for count in more.values()), more  # threads of gloo may hold what they sent
+    assert not any(more.values()), more
 
 
 @pytest.mark.slow
