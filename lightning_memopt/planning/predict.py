@@ -62,8 +62,10 @@ def measure_memory(
         ValueError: ``module`` is no LightningModule, cannot be copied, or never steps an optimizer.
 
     Example:
-        >>> report = measure_memory(module, batch, gradient_clip_val=1.0)
-        >>> report.by_category["optimizer_state"]
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> report = measure_memory(BoringModel(), torch.ones(4, 32), gradient_clip_val=1.0)
+        >>> report.by_category["parameters"]
+        264
     """
     return measure_step(module, batch, callbacks=callbacks, plugins=plugins, **trainer_options)
 
@@ -122,9 +124,12 @@ def predict_memory(
             the message says by which operator and where.
 
     Example:
-        >>> plain = predict_memory(module, batch)
-        >>> less = predict_memory(module, batch, callbacks=[memopt.ActivationCheckpointing("full")])
-        >>> saved_bytes = plain.peak_bytes - less.peak_bytes
+        >>> import lightning_memopt as memopt
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> plain = predict_memory(BoringModel(), torch.ones(4, 32))
+        >>> freed = predict_memory(BoringModel(), torch.ones(4, 32), callbacks=[memopt.OptimizerInBackward()])
+        >>> plain.by_category["gradients"], freed.by_category["gradients"]
+        (264, 0)
     """
     return predict_step(module, batch, callbacks=callbacks, plugins=plugins, **trainer_options)
 

@@ -30,7 +30,8 @@ class AutoStrategy(DataParallelStrategy):
         MisconfigurationException: At the start of ``fit``: nothing fits; says what would.
 
     Example:
-        >>> trainer = pl.Trainer(strategy=AutoStrategy("8GiB"), accelerator="cpu", devices=2)  # doctest: +SKIP
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(strategy=AutoStrategy("8GiB"), accelerator="cpu", devices=2)
     """
 
     def __init__(

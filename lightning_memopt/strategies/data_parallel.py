@@ -52,7 +52,7 @@ class DataParallelStrategy(MemoptStrategy):
 
     Example:
         >>> strategy = DataParallelStrategy(shard="parameters")
-        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)  # doctest: +SKIP
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)
     """
 
     def __init__(

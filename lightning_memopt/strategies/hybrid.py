@@ -30,8 +30,9 @@ class HybridStrategy(PipelineParallelStrategy, TensorParallelStrategy, DataParal
             single strategies refuse.
 
     Example:
+        >>> import lightning.pytorch as pl
         >>> strategy = HybridStrategy(pipeline=2, shard=2, tensor=2)
-        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=8)  # doctest: +SKIP
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=8)
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class TensorParallelStrategy(MemoptStrategy):
 
     Example:
         >>> strategy = TensorParallelStrategy(plan={"head": "whole"})
-        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)  # doctest: +SKIP
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2)
     """
 
     def __init__(
