@@ -46,7 +46,8 @@ class QuantizeOnFitEnd(FitEndCallback):
 
     Args:
         scheme: ``"int8_weight_only"`` (or ``"int8"``), ``"int8_dynamic"``, ``"int8_static"``, ``"int4_weight_only"``,
-            ``"nf4"``, ``"fp16"`` or ``"bf16"``; see :func:`~lightning_memopt.compression.quantize.quantize`.
+            ``"nf4"``, ``"fp8"``, ``"fp16"`` or ``"bf16"``; see
+            :func:`~lightning_memopt.compression.quantize.quantize`.
         include: Only these weights: names, patterns or classes of modules. ``None``: all.
         exclude: Not these.
         calibration_batches: Batches of the training data that the ranges of ``"int8_static"`` are taken from; they go

@@ -190,7 +190,7 @@ def compression_report(
         eligible_sparsity: Share of zeros over the weights that were to be pruned.
         metrics_before: Validation metrics of the original.
         metrics_after: Validation metrics of the compressed module.
-        latency: What :func:`~lightning_memopt.compression.latency.compare_latency` measured.
+        latency: What :func:`~lightning_memopt.compression.latency.compare_latencies` measured.
         export_path: Folder that the compressed module was saved to; its files are what it takes on disk.
 
     Example:
