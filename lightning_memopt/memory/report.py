@@ -114,7 +114,7 @@ def format_bytes(count: int | float) -> str:
     """Bytes for people, in powers of two: ``format_bytes(3 * 2**20) == "3.0 MiB"``."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
+        if abs(size) < 1023.95:  # as it is printed
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"

@@ -38,6 +38,7 @@ def test_a_point_sums_its_categories():
         (1023, "1023 B"),
         (1024, "1.0 KiB"),
         (1536, "1.5 KiB"),
+        (MIB - 8, "1.0 MiB"),
         (3 * MIB, "3.0 MiB"),
         (1023.9 * MIB, "1023.9 MiB"),
         (1024 * MIB, "1.00 GiB"),
