@@ -181,6 +181,21 @@ def test_each_rank_holds_its_share_of_parameters_and_optimizer_state(ranks):
             assert sizes[strategy] <= sizes["memopt_ddp"] * (1 / ranks + 0.05)
 
 
+def test_gradients_of_replicas_are_views_of_the_buckets_that_are_reduced():
+    def buckets_and_gradients(module: pl.LightningModule) -> tuple[int, int]:
+        gradients = [parameter.grad for parameter in module.parameters()]
+        return len({gradient.untyped_storage().data_ptr() for gradient in gradients}), len(gradients)
+
+    def fit() -> list[tuple[int, int]]:
+        probe = Probe("on_after_backward", buckets_and_gradients)
+        _fit("mlp", "memopt_ddp", probe, steps=3)
+        return probe.seen
+
+    for seen in run_on_ranks(fit, 2):
+        buckets, gradients = seen[-1]
+        assert buckets == 1 < gradients
+
+
 def test_stage_2_reduces_every_micro_batch_and_the_others_once_per_step():
     def count() -> dict[str, list[bool]]:
         reduced = {}

@@ -68,11 +68,13 @@ class Classifier(pl.LightningModule):
 class _Seen(Callback):
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
+        self.bar: list[dict[str, float]] = []
         self.outputs: list[np.ndarray] = []
         self.rates: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.logged.append({name: float(value) for name, value in sorted(trainer.callback_metrics.items())})
+        self.bar.append(dict(trainer.progress_bar_metrics))
         self.outputs.append(outputs["logits"].numpy())
         assert outputs["logits"].shape[0] == batch[0].shape[0]
 
@@ -82,7 +84,7 @@ class _Seen(Callback):
 
 
 def _loaders() -> tuple[DataLoader, DataLoader]:
-    # 43 samples in batches of 8: the last of an epoch has 3, and micro-batches of two sizes.
+    # 43 samples: batches of 9 and 7 make micro-batches of two sizes, and the last that is held out has one sample.
     dataset = ZOO["mlp"].loader(batches=1, batch_size=43).dataset
     return DataLoader(dataset, batch_size=9), DataLoader(dataset, batch_size=7)
 
@@ -102,6 +104,7 @@ def _fit_test_predict(folder: Path, ranks: int, **options: Any) -> dict[str, Any
     predicted = trainer.predict(module, held_out)
     return {
         "logged": seen.logged,
+        "bar": seen.bar,
         "outputs": np.concatenate(seen.outputs),
         "rates": seen.rates,
         "best": (Path(checkpoint.best_model_path).name, float(checkpoint.best_model_score)),
@@ -127,6 +130,8 @@ def test_logs_metrics_callbacks_and_outputs_are_those_of_one_device_on_every_ran
         assert [list(logged) for logged in seen["logged"]] == [list(logged) for logged in one_device["logged"]]
         for ours, theirs in zip(seen["logged"], one_device["logged"], strict=True):
             np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4, atol=1e-6)
+        for ours, theirs in zip(seen["bar"], one_device["bar"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4) and "loss_step" in ours
         np.testing.assert_allclose(seen["outputs"], one_device["outputs"], rtol=1e-3, atol=1e-4)
         assert seen["rates"] == one_device["rates"]
         assert seen["best"][0] == one_device["best"][0]
