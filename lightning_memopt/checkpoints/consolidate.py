@@ -109,7 +109,7 @@ def _with_places(checkpoint: ShardedCheckpoint) -> dict[str, Any]:
     layout = {**checkpoint.rest, "state_dict": weights.pop("weights"), **weights}
     if checkpoint.about["optimizers"]:
         layout["optimizer_states"] = [
-            {"state": _state_places(checkpoint, number, of), **of["others"]}
+            {"state": _state_places(number, of), **of["others"]}
             for number, of in enumerate(checkpoint.about["optimizers"])
         ]
     return layout
@@ -123,7 +123,7 @@ def _weight_places(about: Mapping[str, Any], state: str) -> dict[str, Any]:
     }
 
 
-def _state_places(checkpoint: ShardedCheckpoint, number: int, about: Mapping[str, Any]) -> dict[Any, Any]:
+def _state_places(number: int, about: Mapping[str, Any]) -> dict[Any, Any]:
     state: dict[Any, Any] = {}
     for index, name in about["names"].items():
         plain = about["plain"].get(name, {})

@@ -113,11 +113,6 @@ class ShardedCheckpoint:
         return into
 
     @property
-    def weight_names(self) -> list[str]:
-        """Of ``state_dict``, in the order in which the module has them."""
-        return list(self.about["weights"])
-
-    @property
     def states(self) -> dict[str, Mapping[str, Any]]:
         """By where they lie, what is told of the ``state_dict`` and of those that are beside it."""
         return {"weights": self.about, **self.about.get("beside", {})}

@@ -121,7 +121,7 @@ def decode(encoded: Encoded) -> Tensor:
         raise ValueError(f"The values are {values.dtype}, but the tensor is {encoded.dtype}.")
     bits = values.reshape(-1) if encoded.encoding == "dense" else values.reshape(-1).view(_as_bits(values))
     mask = _unpack_positions(sparse, tensors["positions"], encoded.shape) if sparse else None
-    stored = count if mask is None else _stored(sparse, mask, encoded.shape)
+    stored = count if mask is None else _stored(sparse, mask)
     if codebook:
         bits = _look_up(bits, tensors["indices"], stored)
     if len(bits) != stored:
@@ -248,7 +248,7 @@ def _unpack_positions(sparse: str, packed: Tensor, shape: tuple[int, ...]) -> Te
     return numbers
 
 
-def _stored(sparse: str, mask: Tensor, shape: tuple[int, ...]) -> int:
+def _stored(sparse: str, mask: Tensor) -> int:
     return int(mask.count_nonzero()) if sparse.endswith("bitmask") else len(mask) * int(sparse[0])
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memopt.compression.packed.base import attends_to_itself
 from lightning_memopt.compression.packed.integers import Inputs, round_inputs
 from lightning_memopt.compression.quantize import Scheme, pack_weight, packing, why_not
 from lightning_memopt.compression.ranges import Range, input_range, sample_dims
@@ -100,7 +101,7 @@ class FakeQuantization:
             if not torch.compiler.is_compiling():
                 self._waiting.pop(name, None)
             x: Any = args[0] if args else next(iter(kwargs.values()), None)
-            is_rounded = isinstance(x, Tensor) and (not is_attention or _is_self(*args, **kwargs))
+            is_rounded = isinstance(x, Tensor) and (not is_attention or attends_to_itself(*args, **kwargs))
             if dims is not None and is_rounded and self.observing and carrier.training:
                 self._observe(name, x)
             if not self.enabled:
@@ -134,11 +135,6 @@ class FakeQuantization:
             if 0 < high - low < float("inf"):
                 old_low, old_high = self.ranges.get(name, (low, high))
                 self.ranges[name] = low + (1 - MOMENTUM) * (old_low - low), high + (1 - MOMENTUM) * (old_high - high)
-
-
-def _is_self(query: Any, key: Any = None, value: Any = None, *_: Any, **__: Any) -> bool:
-    """Whether a call of attention is of a sequence with itself, of which alone inputs are rounded."""
-    return query is key and key is value
 
 
 def _carrier(module: nn.Module, owner: str) -> tuple[nn.Module, nn.Module]:

@@ -104,10 +104,6 @@ class DeviceModel:
     recompute_overheads: Mapping[str, float] = field(default_factory=dict)
     micro_batch_overhead: float = 0.0
 
-    def rounded_bytes(self, size_bytes: int) -> int:
-        """Bytes that the allocator takes for one tensor of ``size_bytes``."""
-        return -(-size_bytes // self.granularity) * self.granularity
-
     def flops_of(self, dtype: str) -> float:
         """Operations per second of matrix products in ``dtype`` (``"bfloat16"``), those of float32 where unknown."""
         return self.matmul_flops.get(dtype, self.matmul_flops["float32"])

@@ -177,7 +177,9 @@ class PackedWeight(Tensor):
             # Within it rows beyond `max_norm` are shortened in their table: one table has to last for all of it.
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*dense(args), **dense(kwargs))
-        if function is Tensor.__getitem__ or (function is F.multi_head_attention_forward and not _is_self(*args)):
+        if function is Tensor.__getitem__ or (
+            function is F.multi_head_attention_forward and not attends_to_itself(*args)
+        ):
             # One cuts its weight in three: better once here than at each cut. A part of a weight (positions up to
             # the length) would be a view, and views of a wrapper do not exist in inference mode.
             args, kwargs = dense((args, kwargs))
@@ -264,8 +266,8 @@ def _is_number(index: Any) -> bool:
     return type(index) is int or (is_tensor and index.dtype != torch.bool)
 
 
-def _is_self(query: Any, key: Any, value: Any, *_: Any) -> bool:
-    """Whether a call of attention is of a sequence with itself, which reads its weights whole."""
+def attends_to_itself(query: Any, key: Any = None, value: Any = None, *_: Any, **__: Any) -> bool:
+    """Whether a call of attention is of a sequence with itself: then weights are read whole, and inputs rounded."""
     return query is key and key is value
 
 
