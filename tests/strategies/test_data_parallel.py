@@ -211,12 +211,16 @@ def test_stage_2_reduces_every_micro_batch_and_the_others_once_per_step():
         }  # fmt: skip
 
 
-def test_offloading_trains_the_same():
-    def losses() -> list[np.ndarray]:
-        return [fit_zoo(ZOO["gpt2"], 2, 3, strategy=f"memopt_zero{stage}").losses for stage in ("3", "3_offload")]
+def test_offloading_trains_the_same_in_every_stage():
+    def losses() -> list[list[np.ndarray]]:
+        stages = [("mlp", "memopt_zero1"), ("mlp", "memopt_zero2"), ("gpt2", "memopt_zero3")]
+        return [
+            [fit_zoo(ZOO[name], 2, 3, strategy=strategy).losses for strategy in (stage, f"{stage}_offload")]
+            for name, stage in stages
+        ]
 
-    plain, offloaded = run_on_ranks(losses, 2)[0]
-    np.testing.assert_array_equal(offloaded, plain)
+    for plain, offloaded in run_on_ranks(losses, 2)[0]:
+        np.testing.assert_array_equal(offloaded, plain)
 
 
 def test_clipping_by_value_is_that_of_one_device():
