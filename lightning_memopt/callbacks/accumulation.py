@@ -142,12 +142,6 @@ class GradientAccumulation(Callback):
         )
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # In each epoch: a reloaded loader (`reload_dataloaders_every_n_epochs`) may have batches of another size.
-        if self._target_batch_size is not None:
-            self._schedule = self._factor_for_target(trainer, self._target_batch_size)
-
-    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -234,6 +228,10 @@ class GradientAccumulation(Callback):
 
     def _begin_window(self, trainer: pl.Trainer, batch: Any) -> None:
         at = trainer.current_epoch if self._by == "epoch" else trainer.global_step
+        if self._target_batch_size is not None:
+            # Each time: a reloaded loader (`reload_dataloaders_every_n_epochs`) may have batches of another size, and
+            # a fit that goes on within an epoch has no start of one.
+            self._schedule = self._factor_for_target(trainer, self._target_batch_size)
         assert self._schedule is not None
         try:
             self._factor = accumulation_factor(self._schedule, at)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from lightning_memopt import GradientAccumulation
 from tests.callbacks.test_accumulation import TokenModel, loader, token_batches
 from tests.parity import assert_same_training, quiet_trainer, train
+from tests.resuming import SavesAt
 from tests.zoo import ZOO
 
 
@@ -91,6 +92,17 @@ def test_a_target_batch_size_is_kept_when_a_reloaded_loader_has_larger_batches()
     )
     trainer.fit(module)
     assert trainer.global_step == 2 + 2
+
+
+def test_a_target_batch_size_is_kept_by_a_fit_that_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    entry, path = ZOO["mlp"], tmp_path / "first.ckpt"
+
+    def fit(*callbacks, ckpt_path=None):
+        trainer = quiet_trainer(-1, GradientAccumulation(target_batch_size=16), *callbacks, max_epochs=1)
+        trainer.fit(entry.build(), entry.loader(8), ckpt_path=ckpt_path)
+        return trainer.global_step
+
+    assert fit(SavesAt(path, step=1)) == fit(ckpt_path=path) == 4
 
 
 class _SharpnessAware(torch.optim.SGD):
