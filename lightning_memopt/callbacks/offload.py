@@ -27,7 +27,7 @@ class ActivationOffload(Callback):
 
     Raises:
         MisconfigurationException: Bad arguments, when made; at fit start, ``to="cpu"`` for training on a CPU.
-        OffloadError: The disk is full (while training; the message says what to do).
+        OffloadError: While training, the disk is full, or the folder is gone; the message says what to do.
 
     Source:
         Rhu et al. 2016 (https://arxiv.org/abs/1602.08124).

@@ -1,7 +1,6 @@
 """Keep the tensors that autograd saves outside the device's memory until the backward asks for them."""
 
-import shutil
-import tempfile
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,8 +13,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_memopt.memory.report import format_bytes
 from lightning_memopt.models.lazy import refuse_uninitialized
-from lightning_memopt.techniques.offload_storage import CopyStream, FakeBytes, FileCopy, HostCopy, StoredBytes
+from lightning_memopt.techniques.offload_folder import StoreFolder
+from lightning_memopt.techniques.offload_storage import (
+    CopyStream,
+    FakeBytes,
+    FileCopy,
+    HostCopy,
+    OffloadError,
+    StoredBytes,
+)
 
 Destination = Literal["cpu", "disk"]
 MIN_BYTES = 2**20
@@ -33,7 +41,8 @@ def offload_activations(
     """Move what autograd saves in the ``with`` block out of the device's memory, and back in the backward.
 
     Values, gradients and random state are those of plain training. The block must hold the forward; the backward may
-    run inside or after it. Files are deleted as the backward uses them up, and at once if the block raises.
+    run inside or after it. Files are deleted as the backward uses them up, and at once if the block raises; those of
+    a process that was killed, by the next that offloads to the same folder.
 
     Args:
         module: The model; its parameters and buffers stay where they are, and views of them.
@@ -45,7 +54,7 @@ def offload_activations(
 
     Raises:
         ValueError: Bad arguments, or ``to="cpu"`` for a model that is on the CPU already.
-        OffloadError: The disk is full or cannot be written.
+        OffloadError: The disk is full, or the folder cannot be written or read any more.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
@@ -83,11 +92,13 @@ class ActivationStore:
             raise ValueError(f"directory={str(directory)!r} was given with to={to!r}; use to='disk' or leave it out")
         if directory is not None and not (isinstance(directory, str | Path) and Path(directory).is_dir()):
             raise ValueError(f"directory={str(directory)!r} is not an existing folder; make it first")
+        if directory is not None and not os.access(directory, os.W_OK | os.X_OK):
+            raise ValueError(f"directory={str(directory)!r} cannot be written; give one that can")
         self.to = to
         self.min_bytes = min_bytes
         self.stored_bytes = 0
         self._parent = directory
-        self._folder: Path | None = None
+        self._folder: StoreFolder | None = None
         self._files = 0
         self._closing = False
         self._streams: dict[torch.device, CopyStream] = {}
@@ -122,7 +133,7 @@ class ActivationStore:
         """Remove all files now; graphs that still need them cannot run backward."""
         self._closing = True
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def _save(self, tensor: torch.Tensor, held: set[int]) -> "_Saved":
         if not self._takes(tensor) or tensor.untyped_storage()._cdata in held:
@@ -157,7 +168,16 @@ class ActivationStore:
         if isinstance(tensor, FakeTensor):
             return FakeBytes(tensor)
         if self.to == "disk":
-            return FileCopy(tensor, self._new_file(), self.stored_bytes)
+            try:
+                return FileCopy(tensor, self._new_file())
+            except OSError as error:
+                raise OffloadError(
+                    error.errno,
+                    f"offloading {format_bytes(tensor.untyped_storage().nbytes())} of activations failed "
+                    f"({error.strerror}) with {format_bytes(self.stored_bytes)} already stored; give directory= on a "
+                    "disk that has room and can be written, or raise min_bytes",
+                    str(self._folder.path if self._folder else self._parent or ""),
+                ) from error
         return HostCopy(tensor, self._stream(tensor.device))
 
     def _stream(self, device: torch.device) -> CopyStream:
@@ -167,9 +187,9 @@ class ActivationStore:
 
     def _new_file(self) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="activations-", dir=self._parent))
+            self._folder = StoreFolder(self._parent)
         self._files += 1
-        return self._folder / f"{self._files}.bin"
+        return self._folder.path / f"{self._files}.bin"
 
     def _released(self, count: int) -> None:
         self.stored_bytes -= count
@@ -177,7 +197,7 @@ class ActivationStore:
 
     def _remove_empty_folder(self) -> None:
         if self._closing and self._folder is not None and self.stored_bytes == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
 
 class _Saved(Protocol):

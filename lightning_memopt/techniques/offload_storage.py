@@ -1,7 +1,7 @@
 """Where the bytes of an offloaded storage wait: in a file, in pinned host memory, or nowhere (prediction)."""
 
+import errno
 import mmap
-import os
 import weakref
 from collections import deque
 from pathlib import Path
@@ -20,7 +20,7 @@ UNDER_WAY_BYTES = 256 * 2**20
 
 
 class OffloadError(OSError):
-    """Activations could not be written, usually because the disk is full."""
+    """Activations could not be written, usually because the disk is full, or not be read back."""
 
 
 class StoredBytes:
@@ -60,13 +60,12 @@ class FileCopy(StoredBytes):
     Args:
         tensor: A tensor of the storage.
         path: The file to make.
-        already_stored_bytes: What other files hold, for the message when the disk is full.
 
     Raises:
-        OffloadError: The file cannot be written.
+        OSError: The file cannot be written.
     """
 
-    def __init__(self, tensor: torch.Tensor, path: Path, already_stored_bytes: int) -> None:
+    def __init__(self, tensor: torch.Tensor, path: Path) -> None:
         super().__init__(tensor)
         self._path = path
         weakref.finalize(self, _unlink, path)
@@ -74,20 +73,21 @@ class FileCopy(StoredBytes):
             data: Any = _bytes_of(tensor).cpu().numpy()
         try:
             path.write_bytes(memoryview(data))
-        except OSError as error:
+        except OSError:
             _unlink(path)
-            raise OffloadError(
-                error.errno,
-                f"offloading {format_bytes(self.nbytes)} of activations failed "
-                f"({os.strerror(error.errno or 0)}) with {format_bytes(already_stored_bytes)} already stored; "
-                "free the disk, give directory= on a larger one, or raise min_bytes",
-                str(path.parent),
-            ) from error
+            raise
 
     def _load(self) -> torch.UntypedStorage:
         # Not UntypedStorage.from_file, which reports the mapping to the profiler as if it were allocated memory.
-        with self._path.open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
+        try:
+            with self._path.open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter than it was written
+            raise OffloadError(
+                getattr(error, "errno", errno.EIO),
+                f"{format_bytes(self.nbytes)} of offloaded activations cannot be read back ({error}); give "
+                "directory= where nothing else deletes files",
+            ) from error
         mapped = torch.frombuffer(mapping, dtype=torch.uint8)
         if self.device.type != "cpu":
             return mapped.to(self.device).untyped_storage()

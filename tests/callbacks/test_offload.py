@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -90,3 +91,9 @@ def test_offloading_to_the_cpu_on_a_cpu_is_refused_before_the_first_step() -> No
 def test_bad_arguments_are_named_when_the_callback_is_made(arguments: dict, sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         ActivationOffload(**arguments)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_when_the_callback_is_made(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(MisconfigurationException, match=r"directory='.*' cannot be written"):
+        ActivationOffload("disk", directory=tmp_path)

@@ -1,5 +1,8 @@
 import errno
+import fcntl
 import gc
+import os
+import shutil
 from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +18,7 @@ from lightning_memopt.memory.report import MemoryReport
 from lightning_memopt.memory.track import track_memory
 from lightning_memopt.techniques.checkpointing import checkpoint_activations
 from lightning_memopt.techniques.offload import offload_activations
+from lightning_memopt.techniques.offload_folder import PREFIX
 from lightning_memopt.techniques.offload_storage import UNDER_WAY_BYTES, CopyStream, OffloadError
 from tests.zoo import ZOO
 
@@ -132,6 +136,61 @@ def test_a_full_disk_is_a_named_error_and_leaves_no_file(tmp_path: Path, monkeyp
     ):
         net(torch.ones(8, 64))
     assert not _files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_a_named_error(tmp_path: Path) -> None:
+    net, folder = _net(), tmp_path / "gone"
+    folder.mkdir()
+    expected = (
+        r"offloading 2.0 KiB of activations failed \(No such file or directory\) with 0 B already stored.*/gone"
+    )
+    with (
+        pytest.raises(OffloadError, match=expected),
+        offload_activations(net, to="disk", min_bytes=0, directory=folder),
+    ):
+        folder.rmdir()
+        net(torch.ones(8, 64))
+    folder.mkdir()
+    with (
+        pytest.raises(OffloadError, match=r"2.0 KiB of activations failed"),
+        offload_activations(net, to="disk", min_bytes=0, directory=folder),
+    ):
+        net(torch.ones(8, 64)).sum().backward()
+        shutil.rmtree(folder)
+        net(torch.ones(8, 64))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["deleted", "cut"])
+def test_a_file_that_is_deleted_or_cut_before_the_backward_is_a_named_error(spoil: Any, tmp_path: Path) -> None:
+    net = _net()
+    with offload_activations(net, to="disk", min_bytes=0, directory=tmp_path):
+        loss = net(torch.ones(8, 64)).sum()
+    for file in _files(tmp_path):
+        spoil(file)
+    with pytest.raises(OffloadError, match="cannot be read back"):
+        loss.backward()
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_others_use_or_is_not_ours_stays(tmp_path: Path) -> None:
+    net = _net()
+
+    def left(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.bin").touch()
+        return tmp_path / name
+
+    left(f"{PREFIX}killed")
+    others = [left(f"{PREFIX}alive"), left("activations-of-the-user")]
+    lock = os.open(others[0], os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with offload_activations(net, to="disk", min_bytes=0, directory=tmp_path):
+        first = net(torch.ones(8, 64)).sum()
+        with offload_activations(net, to="disk", min_bytes=0, directory=tmp_path):
+            second = net(torch.ones(8, 64)).sum()
+    (first + second).backward()
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+    assert all(len(_files(folder)) == 1 for folder in others)
+    os.close(lock)
 
 
 def test_the_peak_of_the_allocator_does_not_grow_with_depth_and_mapped_files_are_not_in_it(tmp_path: Path) -> None:
