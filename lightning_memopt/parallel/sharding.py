@@ -168,13 +168,17 @@ def shard_module(
         # FSDP2 takes no other strides, which weights of convolutions in `channels_last` have.
         if parameter not in ignored and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.contiguous()
+    done: set[nn.Module] = set()
     for part, frees in plan:
+        is_complex = any(p.is_complex() for m in part.modules() if m not in done for p in m.parameters(recurse=False))
+        done.update(part.modules())
         if not ignored.issuperset(part.parameters()) or part in roots:
             fully_shard(
                 part,
                 mesh=mesh,
                 reshard_after_forward=frees,
-                mp_policy=policy,
+                # Autocast leaves complex numbers as they are, and 16 bits would leave out their imaginary parts.
+                mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False) if is_complex else policy,
                 offload_policy=offload_policy,
                 ignored_params=ignored,
             )

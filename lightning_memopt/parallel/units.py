@@ -38,43 +38,55 @@ def find_shard_units(module: nn.Module) -> list[nn.Module]:
 
 
 def find_odd_modules(unit: nn.Module, inner: Collection[nn.Module] = ()) -> list[nn.Module]:
-    """Modules of ``unit`` whose trainable parameters are stored in another dtype than most of its elements.
+    """Modules of ``unit`` that are to be sharded apart, so that what is sharded together is stored in one dtype.
 
-    One collective carries one dtype of gradients, so such modules (norms kept in float32, say) are sharded apart.
+    One collective carries one dtype of gradients. What has no parameters of its own, or those of the dtype around it,
+    is sharded with that; norms kept in float32, say, are not. Where ``unit`` has parameters of its own it is their
+    dtype, else that of most elements.
 
     Args:
         unit: What is to be sharded together.
         inner: Modules inside ``unit`` that are units themselves; their parameters do not count.
 
+    Returns:
+        Those modules from the inside out. Only parameters that are trained count.
+
     Raises:
         ValueError: A module mixes dtypes itself, or its parameters are used outside it.
     """
     skipped = {submodule for module in inner if module is not unit for submodule in module.modules()}
-    own = {
-        name: [p for p in module.parameters(recurse=False) if p.requires_grad and p.ndim]
-        for name, module in unit.named_modules()
-        if module not in skipped
-    }
+    names = {module: name for name, module in unit.named_modules() if module not in skipped}
+    dtypes: dict[nn.Module, list[torch.dtype]] = {}
     elements: Counter[torch.dtype] = Counter()
-    for parameters in own.values():
-        for parameter in parameters:
+    for module in names:
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.ndim]
+        dtypes[module] = list(dict.fromkeys(p.dtype for p in own))
+        for parameter in own:
             elements[parameter.dtype] += parameter.numel()
+
+    def find_apart(around: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+        for module in around.children():
+            if module in names:
+                own = dtypes[module]
+                yield from find_apart(module, own[0] if own else dtype)
+                if own and own[0] != dtype:
+                    yield module
+
     if len(elements) < 2:
         return []
-    common = elements.most_common(1)[0][0]
+    of_unit = (dtypes[unit] or [elements.most_common(1)[0][0]])[0]
+    apart = list(dict.fromkeys(find_apart(unit, of_unit)))
     uses = _count_uses(unit)
-    odd = []
-    for name, parameters in own.items():
-        if all(parameter.dtype == common for parameter in parameters):
-            continue
-        if len({parameter.dtype for parameter in parameters}) > 1 or any(uses[p] > 1 for p in parameters):
+    for module, name in names.items():
+        is_tied = module in apart and any(uses[p] > count for p, count in _count_uses(module).items())
+        if is_tied or len(dtypes[module]) > 1:
+            dtype, other = (*dtypes[module], of_unit)[:2]
             raise ValueError(
-                f"`{name or type(unit).__name__}` stores trainable parameters in {parameters[0].dtype} next to, or "
-                f"tied with, others in {common}, and gradients of two dtypes cannot be reduced together; store them "
-                "in one dtype, or use `memopt_ddp`."
+                f"`{name or type(unit).__name__}` stores trainable parameters in {dtype} next to, or tied with, "
+                f"others in {other}, and gradients of two dtypes cannot be reduced together; store them in one "
+                "dtype, or use `memopt_ddp`."
             )
-        odd.append(unit.get_submodule(name))
-    return odd
+    return apart
 
 
 def check_can_shard(module: nn.Module, held_elsewhere: Collection[nn.Parameter] = ()) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_memopt.parallel.gather import (
@@ -29,10 +31,10 @@ def _model() -> nn.Module:
     )
 
 
-def _shard(model: nn.Module, stage: Any = "parameters") -> Sharding:
+def _shard(model: nn.Module, stage: Any = "parameters", **options: Any) -> Sharding:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    return shard_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), stage)
+    return shard_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), stage, **options)
 
 
 def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
@@ -112,22 +114,72 @@ class NormInFull(nn.Module):
         return x + self.linear(self.norm(x).bfloat16()).float()
 
 
-def test_norms_kept_in_float32_are_sharded_beside_weights_in_bfloat16():
+class ScaleInFull(nn.Module):
+    """Weights in bfloat16, a scale of the module's own in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.linear = nn.Parameter(torch.ones(8)), nn.Linear(8, 8, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.linear(x.bfloat16()).float()
+
+
+class Spectrum(nn.Module):
+    """A complex filter of the module's own beside real weights, which autocast computes with in 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.linear = nn.Parameter(torch.randn(5, dtype=torch.cfloat)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(torch.fft.irfft(torch.fft.rfft(x) * self.filter))
+
+
+@pytest.mark.parametrize("block", [NormInFull, ScaleInFull, Spectrum])
+def test_parameters_of_two_types_are_sharded_beside_each_other(block: type[nn.Module]) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(NormInFull(), NormInFull())
+        return nn.Sequential(block(), block())
 
     def train() -> dict[str, np.ndarray]:
         model = build()
         sharding = _shard(model)
         _steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
         sharding.undo()
-        return {name: value.float().numpy() for name, value in model.state_dict().items()}
+        return {name: value.cfloat().numpy() for name, value in model.state_dict().items()}
 
     plain = build()
     _steps(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
     for name, weight in _on_two(train)[0].items():
-        np.testing.assert_allclose(weight, plain.state_dict()[name].float().numpy(), rtol=1e-2, err_msg=name)
+        np.testing.assert_allclose(weight, plain.state_dict()[name].cfloat().numpy(), rtol=1e-2, err_msg=name)
+
+
+def test_16_bits_leave_complex_parameters_as_they_are() -> None:
+    def gather() -> tuple[torch.dtype, torch.dtype]:
+        model = Spectrum()
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        sharding = _shard(model, policy=policy)
+        model.unshard()
+        model.linear.unshard()
+        dtypes = model.filter.dtype, model.linear.weight.dtype
+        sharding.undo()
+        return dtypes
+
+    assert _on_two(gather)[0] == (torch.cfloat, torch.bfloat16)
+
+
+def test_an_optimizer_that_steps_complex_shards_to_other_values_is_refused() -> None:
+    def refused() -> str:
+        model = Spectrum()
+        _shard(model)
+        mesh = model.filter.device_mesh
+        check_steps_shards(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), mesh)
+        with pytest.raises(ValueError, match="complex") as said:
+            check_steps_shards(torch.optim.AdamW(model.parameters()), mesh)
+        return str(said.value)
+
+    assert "AdamW steps sharded complex parameters of 1 dimensions to other values" in _on_two(refused)[0]
 
 
 def test_undoing_without_gathering_needs_no_other_rank():
@@ -201,7 +253,7 @@ def test_optimizers_are_accepted_by_what_they_do_to_shards():
         assert [name for name, words in said.items() if words == "accepted"] == ["AdamW", "SGD", "RMSprop"]
         assert "Adafactor fails on sharded parameters" in said["Adafactor"]
         assert "LBFGS fails on sharded parameters" in said["LBFGS"]
-        assert "LocalNorm steps a sharded parameter of 2 dimensions to other values" in said["LocalNorm"]
+        assert "LocalNorm steps sharded parameters of 2 dimensions to other values" in said["LocalNorm"]
 
 
 class LocalNorm(torch.optim.Optimizer):

@@ -64,6 +64,16 @@ def test_modules_of_the_rarer_dtype_are_sharded_apart():
     assert find_odd_modules(block) == [block[0]]
 
 
+def test_around_a_module_that_has_parameters_of_a_rarer_dtype_itself_the_others_are_sharded_apart():
+    block = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))).bfloat16()
+    block[1].scale = nn.Parameter(torch.ones(4))
+    assert find_odd_modules(block) == [block[1][0], block[1][1], block[1]]
+    assert find_odd_modules(block[1]) == [block[1][0], block[1][1]]
+    block[0].weight = block[1][0].weight
+    with pytest.raises(ValueError, match=r"`1` stores trainable parameters in torch.float32 next to, or tied"):
+        find_odd_modules(block)
+
+
 def test_a_module_that_mixes_dtypes_is_refused_by_name():
     block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     block[1].bias.data = block[1].bias.bfloat16()
