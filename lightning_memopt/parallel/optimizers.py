@@ -29,25 +29,27 @@ def check_steps_shards(optimizer: Optimizer, mesh: DeviceMesh) -> None:
         ValueError: It cannot; says what was seen.
     """
     name = type(optimizer).__name__
-    remedy = "use an optimizer that treats each element by itself (AdamW, SGD), or `memopt_ddp`"
+    elementwise = "use an optimizer that treats each element by itself (AdamW, SGD), or `memopt_ddp`"
+    as_real = "store real numbers and make complex ones of them in `forward`, or use `memopt_ddp`"
     for index, group in enumerate(optimizer.param_groups):
         held = [
             parameter for parameter in group["params"] if isinstance(parameter, DTensor) and not parameter.is_meta
         ]
-        for like in {parameter.ndim: parameter for parameter in held}.values():
+        for like in {(parameter.ndim, parameter.is_complex()): parameter for parameter in held}.values():
+            what = f"sharded {'complex ' if like.is_complex() else ''}parameters of {like.ndim} dimensions"
+            remedy = as_real if like.is_complex() else elementwise
             with torch.random.fork_rng(devices=[]):
                 try:
                     whole = _step_stand_in(optimizer, group, like, None)
                     sharded = _step_stand_in(optimizer, group, like, mesh)
                 except Exception as error:
                     raise ValueError(
-                        f"{name} fails on sharded parameters of {like.ndim} dimensions (tried for group {index}: "
+                        f"{name} fails on {what} (tried for group {index}: "
                         f"{type(error).__name__}: {str(error).splitlines()[0]}); {remedy}."
                     ) from error
             if not torch.allclose(whole, sharded, rtol=1e-4, atol=1e-6):
                 raise ValueError(
-                    f"{name} steps a sharded parameter of {like.ndim} dimensions to other values than a whole one "
-                    f"(tried for group {index}); {remedy}."
+                    f"{name} steps {what} to other values than whole ones (tried for group {index}); {remedy}."
                 )
 
 
@@ -58,7 +60,7 @@ def _step_stand_in(
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
-        values = torch.randn(shape, generator=generator)
+        values = torch.randn(shape, generator=generator, dtype=torch.cfloat if like.is_complex() else torch.float)
         if mesh is not None:  # every rank draws the same values and keeps its part
             placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
             values = distribute_tensor(values, mesh, placements, src_data_rank=None)
