@@ -121,13 +121,16 @@ def complete_in_place(module: nn.Module) -> None:
         for name, tensor in chain(parameters, submodule.named_buffers(recurse=False, remove_duplicate=False)):
             places.setdefault(id(tensor), []).append((submodule, name))
             tensors[id(tensor)] = tensor
-    everywhere = gather_values(tuple(not tensor.is_meta for tensor in tensors.values()))
+    held = gather_values(tuple(None if tensor.is_meta else tensor.shape for tensor in tensors.values()))
     device = next((t.device for t in tensors.values() if not t.is_meta), torch.device("cpu"))
-    for (key, tensor), ranks in zip(tensors.items(), zip(*everywhere, strict=True), strict=True):
-        if all(ranks) or not any(ranks):
+    for (key, tensor), shapes in zip(tensors.items(), zip(*held, strict=True), strict=True):
+        source, shape = next(((rank, shape) for rank, shape in enumerate(shapes) if shape is not None), (0, None))
+        if shape is None or None not in shapes:
             continue
         value = torch.empty_like(tensor, device=device).detach() if tensor.is_meta else tensor.detach()
-        broadcast_in_place(value, src=ranks.index(True))
+        if value.shape != shape:  # a buffer of which the step has made a longer one
+            value = value.new_empty(shape)
+        broadcast_in_place(value, source)
         if tensor.is_meta:
             whole: Any = value
             if isinstance(tensor, nn.Parameter):

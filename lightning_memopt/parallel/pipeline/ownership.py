@@ -1,6 +1,7 @@
 """What a rank holds of a module: freeing the rest, and keeping alike what several stages hold."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,14 +114,19 @@ class SharedBuffers:
 
     def share(self) -> None:
         """Give all stages what the last of those that wrote a buffer since the last call has; all ranks together."""
-        written = [before != now for before, now in zip(self._states, self._read_states(), strict=True)]
-        everyone: list[list[bool]] = [[]] * dist.get_world_size(self._group)
+        buffers = [self._module.get_buffer(name) for name in self._names]
+        written = [
+            (buffer.shape, buffer.dtype) if before != now else None
+            for buffer, before, now in zip(buffers, self._states, self._read_states(), strict=True)
+        ]
+        everyone: list[Any] = [[]] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, written, group=self._group)
-        for name, by_rank in zip(self._names, zip(*everyone, strict=True), strict=True):
+        for buffer, by_rank in zip(buffers, zip(*everyone, strict=True), strict=True):
             if any(by_rank):
-                source = max(rank for rank, is_written in enumerate(by_rank) if is_written)
-                source = dist.get_global_rank(self._group, source)
-                broadcast_in_place(self._module.get_buffer(name), source, self._group)
+                source, (shape, dtype) = max((rank, now) for rank, now in enumerate(by_rank) if now)
+                if (buffer.shape, buffer.dtype) != (shape, dtype):  # the step has made another of it
+                    buffer.data = buffer.new_empty(shape, dtype=dtype)
+                broadcast_in_place(buffer, dist.get_global_rank(self._group, source), self._group)
         self._states = self._read_states()
 
     def _read_states(self) -> list[Hashable]:
