@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _BEFORE, _AFTER, _DISK = "#b8bec8", "#3d5a80", "#e9a23b"
 _MOST_BARS = 24
+_LONGEST_NAME = 56
+"""Letters of a name that are drawn: where more are, the end of it, which tells modules apart."""
 _MIB = 2**20
 
 
@@ -30,7 +32,7 @@ def plot_report(report: "CompressionReport", path: str | Path) -> Path:
     """
     modules = sorted(report.modules, key=lambda module: -module.bytes_before - module.bytes_after)
     largest, rest = modules[:_MOST_BARS], modules[_MOST_BARS:]
-    names = [module.name or "(root)" for module in largest]
+    names = [_shortened(module.name or "(root)") for module in largest]
     series = {
         "before, in memory": (_BEFORE, [module.bytes_before for module in largest]),
         "after, in memory": (_AFTER, [module.bytes_after for module in largest]),
@@ -47,12 +49,16 @@ def plot_report(report: "CompressionReport", path: str | Path) -> Path:
         for place, (title, (color, values)) in enumerate(series.items()):
             heights = [row + 0.27 * (place - 1) for row in range(len(names))]
             axes.barh(heights, [value / _MIB for value in values], height=0.25, color=color, label=title)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel("MiB")
         axes.set_title(f"{report.ratio:.3f} of the bytes in memory, {report.disk_ratio:.3f} on disk", loc="left")
         axes.legend(frameon=False)
     return Path(path)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"\u2026{name[1 - _LONGEST_NAME :]}"
 
 
 def plot_tradeoff(points: Mapping[str, tuple[float, float]], path: str | Path, metric: str = "metric") -> Path:
@@ -74,7 +80,9 @@ def plot_tradeoff(points: Mapping[str, tuple[float, float]], path: str | Path, m
         axes = figure.subplots()
         for name, (size, value) in points.items():
             axes.scatter(size / 1024, value, color=_AFTER, zorder=3)
-            axes.annotate(name, (size / 1024, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                name, (size / 1024, value), xytext=(5, 4), textcoords="offset points", fontsize=8, parse_math=False
+            )
         axes.set_xscale("log")
         axes.set_xlabel("KiB on disk")
         axes.set_ylabel(metric)

@@ -131,35 +131,40 @@ class CompressionReport(JsonReport):
 
     def __rich__(self) -> "Table":
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="compression", title_justify="left")
-        table.add_column("")
+        table.add_column("", overflow="fold")
         for column in ("before", "after", "ratio"):
             table.add_column(column, justify="right")
+
+        def add(*cells: str) -> None:
+            table.add_row(*map(Text, cells))  # names and reasons are the user's, and no markup
+
         for title, before, after in (
             ("in memory", self.bytes_before, self.bytes_after),
             ("on disk", self.disk_bytes_before, self.disk_bytes_after),
         ):
-            table.add_row(title, format_bytes(before), format_bytes(after), f"{after / max(before, 1):.3f}")
+            add(title, format_bytes(before), format_bytes(after), f"{after / max(before, 1):.3f}")
         for one in self.latency:
             title = f"latency, batch of {one.batch_size}"
             ratio = one.after_seconds / one.before_seconds
             word = " slower" if ratio > 1.1 else " faster" if ratio < 0.9 else ""  # in between is noise
             before_after = (f"{seconds * 1e3:.2f} ms" for seconds in (one.before_seconds, one.after_seconds))
-            table.add_row(title, *before_after, f"{ratio:.2f}{word}")
+            add(title, *before_after, f"{ratio:.2f}{word}")
         for name in {**self.metrics_before, **self.metrics_after}:
             pair = [metrics.get(name) for metrics in (self.metrics_before, self.metrics_after)]
-            table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in pair), "")
-        table.add_row("zeros, of all weights", "", f"{self.sparsity:.1%}", "")
+            add(name, *("-" if value is None else f"{value:#.5g}" for value in pair), "")
+        add("zeros, of all weights", "", f"{self.sparsity:.1%}", "")
         if self.eligible_sparsity is not None:
-            table.add_row("zeros, of the weights to be pruned", "", f"{self.eligible_sparsity:.1%}", "")
+            add("zeros, of the weights to be pruned", "", f"{self.eligible_sparsity:.1%}", "")
         for reason, names in _by_reason(self.fallbacks):
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            table.add_row(f"in another way: {names[0]}{others}", "", reason, "")
+            add(f"in another way: {names[0]}{others}", "", reason, "")
         for reason, names in _by_reason(self.skipped):
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             size = format_bytes(sum(self.skipped_bytes.get(name, 0) for name in names))
-            table.add_row(f"left alone: {names[0]}{others}", size, reason, "")
+            add(f"left alone: {names[0]}{others}", size, reason, "")
         return table
 
 

@@ -127,6 +127,21 @@ def test_metrics_that_are_no_numbers_are_written_as_json_that_anything_reads():
     assert math.isnan(read["loss"]) and read["ratio"] == float("-inf")
 
 
+def test_names_and_reasons_are_shown_as_they_are_whatever_brackets_they_have():
+    net = nn.ModuleDict({"[/red]": nn.Linear(4, 4)})
+    reasons = {"[/red].weight": "RuntimeError: [/INST] :smile:"}
+    metrics = {"acc[top5]": 0.25, "tiny": 1.25e-7}
+    shown = str(compression_report(net, net, skipped=reasons, metrics_before=metrics, metrics_after=metrics))
+    assert all(text in shown for text in ("[/red].weight", "[/INST] :smile:", "acc[top5]", "1.2500e-07"))
+
+
+def test_a_name_that_is_longer_than_its_column_is_shown_to_its_end():
+    name = "blocks." * 20 + "end.weight"
+    shown = str(compression_report(nn.Linear(4, 4), nn.Linear(4, 4), skipped={name: "why " * 30}))
+    rows = (line.split("\u2502")[1].strip() for line in shown.splitlines() if "\u2502" in line)
+    assert name in "".join(rows)
+
+
 def test_what_is_no_report_is_refused():
     for text in ("{}", "[]", "nonsense", '{"modules": [{"name": 1}]}'):
         with pytest.raises(ValueError):
@@ -138,6 +153,26 @@ def test_the_picture_is_drawn_for_many_modules_too(tmp_path):
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(40)))
     path = compression_report(net, net).plot(tmp_path / "new" / "report.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's, of names that leave no room to draw
+def test_in_the_picture_long_names_are_shown_by_their_ends_and_no_name_is_a_formula(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axis import Axis
+
+    drawn, set_ticks = [], Axis.set_ticks
+
+    def record(axis, ticks, labels=None, **options):
+        drawn.append((labels, options))
+        return set_ticks(axis, ticks, labels, **options)
+
+    monkeypatch.setattr(Axis, "set_ticks", record)
+    net = nn.ModuleDict({"x" * 200 + "_end": nn.Linear(4, 4), "$a$": nn.Linear(2, 2)})
+    compression_report(net, net).plot(tmp_path / "report.png")
+    ((names, options),) = [call for call in drawn if call[0] is not None]
+    assert (
+        names[0].endswith("x_end") and len(names[0]) < 60 and names[1] == "$a$" and options == {"parse_math": False}
+    )
 
 
 def test_each_call_is_timed_in_evaluation_without_gradients():
