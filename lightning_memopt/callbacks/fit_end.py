@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
@@ -109,6 +110,7 @@ class FitEndCallback(ReportingCallback):
 
     def _check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise where it could not be done when training is over; for ``setup``, and nobody's name is said yet."""
+        refuse_parts_at_end(trainer.strategy)
         refuse_behind_quantization(trainer, self)
         if self._copies:
             check_copyable(pl_module)
@@ -146,6 +148,21 @@ class FitEndCallback(ReportingCallback):
             save_compressed(module, self.export_path)
         trainer.strategy.barrier(type(self).__name__)
         return self.export_path
+
+
+def refuse_parts_at_end(strategy: Strategy) -> None:
+    """Raise where ranks still hold parts of the module when a fit ends, which those of this package gather before.
+
+    Raises:
+        ValueError: ``strategy`` is one of those of Lightning's.
+    """
+    is_parted = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    if is_parted or getattr(strategy, "zero_stage_3", False):  # the latter of DeepSpeed
+        raise ValueError(
+            f"under {type(strategy).__name__} each rank holds parts of the weights when training is over, and these "
+            "cannot be compressed or reported on. Use memopt_zero3, memopt_tp or another strategy that makes the "
+            "module whole by then, or compress its checkpoint (lightning-memopt compress)."
+        )
 
 
 def refuse_behind_quantization(trainer: pl.Trainer, callback: Callback) -> None:

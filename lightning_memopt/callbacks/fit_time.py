@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_memopt.callbacks.errors import named_errors
-from lightning_memopt.callbacks.fit_end import last_validation, validate_if_possible
+from lightning_memopt.callbacks.fit_end import last_validation, refuse_parts_at_end, validate_if_possible
 from lightning_memopt.callbacks.reporting import ReportingCallback
 from lightning_memopt.compression.bits import empty_packed
 from lightning_memopt.compression.held import Held
@@ -118,6 +118,8 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            with named_errors(self):
+                refuse_parts_at_end(trainer.strategy)
             self._state, self._metrics_before = {}, {}  # of a fit before this one; what is resumed is loaded later
             self._forget_results()
             if has_its_layers(pl_module):

@@ -109,7 +109,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
             raise MisconfigurationException(
                 f"QuantizationAwareTraining: {parted[0]!r} is not whole on this rank under "
                 f"{type(trainer.strategy).__name__}, and its scale is that of all of it. Use a strategy of replicas, "
-                "or QuantizeOnFitEnd, which works under every one."
+                "or QuantizeOnFitEnd, which works under these too."
             )
         super().on_train_start(trainer, pl_module)
         self._told = False

@@ -1,13 +1,23 @@
 """What judges and calibrates when a fit ends is tried when it begins, on the right data, and steps nothing."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_memopt import QuantizeOnFitEnd
+from lightning_memopt import (
+    ClusterWeights,
+    ConstantSparsity,
+    GradualPruning,
+    PruneOnFitEnd,
+    QuantizationAwareTraining,
+    QuantizeOnFitEnd,
+)
 from tests.callbacks.classifier import Classifier, fit_signs, signs_loader, trainer_with
 
 
@@ -127,3 +137,21 @@ def test_a_stream_of_which_nothing_is_left_to_calibrate_with_is_said():
     with pytest.warns(UserWarning, match="no layer saw a batch in calibration"):
         trainer_with(callback, max_epochs=1).fit(Classifier(), DataLoader(_Once(), batch_size=None))
     assert "net.0.weight" in callback.report.fallbacks
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: QuantizeOnFitEnd("int8"),
+        lambda: QuantizationAwareTraining("int8"),
+        lambda: PruneOnFitEnd(0.5),
+        lambda: ClusterWeights(16),
+        lambda: GradualPruning(ConstantSparsity(0.5)),
+    ],
+)
+def test_strategies_that_never_make_the_module_whole_are_refused_in_setup(make):
+    for strategy in (ModelParallelStrategy(), FSDPStrategy()):  # of which the latter trains on GPUs alone
+        callback = make()
+        trainer = SimpleNamespace(strategy=strategy, callbacks=[callback])
+        with pytest.raises(MisconfigurationException, match=f"under {type(strategy).__name__} each rank holds parts"):
+            callback.setup(trainer, Classifier(), "fit")
