@@ -76,6 +76,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
         self._shapes: dict[str, torch.Size] = {}
         self._metrics_before: dict[str, float] = {}
         self._predicted: list[torch.Tensor] = []
+        self._told = False  # that training is too short
 
     # What it is
 
@@ -149,6 +150,7 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
         self._held.hold(trainer.optimizers, lambda: self._reach(trainer, trainer.global_step + 1))
         self._reach(trainer, trainer.global_step)
         steps = steps_if_fewer(trainer, pl_module, self._last_step or 0)
+        self._told = steps is not None
         if steps is not None:
             rank_zero_warn(f"{type(self).__name__}: {self._say_too_short(steps)}")
 
@@ -184,6 +186,8 @@ class HoldingCallback(ReleasingCallback, ReportingCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._held is not None:
             self._held.apply()
+            if not self._told and trainer.global_step < (self._last_step or 0):  # as with early stopping
+                rank_zero_warn(f"{type(self).__name__}: {self._say_too_short(trainer.global_step)}")
         super().on_train_end(trainer, pl_module)
 
     def _apply_at_end(self, module: nn.Module) -> None:

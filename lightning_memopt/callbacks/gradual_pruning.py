@@ -110,6 +110,12 @@ class GradualPruning(HoldingCallback):
             self.sparsity = self._held.sparsity
 
     @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A module that steps its optimizers itself clips before their steps are announced.
+        if self._held is not None and not pl_module.automatic_optimization:
+            self._held.apply_to_gradients()
+
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -212,6 +218,6 @@ class GradualPruning(HoldingCallback):
     @override
     def _say_too_short(self, steps: int) -> str:
         return (
-            f"the schedule ends at step {self.schedule.end_step}, and training after {steps}: the model will be "
+            f"the schedule ends at step {self.schedule.end_step}, and training after {steps}: the weights are "
             f"pruned to {self.schedule.at(steps):.1%} and not to {self.schedule.final_sparsity:.1%}."
         )

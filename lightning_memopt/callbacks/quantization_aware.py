@@ -90,6 +90,7 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self._ranges: dict[str, Range] = {}
         self._fake: FakeQuantization | None = None
         self._told = False  # what the first batch did not reach
+        self._told_of_end = False  # that it comes before anything is rounded
 
     @property
     @override
@@ -115,11 +116,9 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
         self._told = False
         self._fake = FakeQuantization(pl_module, self.scheme, self._which, self._ranges)
         steps = steps_if_fewer(trainer, pl_module, self.start_step + 1)
+        self._told_of_end = steps is not None
         if steps is not None:
-            rank_zero_warn(
-                f"QuantizationAwareTraining: rounding begins after step {self.start_step}, and training ends after "
-                f"{steps}: nothing will have been trained for it."
-            )
+            self._warn_of_end(steps)
         self._follow(trainer)
 
     @override
@@ -142,6 +141,18 @@ class QuantizationAwareTraining(ReleasingCallback, QuantizeOnFitEnd):
                 "did not call their layers: what code reads by itself (`F.linear(x, layer.weight)`) trains as it is, "
                 "and is rounded when it is converted. Call the layer, or exclude it."
             )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fake is not None and not self._told_of_end and trainer.global_step <= self.start_step:
+            self._warn_of_end(trainer.global_step)  # as with early stopping
+        super().on_train_end(trainer, pl_module)
+
+    def _warn_of_end(self, steps: int) -> None:
+        rank_zero_warn(
+            f"QuantizationAwareTraining: rounding begins after step {self.start_step}, and training ends after "
+            f"{steps}: nothing is trained for it."
+        )
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

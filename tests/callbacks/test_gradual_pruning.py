@@ -1,5 +1,6 @@
 """GradualPruning under Lightning: targets at their steps, resuming, and what else may change weights meanwhile."""
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -69,6 +70,29 @@ def test_a_constant_mask_trains_the_network_that_torch_prunes_with_clipping_and_
     for index in (0, 3, 5):
         prune.remove(theirs.net[index], "weight")
         torch.testing.assert_close(ours.module.net[index].weight, theirs.net[index].weight, rtol=1e-5, atol=1e-7)
+
+
+def test_a_module_that_clips_by_itself_has_the_norm_of_what_is_left():
+    class Clips(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net, self.norms = torch.nn.Linear(8, 4, bias=False), []
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.net(batch).square().mean())
+            left = self.net.weight.grad * (self.net.weight != 0)
+            self.norms.append((float(torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)), float(left.norm())))
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module, loader = Clips(), torch.utils.data.DataLoader(torch.randn(12, 8), batch_size=4)
+    quiet_trainer(3, GradualPruning(ConstantSparsity(0.75))).fit(module, loader)
+    assert len(module.norms) == 3 and all(left > 0 and norm == pytest.approx(left) for norm, left in module.norms)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "memopt fp16", "memopt bf16 kahan"])
@@ -309,14 +333,31 @@ def test_pipeline_stages_are_refused_by_name_before_the_first_step():
     assert all("is on another pipeline stage" in message for message in messages)
 
 
-def test_where_nobody_knows_how_long_training_is_nothing_is_said_of_the_schedule(recwarn):
+def test_where_nobody_knows_how_long_training_is_it_is_said_at_its_end_that_the_schedule_is_longer():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(ZOO["mlp"].loader(2))
 
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
-    quiet_trainer(-1, GradualPruning(SCHEDULE), max_epochs=1).fit(ZOO["mlp"].build(), loader)
-    assert not [warning for warning in recwarn if "schedule ends" in str(warning.message)]
+    said = r"ends at step 12, and training after 2: the weights are pruned to 20.0% and not to 80.0%"
+    with pytest.warns(UserWarning, match=said) as caught:
+        quiet_trainer(-1, GradualPruning(SCHEDULE), max_epochs=1).fit(ZOO["mlp"].build(), loader)
+    assert sum("schedule ends" in str(warning.message) for warning in caught) == 1
+
+
+def test_what_early_stopping_leaves_of_a_schedule_is_said_at_the_end_and_only_once_in_all():
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 4
+
+    for steps, stops in ((14, [Stops()]), (6, [Stops()]), (14, [])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(
+                ZOO["mlp"].build(), ZOO["mlp"].loader(14), steps=steps, callbacks=[*stops, GradualPruning(SCHEDULE)]
+            )
+        said = [str(each.message) for each in caught if "schedule ends" in str(each.message)]
+        assert len(said) == len(stops)
 
 
 @pytest.mark.parametrize(

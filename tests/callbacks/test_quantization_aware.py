@@ -233,6 +233,16 @@ def test_before_its_first_step_training_is_plain():
     assert callback.quantized is None
 
 
+def test_training_that_stops_before_anything_is_rounded_is_said_to_have_done_so():
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    callback, entry = QuantizationAwareTraining("int8", start_step=4, convert_on_fit_end=False), ZOO["mlp"]
+    with pytest.warns(UserWarning, match="rounding begins after step 4, and training ends after 1"):
+        train(entry.build(), entry.loader(batches=8), steps=8, callbacks=[callback, Stops()])
+
+
 def test_resuming_has_the_ranges_of_the_uninterrupted_run(tmp_path):
     def run(steps, **options):
         torch.manual_seed(0)
