@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -10,14 +11,15 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-PREFIX = "memopt-activations-"
+PREFIX = f"memopt-activations-{socket.gethostname()}-"
+"""Names the host too, since locks of some network disks are not seen by other hosts."""
 
 
 class StoreFolder:
     """A new folder, locked until :meth:`remove` or the end of this process.
 
     A process that is killed, as when memory runs out, deletes no files, and they may fill the disk. So the next one
-    deletes what it finds in the same place that no process has locked.
+    on this host deletes what it finds in the same place that no process has locked.
 
     Args:
         parent: Where to make it; ``None`` for the system's temporary folder.
