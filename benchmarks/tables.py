@@ -63,7 +63,8 @@ def demo_table(results: dict[str, Any]) -> str:
     shape, versions = results["preset"], results["versions"]
     provenance = (
         f"`lightning-memopt demo --preset {shape['name']} --steps {results['steps']} --seed {results['seed']}`, "
-        f"{results['threads']} threads, Python {versions['python']}, torch {versions['torch']}."
+        f"{results['threads']} threads, Python {versions['python']}, torch {versions['torch']}; "
+        f"{results['seconds']:.0f} s in all."
     )
     return "\n".join([*lines, "", provenance]) + "\n"
 

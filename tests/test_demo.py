@@ -84,11 +84,12 @@ def ran(tmp_path_factory):
 
 
 def test_the_demo_prints_one_table_of_both_runs(ran):
-    printed, _ = ran
+    printed, folder = ran
     for word in ("parameters", "activations", "peak memory", "predicted peak", "time per step", "validation loss"):
         assert printed.count(word) >= 1, word
     assert "plain Lightning" in printed and "micro-batching" in printed
     assert "GPU available" not in printed
+    assert f"It took {json.loads((folder / 'results.json').read_text())['seconds']:.0f} s in all." in printed
 
 
 def test_the_techniques_of_the_demo_lower_the_peak_and_leave_the_losses_as_they_were(ran):

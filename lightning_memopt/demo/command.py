@@ -1,6 +1,7 @@
 """``lightning-memopt demo``: its options, and the demo from start to end."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print what it found; what the user has to put right goes to ``options.fail``, as one line."""
     _check_writable(options)
+    began = time.monotonic()
 
     from rich.console import Console
 
@@ -72,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     console.print("Then half of its weights are set to zero, the rest packed in 8 bits, written and read back:")
     console.print(report)
     picture = show.write_picture([plain, other], options.out)
+    seconds = time.monotonic() - began
     results = show.write_results(
         [plain, other],
         options.out,
@@ -80,12 +83,14 @@ def run(options: argparse.Namespace) -> int:
         preset=preset,
         steps=steps,
         seed=options.seed,
+        seconds=seconds,
     )
     if picture is None:
         console.print("No picture: matplotlib is not installed (pip install 'lightning-memopt[plot]').")
     else:
         console.print(f"Timelines: {picture}")
     console.print(f"Results:   {results}")
+    console.print(f"It took {seconds:.0f} s in all.")
     return 0
 
 

@@ -62,6 +62,7 @@ def write_results(
     preset: Preset,
     steps: int,
     seed: int,
+    seconds: float,
 ) -> Path:
     """Write what was run and found as JSON and return where it is."""
     record = {
@@ -74,6 +75,7 @@ def write_results(
             "lightning_memopt": memopt.__version__,
         },
         "threads": torch.get_num_threads(),
+        "seconds": seconds,
         "runs": [_as_record(outcome) for outcome in outcomes],
         "compression": json.loads(compression.to_json()),
     }
