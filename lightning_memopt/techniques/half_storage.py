@@ -15,8 +15,8 @@ from lightning_memopt.models.lazy import refuse_uninitialized
 class HalfStorage:
     """The parameters and buffers of a module in 16 bits; :meth:`remove` brings back the types that they had.
 
-    Parameters keep their identity, so ties and optimizers hold. What stays in float32 gets its 16-bit inputs cast to
-    float32 and returns 16-bit outputs.
+    Parameters keep their identity, so ties and optimizers hold. What stays in float32, or is cast to it where the
+    module has another type, gets its 16-bit inputs cast to float32 and returns 16-bit outputs.
 
     Args:
         module: The module, converted in place.
@@ -44,12 +44,11 @@ class HalfStorage:
         self._dtypes = [
             (submodule, name, tensor.dtype)
             for submodule in module.modules()
-            if submodule not in kept
             for name, tensor in _floating_tensors(submodule)
-            if tensor.dtype != dtype
+            if tensor.dtype != (torch.float32 if submodule in kept else dtype)
         ]
         for submodule, name, _ in self._dtypes:
-            _cast(submodule, name, dtype)
+            _cast(submodule, name, torch.float32 if submodule in kept else dtype)
         self._hooks = [
             hook
             for name in roots

@@ -89,14 +89,27 @@ def _typed_gpt():
     return _Types(ZOO["gpt2"].build().model)
 
 
-def test_in_training_norms_are_float32_the_rest_16_bits_and_ties_hold():
-    module = _typed_gpt()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_training_norms_are_float32_the_rest_16_bits_and_ties_hold(dtype):
+    module = _typed_gpt().to(dtype)
     train(module, ZOO["gpt2"].loader(), steps=1, plugins=[HalfPrecision("bf16")])
     norms = {name for name in module.seen if ".ln_" in name}
     assert norms
     assert all((dtype == torch.float32) == (name in norms) for name, dtype in module.seen.items())
     assert module.model.lm_head.weight is module.model.transformer.wte.weight
-    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["gpt2", "cnn"])
+def test_a_module_of_another_type_trains_with_float32_norms_as_a_float32_one_and_gets_its_type_back(name, dtype):
+    entry, loader = ZOO[name], ZOO[name].loader(3)
+    rounded, typed = entry.build().bfloat16(), entry.build().to(dtype)
+    for module in (rounded.float(), typed):
+        train(module, loader, steps=3, plugins=[HalfPrecision("bf16", rounding="kahan")])
+    assert {tensor.dtype for tensor in typed.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    for expected, weight in zip(rounded.parameters(), typed.parameters(), strict=True):
+        torch.testing.assert_close(weight.float(), expected.to(dtype).float(), rtol=0.02, atol=2e-3)
 
 
 def test_modules_named_by_pattern_stay_in_float32_with_what_is_below_them():
