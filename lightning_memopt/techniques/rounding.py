@@ -8,6 +8,7 @@ https://arxiv.org/abs/2010.06192.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
@@ -26,43 +27,37 @@ COMPENSATION = "memopt_compensation"
 class RandomBits:
     """Random numbers for rounding, of their own: dropout and shuffling see the same numbers as without rounding.
 
+    What is drawn depends on the seed, the step and what it is for, and on nothing that was drawn before: ranks hold
+    other parameters than their neighbours, or parts of other sizes, and round alike what they have in common.
+
     Args:
         seed: Equal on all replicas of a model, which would drift apart otherwise.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._generators: dict[str, torch.Generator] = {}
-        self._loaded: dict[str, torch.Tensor] = {}
+        self.step = 0
 
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """16 random bits, as int32, for each element of ``tensor``."""
-        generator = self._generator(tensor.device)
+    def like(self, tensor: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """16 random bits, as int32, for each element of ``tensor``, the parameter of this ``number``."""
+        digest = blake2b(f"{self.seed} {self.step} {number}".encode(), digest_size=8).digest()
+        generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest, "little"))
         return torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, device=tensor.device, generator=generator)
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        name = str(device)
-        if name not in self._generators:
-            self._generators[name] = torch.Generator(device).manual_seed(self.seed)
-            # Rank 0 saves the state of its own GPU, from which the other ranks go on on theirs.
-            alike = [state for other, state in self._loaded.items() if torch.device(other).type == device.type]
-            if alike:
-                self._generators[name].set_state(self._loaded.get(name, alike[0]))
-        return self._generators[name]
+    def advance(self) -> None:
+        """Go on to the next step, which draws other numbers."""
+        self.step += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """The seed and the state of the generator of each device."""
-        drawn = {name: generator.get_state() for name, generator in self._generators.items()}
-        return {"seed": self.seed, "states": self._loaded | drawn}
+    def state_dict(self) -> dict[str, int]:
+        """The seed and the step; the same on all ranks and devices."""
+        return {"seed": self.seed, "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.seed = state["seed"]
-        self._generators.clear()
-        self._loaded = {name: generator_state.cpu() for name, generator_state in state["states"].items()}
+        self.seed, self.step = state["seed"], state["step"]
 
 
-def round_stochastically(tensor: torch.Tensor, bits: RandomBits) -> torch.Tensor:
+def round_stochastically(tensor: torch.Tensor, bits: RandomBits, number: int = 0) -> torch.Tensor:
     """Round float32 to bfloat16, up or down by chance, so that the mean is the number itself.
 
     bfloat16 is the upper half of float32. Adding 16 random bits to the lower half carries into the upper with a
@@ -71,6 +66,7 @@ def round_stochastically(tensor: torch.Tensor, bits: RandomBits) -> torch.Tensor
     Args:
         tensor: float32, any shape; left as it is.
         bits: The source of the random bits.
+        number: Which of the parameters of a step this is.
 
     Returns:
         bfloat16, the same shape. Infinities and NaN stay what they are.
@@ -81,11 +77,11 @@ def round_stochastically(tensor: torch.Tensor, bits: RandomBits) -> torch.Tensor
         ([1.0, 1.0078125], 1.001)
     """
     if isinstance(tensor, DTensor):  # each rank rounds its own elements
-        local = round_stochastically(tensor.to_local(), bits)
+        local = round_stochastically(tensor.to_local(), bits, number)
         return DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
         )
-    rounded = bits.like(tensor).add_(tensor.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+    rounded = bits.like(tensor, number).add_(tensor.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
     return torch.where(tensor.isfinite(), rounded, tensor).to(torch.bfloat16)
 
 
@@ -127,6 +123,7 @@ class RoundedUpdates:
         self._rounding = rounding
         self._bits = bits
         self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._numbers: dict[torch.Tensor, int] = {}
         surround_step(optimizer, self.in_float32)
         self._hooks = (
             optimizer.register_step_pre_hook(self._step_16_bit_parameters),
@@ -162,7 +159,7 @@ class RoundedUpdates:
             states[precise] = state
         try:
             yield precise
-            rounded, compensation = self._round(precise, parameter.dtype)
+            rounded, compensation = self._round(precise, parameter)
             with torch.no_grad():
                 parameter.copy_(rounded)
         finally:
@@ -172,12 +169,14 @@ class RoundedUpdates:
             if state:
                 states[parameter] = state
 
-    def _round(self, precise: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _round(self, precise: torch.Tensor, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self._rounding == "stochastic":
             assert self._bits is not None
-            return round_stochastically(precise, self._bits), None
-        rounded = precise.to(dtype)
-        return rounded, (precise.sub_(rounded).to(dtype) if self._rounding == "kahan" else None)
+            if parameter not in self._numbers:  # groups may be added while training
+                self._numbers = {p: number for number, p in enumerate(_parameters(self._optimizer))}
+            return round_stochastically(precise, self._bits, self._numbers[parameter]), None
+        rounded = precise.to(parameter.dtype)
+        return rounded, (precise.sub_(rounded).to(parameter.dtype) if self._rounding == "kahan" else None)
 
     @torch.no_grad()
     def _step_16_bit_parameters(self, optimizer: Optimizer, *_: Any) -> None:
@@ -193,6 +192,8 @@ class RoundedUpdates:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
+        if self._bits is not None:
+            self._bits.advance()
 
     def _protect(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``load_state_dict`` casts state to its parameter's type, but for ``step``: hide it from that."""

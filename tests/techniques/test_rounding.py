@@ -36,22 +36,31 @@ def test_rounding_leaves_the_global_random_numbers_alone_and_continues_from_a_sa
     round_stochastically(tensor, bits)
     assert torch.equal(torch.rand(3), expected)
 
+    bits.advance()
     state = copy.deepcopy(bits.state_dict())
     ahead = round_stochastically(tensor, bits)
     resumed = RandomBits(99)
     resumed.load_state_dict(state)
     assert torch.equal(round_stochastically(tensor, resumed), ahead)
+    bits.advance()
     assert not torch.equal(round_stochastically(tensor, bits), ahead)
 
 
-def test_a_rank_goes_on_from_the_state_that_another_saved_of_its_own_device():
-    bits, tensor = RandomBits(3), torch.ones(100)
-    bits.like(tensor)
-    saved = bits.state_dict()
-    expected = bits.like(tensor)
-    resumed = RandomBits(3)
-    resumed.load_state_dict({**saved, "states": {"cpu:1": saved["states"]["cpu"]}})  # as cuda:0 is to cuda:1
-    assert torch.equal(resumed.like(tensor), expected)
+def test_what_ranks_have_in_common_is_rounded_alike_beside_parts_of_other_sizes_and_parameters_without_gradients():
+    def step(size: int, has_gradient: bool) -> list[torch.Tensor]:
+        part, common, other = _parameter(size=size), _parameter(), _parameter()
+        optimizer = torch.optim.SGD([part, common, other], lr=1e-3)
+        RoundedUpdates(optimizer, "stochastic", RandomBits(0))
+        for _ in range(2):
+            for parameter in (part, common, other) if has_gradient else (common, other):
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        return [common, other]
+
+    common, other = step(10, True)
+    assert not torch.equal(common, other)
+    for size, has_gradient in ((11, True), (10, False)):
+        assert all(map(torch.equal, step(size, has_gradient), (common, other)))
 
 
 def _parameter(dtype=torch.bfloat16, size=1000):
