@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -26,6 +25,7 @@ from lightning_memopt.models.compiled import is_compiled
 from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
+from lightning_memopt.parallel.agreement import takes_batch_statistics
 from lightning_memopt.techniques.batches import Split, batch_size, micro_batches
 from lightning_memopt.techniques.counting import Count, counter
 from lightning_memopt.techniques.mean_over_targets import CountTargets, are_proportional
@@ -376,11 +376,11 @@ def _warn_of_writes(module: pl.LightningModule, written: list[str]) -> None:
 
 
 def _warn_of_batch_norm(module: pl.LightningModule) -> None:
-    names = [name for name, submodule in module.named_modules() if isinstance(submodule, _BatchNorm)]
+    names = [name for name, submodule in module.named_modules() if takes_batch_statistics(submodule)]
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         rank_zero_warn(
-            f"MicroBatching changes what `{names[0]}`{others} computes: batch normalization takes mean and variance "
-            "over the micro-batch instead of the batch, and updates its running statistics once for each. The update "
-            "is no longer that of the whole batch; GroupNorm or LayerNorm would leave it so."
+            f"MicroBatching changes what `{names[0]}`{others} computes: it takes mean and variance over the "
+            "micro-batch instead of the batch, and updates its running statistics once for each. The update is no "
+            "longer that of the whole batch; GroupNorm or LayerNorm would leave it so."
         )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -113,13 +115,17 @@ def broadcast_module_states(module: nn.Module) -> None:
 
 
 def find_batch_norms(module: nn.Module) -> list[str]:
-    """Names of the normalizations over the batch that see only their rank's share of it."""
-    kinds = nn.modules.batchnorm._BatchNorm
+    """Names of the normalizations with statistics of the batch that see only their rank's share of it."""
     return [
         name
         for name, submodule in module.named_modules()
-        if isinstance(submodule, kinds) and not isinstance(submodule, nn.SyncBatchNorm)
+        if takes_batch_statistics(submodule) and not isinstance(submodule, nn.SyncBatchNorm)
     ]
+
+
+def takes_batch_statistics(module: nn.Module) -> bool:
+    """Whether it normalizes by what it sees of the whole batch: now, or in evaluation, as instance norms may."""
+    return isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats)
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:

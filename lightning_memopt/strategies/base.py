@@ -474,6 +474,7 @@ class MemoptStrategy(WatchedStrategy):
         if names and self.data_size > 1 and self._layer_sync is None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             rank_zero_warn(
-                f"`{names[0]}`{more} normalizes over the batch of its own rank, so training differs from one device "
-                "with the same global batch; on GPUs, `Trainer(sync_batchnorm=True)` normalizes over all ranks."
+                f"`{names[0]}`{more} takes its statistics from the batch of its own rank, so training differs from "
+                "one device with the same global batch; on GPUs, `Trainer(sync_batchnorm=True)` normalizes over all "
+                "ranks."
             )

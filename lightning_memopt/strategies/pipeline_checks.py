@@ -79,8 +79,8 @@ def warn_of_batch_norm(module: pl.LightningModule) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         rank_zero_warn(
-            f"`{names[0]}`{more} normalizes over the micro-batch instead of the batch, so training differs from one "
-            "device with the same batches; GroupNorm or LayerNorm would not."
+            f"`{names[0]}`{more} takes its statistics from the micro-batch instead of the batch, so training "
+            "differs from one device with the same batches; GroupNorm or LayerNorm would not."
         )
 
 

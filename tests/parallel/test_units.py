@@ -81,9 +81,10 @@ def test_a_module_that_mixes_dtypes_is_refused_by_name():
         find_odd_modules(block)
 
 
-def test_batch_norms_are_found_by_name_but_not_synchronized_ones():
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.LayerNorm(2), nn.SyncBatchNorm(2))
-    assert find_batch_norms(model) == ["0"]
+def test_norms_that_take_statistics_of_a_batch_are_found_by_name_but_not_synchronized_ones():
+    norms = nn.BatchNorm1d(2), nn.LayerNorm(2), nn.SyncBatchNorm(2), nn.InstanceNorm1d(2)
+    model = nn.Sequential(*norms, nn.InstanceNorm1d(2, track_running_stats=True))
+    assert find_batch_norms(model) == ["0", "4"]
 
 
 def test_without_a_process_group_there_is_one_value():
