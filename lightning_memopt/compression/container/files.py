@@ -25,7 +25,7 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
     from safetensors.torch import save_file
 
     path = path.resolve()  # a link to a folder stays, and leads to the new one
-    temporary = path.with_name(f".{path.name}.saving")
+    temporary, replaced = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.replaced")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -34,8 +34,10 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
         (temporary / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":"), allow_nan=False))
         if path.is_dir():
             check_replaceable(path)
-            shutil.rmtree(path)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(path, replaced)  # and removed afterwards, which may end in its midst
         os.replace(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # of a disk that is full

@@ -1,6 +1,7 @@
 """What is saved comes back: any module of the zoo, packed, sparse, shrunk or tied."""
 
 import json
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -278,6 +279,24 @@ def test_a_folder_with_anything_that_would_be_lost_is_refused_by_the_name_of_it(
         with pytest.raises(ValueError, match=f"holds something else .* {name}"):
             save(folder)
         assert (folder / name).exists()
+
+
+def test_a_folder_that_cannot_be_removed_to_its_end_loses_nothing_of_what_takes_its_place(tmp_path, monkeypatch):
+    folder, remove = save_compressed(nn.Linear(4, 2), tmp_path / "net"), shutil.rmtree
+
+    def fails_midway(path, ignore_errors=False):
+        if path.exists():
+            next(path.iterdir()).unlink()
+        if not ignore_errors:
+            raise OSError("Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", fails_midway)
+    module = nn.Linear(4, 2)
+    save_compressed(module, folder)
+    assert torch.equal(load_compressed(folder, nn.Linear(4, 2)).weight, module.weight)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    save_compressed(module, folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["net"]
 
 
 def test_a_link_to_a_folder_stays_and_leads_to_what_is_saved(tmp_path):
