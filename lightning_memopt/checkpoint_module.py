@@ -53,9 +53,15 @@ def load_module(checkpoint: str, name: str | None = None) -> pl.LightningModule:
         return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **more).eval()
     except Exception as error:  # whatever the user's constructor raises
         said = " ".join(str(error).split())
+        smaller = (
+            ". One that structured pruning made smaller is kept by export_path= and save_compressed, and read by "
+            "load_compressed"
+            if "size mismatch" in said
+            else ""
+        )
         raise ValueError(
             f"{checkpoint} does not load into {name} ({type(error).__name__}: {said}); name the class that it was "
-            "saved from, which has to call save_hyperparameters where it takes arguments"
+            f"saved from, which has to call save_hyperparameters where it takes arguments{smaller}"
         ) from error
 
 

@@ -201,6 +201,10 @@ def test_a_config_that_is_not_of_lightnings_cli_says_nothing_of_how_the_module_i
         ({"state_dict": None}, "it has no state_dict"),
         ({"state_dict": None, "pytorch-lightning_version": None}, "no state_dict and no pytorch-lightning_version"),
         ({"state_dict": {"net.0.weight": torch.ones(3, 3)}}, "does not load into"),
+        (
+            {"state_dict": {"net.0.weight": torch.ones(3, 3)}},
+            "structured pruning made smaller is kept by export_path=",
+        ),
         ({"hyper_parameters": {"width": "wide"}}, "does not load into"),
     ],
 )
