@@ -442,8 +442,7 @@ def test_unused_parameters_are_named_once():
 @pytest.mark.parametrize("strategy", ["memopt_ddp", "memopt_zero3"])
 def test_batch_norm_is_warned_of_by_name(strategy):
     first, _ = run_on_ranks(lambda: _messages(lambda: _fit("cnn", strategy)), 2)
-    expected = "`blocks.0.norm1` and 5 more takes its statistics from the batch of its own rank"
-    assert any(expected in text for text in first)
+    assert any("`blocks.0.norm1` and 5 more takes its statistics from" in text for text in first)
 
 
 class ByHand(SkipsALayer):

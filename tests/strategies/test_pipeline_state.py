@@ -333,3 +333,34 @@ def test_spectral_norms_are_warned_of_but_with_one_micro_batch_where_they_train_
     assert said == []
     (said,) = run_on_ranks(lambda: fit(2), 2)[0][1]
     assert said.startswith("`net.0` and 1 more has a spectral norm")
+
+
+class _TiedWeight(Callback):
+    """A sum that tells a rank's copy of the tied weight from others, after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        weight = module.model.lm_head.weight.detach().double()
+        self.seen.append(float((weight.flatten() * torch.arange(weight.numel())).sum()))
+
+
+def test_stochastic_rounding_leaves_tied_weights_of_unequal_stages_alike_and_resumes(tmp_path):
+    path = tmp_path / "saved.ckpt"
+
+    def fit(**options: Any) -> tuple[np.ndarray, list[float]]:
+        tied = _TiedWeight()
+        extra, strategy = (
+            [tied, *options.pop("extra", [])],
+            memopt.PipelineParallelStrategy(split=["model.transformer.h.1"]),
+        )
+        return _six_steps(2, strategy, plugins=[memopt.HalfPrecision("bf16")], extra=extra, **options), tied.seen
+
+    def save_and_resume() -> Any:
+        return fit(extra=[_SaveAt(path)]), fit(ckpt_path=path)
+
+    (first, again), (other, _) = run_on_ranks(save_and_resume, 2)
+    assert first[1] == other[1] and len(set(first[1])) == len(first[1])
+    np.testing.assert_array_equal(again[0], first[0][3:])
+    assert again[1] == first[1][3:]

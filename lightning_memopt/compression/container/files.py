@@ -39,6 +39,8 @@ def write_folder(path: Path, manifest: dict[str, Any], data: dict[str, Tensor]) 
         os.replace(temporary, path)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
+        if replaced.is_dir() and not path.exists():
+            os.replace(replaced, path)
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # of a disk that is full
             raise OSError(f"`{path}` cannot be written: {error}") from error

@@ -1,6 +1,7 @@
 """What is saved comes back: any module of the zoo, packed, sparse, shrunk or tied."""
 
 import json
+import os
 import shutil
 
 import lightning.pytorch as pl
@@ -297,6 +298,22 @@ def test_a_folder_that_cannot_be_removed_to_its_end_loses_nothing_of_what_takes_
     monkeypatch.setattr(shutil, "rmtree", remove)
     save_compressed(module, folder)
     assert [file.name for file in tmp_path.iterdir()] == ["net"]
+
+
+def test_a_folder_whose_successor_cannot_take_its_place_stays(tmp_path, monkeypatch):
+    older, moves = nn.Linear(4, 2), os.replace
+    folder = save_compressed(older, tmp_path / "net")
+
+    def fails_for_the_new_one(source, target):
+        if source.name.endswith(".saving"):
+            raise OSError("Input/output error")
+        moves(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_compressed(nn.Linear(4, 2), folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["net"]
+    assert torch.equal(load_compressed(folder, nn.Linear(4, 2)).weight, older.weight)
 
 
 def test_a_link_to_a_folder_stays_and_leads_to_what_is_saved(tmp_path):
