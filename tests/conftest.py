@@ -1,8 +1,10 @@
 """Fixtures that put back what a test may have changed."""
 
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,11 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _restore_torch_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
-    """Seeds, default dtype, gradient mode and the working folder are as they were, whatever a test did."""
+    """Each test draws the same numbers whichever ran before; default dtype, gradient mode and folder are put back."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
-    state, dtype, grad = torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     yield
-    torch.set_rng_state(state)
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
 

@@ -216,7 +216,7 @@ def test_a_window_whose_last_step_returns_none_steps_with_what_the_others_left()
         )
         for batches in (3, 2)
     )
-    torch.testing.assert_close(ends_with_none.weights, without_it.weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ends_with_none.weights, without_it.weights, rtol=1e-3, atol=1e-3)  # of fp16
 
 
 @pytest.mark.parametrize(
