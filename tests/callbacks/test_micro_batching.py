@@ -168,9 +168,8 @@ class _TeachesOnceABatch(_Teaches):
 
 
 def test_a_step_that_writes_to_a_teacher_is_warned_of_and_hooks_that_are_called_once_a_batch_are_not():
-    with pytest.warns(
-        UserWarning, match=r"`training_step` writes to `teacher\.0\.weight` and 5 more itself"
-    ) as warned:
+    # A teacher that starts as its student moves by rounding alone, and by chance a sum stays.
+    with pytest.warns(UserWarning, match=r"`training_step` writes to `teacher\.\S+` and \d more itself") as warned:
         train(_TeachesInTheStep(0.0), ZOO["mlp"].loader(), steps=4, callbacks=[MicroBatching(4)])
     assert sum("writes to" in str(warning.message) for warning in warned) == 1
     for module, size in ((_TeachesOnceABatch, 4), (_TeachesInTheStep, "auto")):
