@@ -25,7 +25,7 @@ from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.callbacks.timing import time_example
 from lightning_memopt.compression.packed import PackedWeight
-from lightning_memopt.compression.quantize import Scheme, check_quantizable, packing, quantize
+from lightning_memopt.compression.quantize import Engine, Scheme, check_quantizable, packing, quantize
 from lightning_memopt.compression.ranges import Range, observe_inputs
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
@@ -58,6 +58,9 @@ class QuantizeOnFitEnd(FitEndCallback):
         monitor: The metric that is judged; ``None``: what ``ModelCheckpoint`` monitors.
         mode: ``"max"`` where more of it is better.
         inplace: Quantize the module itself.
+        engine: ``"torchao"`` has torchao hold and multiply the weights of linear maps by ``"int8_weight_only"``,
+            ``"int8_dynamic"``, ``"int4_weight_only"`` or ``"fp8"``, for its kernels on GPUs; the report names, as
+            ``fallbacks``, the weights that it does not take, which are packed as without it.
         export_path: A folder to write the result to; not under ``fast_dev_run``.
 
     Attributes:
@@ -88,12 +91,13 @@ class QuantizeOnFitEnd(FitEndCallback):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
         inplace: bool = False,
+        engine: Engine = "memopt",
         export_path: str | Path | None = None,
     ) -> None:
         with named_errors(self):
             super().__init__(max_metric_drop, monitor, mode, export_path)
             self._which = WeightFilter(include, exclude, embeddings=True)
-            packing(scheme)
+            packing(scheme, engine)
             if not isinstance(calibration_batches, int) or calibration_batches < 1:
                 raise ValueError(f"calibration_batches={calibration_batches!r} sees no data; give 1 or more.")
             if back_off and self._gate is None:
@@ -104,6 +108,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                     "inplace out."
                 )
         self.scheme = scheme
+        self.engine = engine
         self.calibration_batches = calibration_batches
         self.back_off = back_off
         self.inplace = inplace
@@ -133,7 +138,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                 "its training_step steps the optimizers itself. Write a validation_step, or use 'int8_dynamic'."
             )
         if has_its_layers(pl_module):
-            check_quantizable(pl_module, self.scheme, self._which)
+            check_quantizable(pl_module, self.scheme, self._which, self.engine, trainer.strategy.root_device)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -174,7 +179,7 @@ class QuantizeOnFitEnd(FitEndCallback):
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy_module(pl_module)
         ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
-        done = quantize(module, self.scheme, self._which, ranges)
+        done = quantize(module, self.scheme, self._which, ranges, engine=self.engine)
         skipped, fallbacks = done.skipped, done.fallbacks
         after = validate_if_possible(trainer, module)
         if self._gate is not None:
@@ -210,7 +215,7 @@ class QuantizeOnFitEnd(FitEndCallback):
 
         found = scan_sensitivity(
             module, judge, [self.scheme], include=self._which.include, exclude=self._which.exclude, mode=gate.mode,
-            input_ranges=ranges,
+            input_ranges=ranges, engine=self.engine,
         )  # fmt: skip
         try:
             recipe = found.mixed(gate.max_drop, judge, module, input_ranges=ranges)

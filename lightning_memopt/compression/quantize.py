@@ -16,8 +16,10 @@ from lightning_memopt.compression.packed import (
     Int8Weight,
     NF4Weight,
     PackedWeight,
+    TorchaoWeight,
     stored_bytes,
 )  # fmt: skip
+from lightning_memopt.compression.packed.by_torchao import TORCHAO_SCHEMES, import_torchao
 from lightning_memopt.compression.placing import order_weights, replace_weight
 from lightning_memopt.compression.ranges import Range, joined, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
@@ -26,6 +28,8 @@ from lightning_memopt.models.fake import is_fake
 Scheme = Literal[
     "int8", "int8_weight_only", "int8_dynamic", "int8_static", "int4_weight_only", "nf4", "fp16", "bf16", "fp8"
 ]
+
+Engine = Literal["memopt", "torchao"]
 
 _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
     "int8_weight_only": (Int8Weight, {}),
@@ -38,6 +42,9 @@ _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
     "bf16": (HalfWeight, {"kind": "bf16"}),
 }
 
+
+_OF_TORCHAO = ("linear", "conv1d", "attention")
+"""Kinds of weights that torchao's kernels multiply; it would unpack all of an embedding for each look-up."""
 
 CLUSTERS = 256
 """A weight of no more distinct values, each of four elements or more on average, is taken to be clustered."""
@@ -54,7 +61,8 @@ class Quantized:
     Attributes:
         packed: Names of the parameters that are packed now, tied ones by each name.
         skipped: Of every other parameter, why it is as it was.
-        fallbacks: Of packed weights whose inputs are not rounded as the scheme says, what is done instead and why.
+        fallbacks: Of packed weights, or their inputs, that are not rounded as was asked for, what is done instead and
+            why.
         bytes_before: Bytes of the module's parameters and buffers before.
         bytes_after: And now.
     """
@@ -72,6 +80,8 @@ def quantize(
     scheme: Scheme = "int8_weight_only",
     which: WeightFilter | None = None,
     input_ranges: Mapping[str, Range] | None = None,
+    *,
+    engine: Engine = "memopt",
 ) -> Quantized:
     """Pack the weights of ``module``, in place, where that makes them smaller.
 
@@ -88,11 +98,13 @@ def quantize(
         which: Which weights; ``None``: all, embeddings too.
         input_ranges: For ``"int8_static"``: by name of a module, the smallest and the largest of its inputs
             (:func:`~lightning_memopt.compression.ranges.observe_inputs`).
+        engine: ``"torchao"`` has torchao hold and multiply the weights of linear maps, for its kernels on GPUs. Other
+            weights, which it does not take, are packed as without it, and ``fallbacks`` names them.
 
     Raises:
-        ValueError: The scheme is unknown, a weight is on the meta device, or nothing became smaller
-            (:class:`GrowthError`).
-        ImportError: nf4 needs bitsandbytes, which is missing.
+        ValueError: The scheme is unknown, or torchao has no kernels for it where the weights are; a weight is on the
+            meta device; or nothing became smaller (:class:`GrowthError`).
+        ImportError: bitsandbytes, for nf4, or torchao is needed and missing.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -100,7 +112,7 @@ def quantize(
         >>> done.packed, done.bytes_after < 0.27 * done.bytes_before
         (['0.weight', '2.weight'], True)
     """
-    packing(scheme)
+    packing(scheme, engine)
     selection = (which or WeightFilter(embeddings=True)).select(module)
     check_materialized((weight.name, weight.parameter) for weight in selection.weights)
     skipped, names, before = dict(selection.skipped), [], module_bytes(module)
@@ -111,12 +123,12 @@ def quantize(
             warnings.warn(f"{weight.name!r} {reason}, so it is left as it is, unquantized.", stacklevel=2)
         if not reason:
             found = _range_of(weight, input_ranges or {})
-            packed = pack_weight(weight.parameter, weight, scheme, found)
+            packed = pack_weight(weight.parameter, weight, scheme, found, engine)
             reason = _too_large(packed, weight)
             if not reason:
                 replace_weight(module, weight, packed)
                 names += [weight.name, *weight.tied]
-                if fallback := _fallback(weight, scheme, found):
+                if fallback := _fallback(weight, scheme, found, engine):
                     fallbacks[weight.name] = fallback
                 continue
         skipped[weight.name] = reason
@@ -126,33 +138,60 @@ def quantize(
     return Quantized(names, skipped, fallbacks, before, module_bytes(module))
 
 
-def check_quantizable(module: nn.Module, scheme: Scheme, which: WeightFilter) -> None:
+def check_quantizable(
+    module: nn.Module,
+    scheme: Scheme,
+    which: WeightFilter,
+    engine: Engine = "memopt",
+    device: torch.device | None = None,
+) -> None:
     """Raise what :func:`quantize` would, without changing anything; quick, and sizes alone matter.
 
+    Args:
+        module: A module.
+        scheme: See :func:`quantize`.
+        which: Likewise.
+        engine: Likewise.
+        device: Where the module will be; ``None``: where it is.
+
     Raises:
-        ValueError: No weight is selected, or none becomes smaller (:class:`GrowthError`).
+        ValueError: No weight is selected, none becomes smaller (:class:`GrowthError`), or ``engine`` has no kernels
+            for ``scheme`` on ``device``.
     """
     skipped: dict[str, str] = {}
     for weight in which.select(module).weights:
-        reason = why_not(weight) or _too_large(pack_weight(weight.parameter, weight, scheme), weight)
+        reason = why_not(weight)
+        if not reason:
+            like = weight.parameter if engine == "memopt" else torch.zeros_like(weight.parameter, device=device)
+            reason = _too_large(pack_weight(like, weight, scheme, engine=engine), weight)
         if not reason:
             return
         skipped[weight.name] = reason
     raise _growth(module, scheme, skipped)
 
 
-def packing(scheme: str) -> tuple[type[PackedWeight], dict[str, Any]]:
+def packing(scheme: str, engine: str = "memopt") -> tuple[type[PackedWeight], dict[str, Any]]:
     """The class and the options that weights are packed with.
 
     Raises:
-        ValueError: There is no such scheme.
-        ImportError: nf4 needs bitsandbytes, which is missing.
+        ValueError: There is no such scheme or engine, or no such scheme of this engine.
+        ImportError: bitsandbytes, for nf4, or torchao is needed and missing.
     """
-    found = _PACKINGS.get("int8_weight_only" if scheme == "int8" else scheme)
+    scheme = "int8_weight_only" if scheme == "int8" else scheme
+    found = _PACKINGS.get(scheme)
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r} is not known; possible are {', '.join(map(repr, get_args(Engine)))}.")
     if found is None:
         raise ValueError(f"scheme={scheme!r} is not known; possible are {', '.join(map(repr, get_args(Scheme)))}.")
     if scheme == "nf4":
         NF4Weight.pack(torch.zeros(1, NF4Weight.BLOCK))  # says that bitsandbytes is missing, before hours of training
+    if engine == "torchao":
+        if scheme not in TORCHAO_SCHEMES:
+            raise ValueError(
+                f"scheme={scheme!r} is none of those that torchao holds weights by, which are "
+                f"{', '.join(map(repr, TORCHAO_SCHEMES))}. Leave engine='torchao' out."
+            )
+        import_torchao()
     return found
 
 
@@ -161,9 +200,15 @@ def module_bytes(module: nn.Module) -> int:
     return sum(map(stored_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values()))
 
 
-def pack_weight(parameter: Tensor, weight: Weight, scheme: Scheme, input_range: Range | None = None) -> PackedWeight:
+def pack_weight(
+    parameter: Tensor, weight: Weight, scheme: Scheme, input_range: Range | None = None, engine: Engine = "memopt"
+) -> PackedWeight:
     """Pack ``parameter`` as ``weight`` is to be: one scale for all of it where it is clustered, and stays so."""
-    cls, options = packing(scheme)
+    cls, options = packing(scheme, engine)
+    if engine == "torchao" and weight.kind in _OF_TORCHAO:
+        return TorchaoWeight.pack(
+            parameter, weight.output_dim, scheme="int8_weight_only" if scheme == "int8" else scheme
+        )
     if scheme == "int8_static":
         options = {**options, "inputs": list(input_range) if input_range else "dynamic"}
     if cls is Int8Weight:
@@ -192,8 +237,17 @@ def why_not(weight: Weight) -> str:
     return "" if weight.parameter.element_size() > 1 else f"is {weight.parameter.dtype} already"
 
 
-def _fallback(weight: Weight, scheme: str, found: Range | None) -> str:
-    """What is done with the inputs of ``weight`` instead of what ``scheme`` says; empty where it is that."""
+def _fallback(weight: Weight, scheme: str, found: Range | None, engine: str) -> str:
+    """What is done with ``weight``, or its inputs, instead of what was asked for; empty where it is that."""
+    if engine == "torchao" and weight.kind in _OF_TORCHAO:
+        return ""
+    own = _own_fallback(weight, scheme, found)
+    if engine == "torchao":
+        return "; ".join(filter(None, ("packed by lightning_memopt: torchao holds linear maps alone", own)))
+    return own
+
+
+def _own_fallback(weight: Weight, scheme: str, found: Range | None) -> str:
     if scheme not in ("int8_dynamic", "int8_static") or (weight.kind == "embedding" and not weight.tied):
         return ""
     if weight.kind == "experts":

@@ -22,7 +22,7 @@ _SELECTS = ("include", "exclude")
 _KNOWN = {
     "prune": ("amount", "method", "pattern", "scope", "embeddings", "seed", *_SELECTS),
     "cluster": ("n", "init", "embeddings", "seed", *_SELECTS),
-    "quantize": ("scheme", *_SELECTS),
+    "quantize": ("scheme", "engine", *_SELECTS),
 }
 _NEEDED = {"prune": "amount", "cluster": "n", "quantize": "scheme"}
 
@@ -35,8 +35,8 @@ class Recipe:
         prune: Arguments of :func:`~lightning_memopt.compression.masks.prune_weights`, or with
             ``method: structured`` of :func:`~lightning_memopt.compression.structured.prune_structured`.
         cluster: Arguments of :func:`~lightning_memopt.compression.clustering.cluster_weights`.
-        quantize: Steps of ``scheme``, ``include`` and ``exclude``; several make a mixed recipe. Layers that an
-            earlier step took are left to it.
+        quantize: Steps of ``scheme``, ``engine``, ``include`` and ``exclude``; several make a mixed recipe. Layers
+            that an earlier step took are left to it.
         module: The class that the recipe is for, as ``"package.module:Class"``: how ``lightning-memopt compress``
             builds the module of a checkpoint that does not name it. ``None``: whichever it is given.
 
@@ -126,7 +126,7 @@ class Recipe:
         if self.cluster is not None:
             check_clusters(self.cluster["n"], self.cluster.get("init", "kmeans++"))
         for step in self.quantize:
-            packing(step["scheme"])
+            packing(step["scheme"], step.get("engine", "memopt"))
 
     def apply(
         self, module: nn.Module, call: Call | None = None, *, input_ranges: Mapping[str, Range] | None = None
@@ -168,7 +168,8 @@ class Recipe:
         packed: set[str] = set()
         for step in self.quantize:
             which = WeightFilter(step.get("include"), _joined(step.get("exclude"), packed), embeddings=True)
-            done = quantize(module, step["scheme"], which, input_ranges)
+            engine = step.get("engine", "memopt")
+            done = quantize(module, step["scheme"], which, input_ranges, engine=engine)
             packed.update(done.packed)
             skipped.update(done.skipped)
             fallbacks.update(done.fallbacks)
@@ -183,7 +184,7 @@ def _checked(step: str, arguments: Any) -> Mapping[str, Any]:
         raise ValueError(f"{', '.join(unknown)} is no argument of {step}; there are {', '.join(_KNOWN[step])}")
     if _NEEDED[step] not in arguments:
         raise ValueError(f"{step} lacks {_NEEDED[step]}")
-    for name in ("scheme", "method", "scope", "init"):
+    for name in ("scheme", "engine", "method", "scope", "init"):
         if not isinstance(arguments.get(name, ""), str):
             raise ValueError(f"{name} of {step} is a word, not {arguments[name]!r}")
     if not isinstance(embeddings := arguments.get("embeddings", False), bool):

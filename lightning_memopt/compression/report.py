@@ -55,7 +55,8 @@ class CompressionReport(JsonReport):
         metrics_after: The same of the compressed module.
         skipped: Why a weight was left alone, by its name.
         skipped_bytes: What it takes in memory.
-        fallbacks: Of quantized weights whose inputs are not rounded as the scheme says, what is done instead and why.
+        fallbacks: Of quantized weights that are not rounded, or whose inputs are not, as was asked for, what is done
+            instead and why.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -191,7 +192,7 @@ def compression_report(
         before: The original, or its sizes (:func:`measure_sizes`) where it was changed in place.
         after: The compressed module.
         skipped: Why a weight was left alone, by its name.
-        fallbacks: What is done with inputs instead of what the scheme says, by the name of the weight.
+        fallbacks: What is done instead of what was asked for, by the name of the weight.
         eligible_sparsity: Share of zeros over the weights that were to be pruned.
         metrics_before: Validation metrics of the original.
         metrics_after: Validation metrics of the compressed module.

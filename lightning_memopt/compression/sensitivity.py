@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_memopt.compression.quantize import GrowthError, Scheme, packing, quantize
+from lightning_memopt.compression.quantize import Engine, GrowthError, Scheme, packing, quantize
 from lightning_memopt.compression.ranges import Range
 from lightning_memopt.compression.recipe import Recipe
 from lightning_memopt.compression.selection import WeightFilter
@@ -42,11 +42,13 @@ class Sensitivity:
         score: The metric of the module as it was.
         trials: By weight in the order of registration, by scheme in the order given, as it was first.
         mode: ``"max"`` where more of the metric is better, or ``"min"``.
+        engine: What the weights were held by; see :func:`~lightning_memopt.compression.quantize.quantize`.
     """
 
     score: float
     trials: tuple[Trial, ...]
     mode: str = "max"
+    engine: Engine = "memopt"
 
     def mixed(
         self,
@@ -92,7 +94,7 @@ class Sensitivity:
                     f"{max_metric_drop:g}; allow more, or scan schemes of more bits"
                 )
             if sum(max(trial.drop, 0.0) for trial in current) <= max_metric_drop:
-                recipe = _recipe(current, schemes)
+                recipe = _recipe(current, schemes, self.engine)
                 trial_module = copy_module(module)
                 recipe.apply(trial_module, input_ranges=input_ranges)
                 if _worse(self.score, judge(trial_module), self.mode) <= max_metric_drop:
@@ -113,6 +115,7 @@ def scan_sensitivity(
     exclude: Selector | Sequence[Selector] | None = None,
     mode: str = "max",
     input_ranges: Mapping[str, Range] | None = None,
+    engine: Engine = "memopt",
 ) -> Sensitivity:
     """Quantize one weight at a time and measure.
 
@@ -127,6 +130,7 @@ def scan_sensitivity(
         exclude: Not these.
         mode: ``"max"`` where more of the metric is better, or ``"min"``.
         input_ranges: For ``"int8_static"``; see :func:`~lightning_memopt.compression.quantize.quantize`.
+        engine: Likewise.
 
     Raises:
         ValueError: ``mode`` or a scheme is unknown, or no weight is chosen.
@@ -140,7 +144,7 @@ def scan_sensitivity(
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r} is neither 'max' nor 'min'")
     for scheme in schemes:
-        packing(scheme)  # says what is unknown before hours of validation
+        packing(scheme, engine)  # says what is unknown before hours of validation
     score = judge(module)
     trials: list[Trial] = []
     for weight in WeightFilter(include, exclude, embeddings=True).select(module).weights:
@@ -148,13 +152,14 @@ def scan_sensitivity(
         for scheme in schemes:
             changed = copy_module(module)
             try:
-                done = quantize(changed, scheme, WeightFilter(weight.name, embeddings=True), input_ranges)
+                only = WeightFilter(weight.name, embeddings=True)
+                done = quantize(changed, scheme, only, input_ranges, engine=engine)
             except GrowthError:  # a weight too small to gain by it
                 continue
             drop = _worse(score, judge(changed), mode)
             saved = done.bytes_before - done.bytes_after
             trials.append(Trial(weight.name, scheme, drop, weight.parameter.nbytes - saved))
-    return Sensitivity(score, tuple(trials), mode)
+    return Sensitivity(score, tuple(trials), mode, engine)
 
 
 def _worse(before: float, after: float, mode: str) -> float:
@@ -176,9 +181,9 @@ def _gain(ladder: list[Trial], step: int) -> float:
     return (max(here.drop, 0.0) - max(upward.drop, 0.0)) / max(upward.bytes - here.bytes, 1)
 
 
-def _recipe(current: list[Trial], schemes: list[Scheme]) -> Recipe:
+def _recipe(current: list[Trial], schemes: list[Scheme], engine: Engine) -> Recipe:
     steps: list[dict[str, Any]] = [
-        {"scheme": scheme, "include": [trial.weight for trial in current if trial.scheme == scheme]}
+        {"scheme": scheme, "engine": engine, "include": [trial.weight for trial in current if trial.scheme == scheme]}
         for scheme in schemes
     ]
     return Recipe.from_dict({"quantize": steps})

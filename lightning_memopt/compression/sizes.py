@@ -71,7 +71,7 @@ def measure_sizes(module: nn.Module, *, packed: bool = True) -> ModuleSizes:
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that ``tensor`` is made of: itself, or the values, scales and codes of a quantized one."""
     if isinstance(tensor, PackedWeight):
-        yield from tensor.plain().parts.values()
+        yield from tensor.plain().file_parts().values()
         return
     if is_traceable_wrapper_subclass(tensor):  # torchao's
         for name in tensor.__tensor_flatten__()[0]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_memopt import DataParallelStrategy, PruneOnFitEnd, QuantizeOnFitEnd, load_compressed
 from lightning_memopt.callbacks.fit_end import validate_now
 from lightning_memopt.compression.onnx import unpacked_copy
-from lightning_memopt.compression.packed import PackedWeight
+from lightning_memopt.compression.packed import PackedWeight, TorchaoWeight
 from tests.callbacks.classifier import (
     Classifier,
     assert_rounding_kept_what_was_learned,
@@ -27,6 +27,28 @@ from tests.callbacks.learning import NotEvenStarted
 from tests.distributed import run_on_ranks
 from tests.parity import train
 from tests.zoo import ZOO
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "fp8"])
+def test_torchao_holds_the_weights_of_a_copy_that_tests_predicts_and_loads(scheme, tmp_path):
+    callback = QuantizeOnFitEnd(
+        scheme, engine="torchao", max_metric_drop=0.05, monitor="val_accuracy", export_path=tmp_path / "net"
+    )
+    trainer, module = fit_signs(callback)
+    quantized = callback.quantized
+    assert type(quantized.net[2].weight.data) is TorchaoWeight and type(module.net[2].weight.data) is torch.Tensor
+    assert callback.report.ratio < 0.34 and not callback.report.fallbacks
+    assert_rounding_kept_what_was_learned(callback.report)
+    predicted = torch.cat(trainer.predict(quantized, signs_loader(1)))
+    loaded = torch.cat(trainer.predict(load_compressed(tmp_path / "net"), signs_loader(1)))
+    assert torch.equal(predicted, loaded)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose kernels these are")
+def test_a_scheme_that_the_engine_has_no_kernels_for_here_is_refused_before_the_first_step():
+    callback = QuantizeOnFitEnd("int4_weight_only", engine="torchao")
+    with pytest.raises(MisconfigurationException, match=r"QuantizeOnFitEnd: torchao cannot hold .* on cpu here"):
+        fit_signs(callback, None, NotEvenStarted())
 
 
 class Brittle(Classifier):

@@ -38,7 +38,9 @@ def write_tensor(name: str, tensor: Tensor, data: dict[str, Tensor]) -> dict[str
             "attributes": tensor.attributes,
             "shape": list(tensor.shape),
             "dtype": type_name(name, tensor),
-            "parts": {part: _write_plain(f"{name}/{part}", value, data) for part, value in tensor.parts.items()},
+            "parts": {
+                part: _write_plain(f"{name}/{part}", value, data) for part, value in tensor.file_parts().items()
+            },
         }
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ValueError(
@@ -89,12 +91,10 @@ def read_tensor(name: str, record: Any, data: Mapping[str, Tensor]) -> Tensor:
             raise CompressedFileError(
                 f"`{name}` is packed as {record['packed']!r}, which this version does not know."
             )
-        parts = {part: _read_plain(f"{name}/{part}", record["parts"][part], data, limit) for part in cls.part_names}
-        packed = cls(parts, record["attributes"], _shape(record), DTYPES[record["dtype"]])
-        if not packed.well_formed():
-            raise CompressedFileError(
-                f"`{name}` is {record['packed']} of shape {record['shape']}, and its parts are not."
-            )
+        parts = {
+            part: _read_plain(f"{name}/{part}", each, data, limit) for part, each in dict(record["parts"]).items()
+        }
+        packed = cls.from_file(parts, record["attributes"], _shape(record), DTYPES[record["dtype"]])
     except CompressedFileError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """Weights held in few bits that modules use as dense ones."""
 
 from lightning_memopt.compression.packed.base import PackedWeight, stored_bytes
+from lightning_memopt.compression.packed.by_torchao import TorchaoWeight
 from lightning_memopt.compression.packed.floats import Float8Weight, HalfWeight, NF4Weight
 from lightning_memopt.compression.packed.integers import Int4Weight, Int8Weight
 
@@ -10,6 +11,7 @@ PACKED: dict[str, type[PackedWeight]] = {
     "fp8": Float8Weight,
     "half": HalfWeight,
     "nf4": NF4Weight,
+    "torchao": TorchaoWeight,
 }
 """The kinds of packed weight, by the name that files have for them."""
 
@@ -21,5 +23,6 @@ __all__ = [
     "Int8Weight",
     "NF4Weight",
     "PackedWeight",
+    "TorchaoWeight",
     "stored_bytes",
 ]

@@ -95,6 +95,24 @@ class PackedWeight(Tensor):
         """The same weight in the form that files have, whatever order this machine reads it in."""
         return self
 
+    def file_parts(self) -> dict[str, Tensor]:
+        """The plain tensors that files have of :meth:`plain`."""
+        return self.parts
+
+    @classmethod
+    def from_file(
+        cls, parts: Mapping[str, Tensor], attributes: Mapping[str, Any], shape: Any, dtype: torch.dtype
+    ) -> Self:
+        """The weight of which a file has these parts.
+
+        Raises:
+            ValueError: They do not fit it.
+        """
+        packed = cls(parts, attributes, shape, dtype)
+        if not packed.well_formed():
+            raise ValueError("its parts are not of its shape")
+        return packed
+
     def fill(self, source: Tensor) -> None:
         """Take the values of ``source``, which is packed alike, or is the dense weight that this one stands for.
 
