@@ -25,7 +25,14 @@ from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.callbacks.timing import time_example
 from lightning_memopt.compression.packed import PackedWeight
-from lightning_memopt.compression.quantize import Engine, Scheme, check_quantizable, packing, quantize
+from lightning_memopt.compression.quantize import (
+    Engine,
+    Scheme,
+    check_hardware,
+    check_quantizable,
+    packing,
+    quantize,
+)
 from lightning_memopt.compression.ranges import Range, observe_inputs
 from lightning_memopt.compression.report import compression_report
 from lightning_memopt.compression.selection import WeightFilter
@@ -137,6 +144,7 @@ class QuantizeOnFitEnd(FitEndCallback):
                 f"{self.scheme!r} is calibrated by validation_step, which {type(pl_module).__name__} has not, and "
                 "its training_step steps the optimizers itself. Write a validation_step, or use 'int8_dynamic'."
             )
+        check_hardware(self.scheme, self.engine, trainer.strategy.root_device)
         if has_its_layers(pl_module):
             check_quantizable(pl_module, self.scheme, self._which, self.engine, trainer.strategy.root_device)
 

@@ -19,7 +19,7 @@ from lightning_memopt.compression.packed import (
     TorchaoWeight,
     stored_bytes,
 )  # fmt: skip
-from lightning_memopt.compression.packed.by_torchao import TORCHAO_SCHEMES, import_torchao
+from lightning_memopt.compression.packed.by_torchao import GROUP, TORCHAO_SCHEMES, import_torchao
 from lightning_memopt.compression.placing import order_weights, replace_weight
 from lightning_memopt.compression.ranges import Range, joined, sample_dims
 from lightning_memopt.compression.selection import Weight, WeightFilter
@@ -42,9 +42,6 @@ _PACKINGS: dict[str, tuple[type[PackedWeight], dict[str, Any]]] = {
     "bf16": (HalfWeight, {"kind": "bf16"}),
 }
 
-
-_OF_TORCHAO = ("linear", "conv1d", "attention")
-"""Kinds of weights that torchao's kernels multiply; it would unpack all of an embedding for each look-up."""
 
 CLUSTERS = 256
 """A weight of no more distinct values, each of four elements or more on average, is taken to be clustered."""
@@ -138,6 +135,16 @@ def quantize(
     return Quantized(names, skipped, fallbacks, before, module_bytes(module))
 
 
+def check_hardware(scheme: Scheme, engine: Engine, device: torch.device) -> None:
+    """Raise where ``engine`` has no kernels for ``scheme`` on ``device``; ours compute everywhere.
+
+    Raises:
+        ValueError: Says what it lacks.
+    """
+    if engine == "torchao":
+        TorchaoWeight.pack(torch.zeros(GROUP, GROUP, device=device), scheme=_full_name(scheme))
+
+
 def check_quantizable(
     module: nn.Module,
     scheme: Scheme,
@@ -155,8 +162,7 @@ def check_quantizable(
         device: Where the module will be; ``None``: where it is.
 
     Raises:
-        ValueError: No weight is selected, none becomes smaller (:class:`GrowthError`), or ``engine`` has no kernels
-            for ``scheme`` on ``device``.
+        ValueError: No weight is selected, or none becomes smaller (:class:`GrowthError`).
     """
     skipped: dict[str, str] = {}
     for weight in which.select(module).weights:
@@ -177,7 +183,7 @@ def packing(scheme: str, engine: str = "memopt") -> tuple[type[PackedWeight], di
         ValueError: There is no such scheme or engine, or no such scheme of this engine.
         ImportError: bitsandbytes, for nf4, or torchao is needed and missing.
     """
-    scheme = "int8_weight_only" if scheme == "int8" else scheme
+    scheme = _full_name(scheme)
     found = _PACKINGS.get(scheme)
     if engine not in get_args(Engine):
         raise ValueError(f"engine={engine!r} is not known; possible are {', '.join(map(repr, get_args(Engine)))}.")
@@ -195,6 +201,10 @@ def packing(scheme: str, engine: str = "memopt") -> tuple[type[PackedWeight], di
     return found
 
 
+def _full_name(scheme: str) -> str:
+    return "int8_weight_only" if scheme == "int8" else scheme
+
+
 def module_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and buffers of ``module``, tied ones once."""
     return sum(map(stored_bytes, {id(t): t for t in (*module.parameters(), *module.buffers())}.values()))
@@ -205,10 +215,8 @@ def pack_weight(
 ) -> PackedWeight:
     """Pack ``parameter`` as ``weight`` is to be: one scale for all of it where it is clustered, and stays so."""
     cls, options = packing(scheme, engine)
-    if engine == "torchao" and weight.kind in _OF_TORCHAO:
-        return TorchaoWeight.pack(
-            parameter, weight.output_dim, scheme="int8_weight_only" if scheme == "int8" else scheme
-        )
+    if engine == "torchao" and not _why_not_torchao(weight, scheme):
+        return TorchaoWeight.pack(parameter, weight.output_dim, scheme=_full_name(scheme))
     if scheme == "int8_static":
         options = {**options, "inputs": list(input_range) if input_range else "dynamic"}
     if cls is Int8Weight:
@@ -239,12 +247,21 @@ def why_not(weight: Weight) -> str:
 
 def _fallback(weight: Weight, scheme: str, found: Range | None, engine: str) -> str:
     """What is done with ``weight``, or its inputs, instead of what was asked for; empty where it is that."""
-    if engine == "torchao" and weight.kind in _OF_TORCHAO:
-        return ""
     own = _own_fallback(weight, scheme, found)
-    if engine == "torchao":
-        return "; ".join(filter(None, ("packed by lightning_memopt: torchao holds linear maps alone", own)))
-    return own
+    if engine == "memopt":
+        return own
+    reason = _why_not_torchao(weight, scheme)
+    return "; ".join(filter(None, (f"packed by lightning_memopt: {reason}", own))) if reason else ""
+
+
+def _why_not_torchao(weight: Weight, scheme: str) -> str:
+    """Why torchao does not hold ``weight``; empty where it does."""
+    if weight.kind not in ("linear", "conv1d", "attention"):
+        # It would unpack all of an embedding for each look-up.
+        return "torchao holds linear maps alone"
+    if scheme == "int4_weight_only" and weight.parameter.shape[1 - weight.output_dim] % GROUP:
+        return f"its inputs are no multiple of the {GROUP} that share a scale in torchao"
+    return ""
 
 
 def _own_fallback(weight: Weight, scheme: str, found: Range | None) -> str:

@@ -13,8 +13,8 @@ from lightning_memopt.compression.packed.base import PackedWeight
 TORCHAO_SCHEMES = ("int8_weight_only", "int8_dynamic", "int4_weight_only", "fp8")
 """Schemes by which torchao holds weights as ours do: more of it, such as products of 8-bit floats, is not used."""
 
-_GROUP = 128
-"""Elements that share a scale in ``int4_weight_only``: torchao's default."""
+GROUP = 128
+"""Inputs that share a scale in ``int4_weight_only``, torchao's default; it passes over other numbers of inputs."""
 
 
 class TorchaoWeight(PackedWeight):
@@ -88,7 +88,7 @@ class TorchaoWeight(PackedWeight):
         """
         scheme, output_dim = attributes["scheme"], attributes["output_dim"]
         if scheme not in TORCHAO_SCHEMES or output_dim not in (0, 1) or len(shape) != 2:
-            raise ValueError(f"{dict(attributes)!r} is no way in which torchao holds weights here")
+            raise ValueError(f"{dict(attributes)!r} is no way in which torchao holds weights")
         on_gpu = scheme == "int4_weight_only"  # whose order is that of kernels for GPUs
         if on_gpu and not torch.cuda.is_available():
             raise ValueError("torchao's 4 bits are in an order for CUDA, and there is no such GPU here")
@@ -127,7 +127,7 @@ def import_torchao() -> Any:
 def _config(scheme: str) -> Any:
     quantization = import_torchao()
     if scheme == "int4_weight_only":
-        return quantization.Int4WeightOnlyConfig(_GROUP, int4_packing_format="tile_packed_to_4d")
+        return quantization.Int4WeightOnlyConfig(GROUP, int4_packing_format="tile_packed_to_4d")
     if scheme == "fp8":
         return quantization.Float8WeightOnlyConfig()
     if scheme == "int8_dynamic":

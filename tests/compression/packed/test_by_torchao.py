@@ -17,10 +17,9 @@ from torchao.quantization import (
 from transformers.pytorch_utils import Conv1D
 
 from lightning_memopt.compression.container import CompressedFileError, load_compressed, save_compressed
-from lightning_memopt.compression.packed import Int8Weight, TorchaoWeight
-from lightning_memopt.compression.quantize import check_quantizable, module_bytes, quantize
+from lightning_memopt.compression.packed import Int4Weight, Int8Weight, TorchaoWeight
+from lightning_memopt.compression.quantize import check_hardware, module_bytes, quantize
 from lightning_memopt.compression.recipe import Recipe
-from lightning_memopt.compression.selection import WeightFilter
 from lightning_memopt.compression.sensitivity import scan_sensitivity
 from tests.zoo import ZOO, cases
 
@@ -119,9 +118,8 @@ def test_a_recipe_and_a_scan_hold_weights_by_torchao():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose kernels these are")
 def test_a_scheme_that_this_hardware_has_no_kernels_for_is_refused_by_name():
-    net = nn.Sequential(nn.Linear(256, 256))
     with pytest.raises(ValueError, match=r"'int4_weight_only' on cpu here .*Leave engine='torchao' out"):
-        check_quantizable(net, "int4_weight_only", WeightFilter(), "torchao", torch.device("cpu"))
+        check_hardware("int4_weight_only", "torchao", torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -169,3 +167,9 @@ def test_a_record_that_lies_is_refused(lie, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CompressedFileError, match=r"0\.weight"):
         load_compressed(folder, module=nn.Sequential(nn.Linear(64, 48)))
+
+
+def test_4_bits_of_inputs_that_its_groups_do_not_divide_are_ours_and_said():
+    net = nn.Sequential(nn.Linear(96, 256))
+    done = quantize(net, "int4_weight_only", engine="torchao")
+    assert type(net[0].weight.data) is Int4Weight and "no multiple of the 128" in done.fallbacks["0.weight"]
