@@ -44,6 +44,24 @@ def test_torchao_holds_the_weights_of_a_copy_that_tests_predicts_and_loads(schem
     assert torch.equal(predicted, loaded)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "engine"),
+    [(scheme, "memopt") for scheme in ("int8", "int8_static", "int4_weight_only", "nf4", "fp8", "bf16")]
+    + [("int8_dynamic", "torchao")],
+)
+def test_a_checkpoint_of_what_was_packed_in_place_is_read_without_pickle_and_by_lightning(scheme, engine, tmp_path):
+    trainer, module = fit_signs(QuantizeOnFitEnd(scheme, inplace=True, engine=engine), Classifier(128))
+    trainer.save_checkpoint(tmp_path / "packed.ckpt")
+    expected = module.eval()(x := torch.randn(4, 16))
+    state = torch.load(tmp_path / "packed.ckpt", weights_only=True)["state_dict"]
+    packed = Classifier(128).eval()
+    packed.load_state_dict(state, assign=True)
+    assert isinstance(packed.net[2].weight, PackedWeight)
+    torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-5)
+    whole = Classifier.load_from_checkpoint(tmp_path / "packed.ckpt").eval()
+    assert type(whole.net[2].weight.data) is torch.Tensor and (whole(x) - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose kernels these are")
 def test_a_scheme_that_the_engine_has_no_kernels_for_here_is_refused_before_the_first_step():
     callback = QuantizeOnFitEnd("int4_weight_only", engine="torchao")

@@ -1,6 +1,8 @@
 """Weights held in few bits that modules use as dense ones."""
 
-from lightning_memopt.compression.packed.base import PackedWeight, stored_bytes
+import torch
+
+from lightning_memopt.compression.packed.base import PackedWeight, stored_bytes, unpickled
 from lightning_memopt.compression.packed.by_torchao import TorchaoWeight
 from lightning_memopt.compression.packed.floats import Float8Weight, HalfWeight, NF4Weight
 from lightning_memopt.compression.packed.integers import Int4Weight, Int8Weight
@@ -14,6 +16,9 @@ PACKED: dict[str, type[PackedWeight]] = {
     "torchao": TorchaoWeight,
 }
 """The kinds of packed weight, by the name that files have for them."""
+
+# Checkpoints of modules that were quantized in place have them, and can be read with `weights_only=True`.
+torch.serialization.add_safe_globals([unpickled, *PACKED.values()])
 
 __all__ = [
     "PACKED",

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
@@ -175,6 +176,12 @@ class PackedWeight(Tensor):
         )
         return hashlib.blake2b(repr((*described, parts)).encode(), digest_size=16).hexdigest()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # What torch would write is read neither with `weights_only=True` nor by Lightning, which maps locations.
+        plain = self.plain()
+        described = (plain.file_parts(), plain.attributes, tuple(plain.shape), plain.dtype)
+        return unpickled, (type(plain), *described, isinstance(self, Parameter))
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, bytes={stored_bytes(self)})"
 
@@ -237,6 +244,23 @@ class PackedWeight(Tensor):
             return computed
         args, kwargs = dense((args, kwargs))
         return function(*args, **kwargs)
+
+
+def unpickled(
+    cls: type[PackedWeight],
+    parts: dict[str, Tensor],
+    attributes: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    is_parameter: bool,
+) -> Tensor:
+    """The weight that was pickled.
+
+    Raises:
+        ValueError: Its parts do not fit it.
+    """
+    packed = cls.from_file(parts, attributes, shape, dtype)
+    return Parameter(packed, requires_grad=False) if is_parameter else packed
 
 
 def one_of_stack(weight: Packed, index: Any) -> Packed:

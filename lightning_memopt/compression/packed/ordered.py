@@ -172,6 +172,8 @@ def _unpickled(weight: Int8Weight, is_transposed: bool, is_parameter: bool) -> T
     return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
 
+torch.serialization.add_safe_globals([_unpickled])
+
 # Operators, since the compiler cannot look into tensors in that order. The plain kind, which takes 20 µs less a call
 # than `torch.library.custom_op`.
 

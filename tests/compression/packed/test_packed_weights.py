@@ -311,6 +311,25 @@ def test_graphs_that_the_compiler_kept_on_disk_are_told_apart_by_what_they_depen
     assert known_by() != once, "another version may run other operators"
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_file_of_pickles_is_refused_whose_parts_do_not_fit_the_weight(packing, tmp_path):
+    cls, options, *_ = PACKINGS[packing]
+    packed = cls.pack(torch.randn(64, 64), **options)
+    rebuild, (_, parts, attributes, _, *rest) = packed.__reduce_ex__(2)
+    lie = (rebuild, (cls, parts, attributes, (64, 6400), *rest))
+    torch.save(_Reduced(lie), tmp_path / "lie.pt")
+    with pytest.raises(ValueError, match=r"its parts are not of its shape|holds .* otherwise"):
+        torch.load(tmp_path / "lie.pt", weights_only=True)
+
+
+class _Reduced:
+    def __init__(self, reduced):
+        self.reduced = reduced
+
+    def __reduce_ex__(self, protocol):
+        return self.reduced
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sums_of_integers_do_not_overflow_in_fp16(autocast):
     torch.manual_seed(0)
