@@ -33,7 +33,8 @@ class MixedPrecision(LightningMixedPrecision):
         growth_interval: Steps without overflow after which the scale doubles.
 
     Raises:
-        MisconfigurationException: Unknown dtype, a scale or interval that is not positive, or LBFGS with fp16.
+        MisconfigurationException: Unknown dtype, a scale or interval that is not positive, LBFGS with fp16, or
+            trained weights that are stored in float16.
         LossScaleCollapsedError: In training, when lowering the scale does not make gradients finite.
 
     Source:
@@ -78,6 +79,7 @@ class MixedPrecision(LightningMixedPrecision):
             self._use_device(parameter.device.type)
         if self.loss_scale is not None:
             _refuse_lbfgs(optimizers)
+        _refuse_trained_float16(model)
         if self.device == "cpu":
             _refuse_lstm_where_autocast_fails(model, self._dtype)
         return super().connect(model, optimizers, lr_schedulers)
@@ -149,6 +151,17 @@ def _refuse_lbfgs(optimizers: list[Optimizer]) -> None:
         raise MisconfigurationException(
             "MixedPrecision('fp16') cannot train with LBFGS: it computes the loss several times in a step, and an "
             "overflow in between cannot be undone; use MixedPrecision('bf16'), which needs no loss scale."
+        )
+
+
+def _refuse_trained_float16(model: torch.nn.Module) -> None:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if trained:
+        others = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+        raise MisconfigurationException(
+            f"MixedPrecision trains weights in float32, and `{trained[0]}`{others} is stored in float16, where small "
+            "updates vanish and Adam divides by an epsilon that is 0. Call `.float()` on it, freeze it, or train in "
+            "16 bits on purpose with HalfPrecision."
         )
 
 

@@ -244,3 +244,16 @@ def test_lbfgs_is_refused_with_fp16():
 def test_another_precision_given_to_the_trainer_is_refused():
     with pytest.raises(ValueError, match="Received both `precision=32-true`"):
         pl.Trainer(precision="32-true", plugins=[MixedPrecision("bf16")], accelerator="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_trained_weights_in_float16_are_refused_by_name_and_frozen_ones_are_not(dtype):
+    module = ZOO["mlp"].build()
+    module.net[0].half()
+    with pytest.raises(
+        MisconfigurationException, match=r"`net\.0\.weight` and 1 more is stored in float16.*float\(\)"
+    ):
+        train(module, ZOO["mlp"].loader(), steps=2, plugins=[MixedPrecision(dtype)])
+    module.net[0].requires_grad_(False)
+    run = train(module, ZOO["mlp"].loader(), steps=2, plugins=[MixedPrecision(dtype, initial_scale=256.0)])
+    assert all(torch.isfinite(weight).all() for weight in run.weights.values())
