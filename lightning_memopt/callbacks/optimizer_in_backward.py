@@ -18,7 +18,7 @@ from lightning_memopt.models.fake import holds_fakes
 from lightning_memopt.models.instance_patch import Patches, replaced
 from lightning_memopt.models.lazy import refuse_uninitialized
 from lightning_memopt.parallel.local import local_of
-from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
+from lightning_memopt.techniques.optimizer_in_backward import BackwardStepper, step_in_backward
 from lightning_memopt.techniques.per_parameter import check_steps_alone
 
 _ACCUMULATING_CALLBACKS = ("GradientAccumulation", "GradientAccumulationScheduler", "MicroBatching")
@@ -48,6 +48,7 @@ class OptimizerInBackward(Callback):
 
     def __init__(self) -> None:
         self._undo = Patches()
+        self._stepper: BackwardStepper | None = None
         self._stepping: bool | None = None
 
     @override
@@ -77,8 +78,8 @@ class OptimizerInBackward(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in on_fit_start: other callbacks may change the optimizer there.
         clip_value = float(trainer.gradient_clip_val) if trainer.gradient_clip_val else None
-        stepper = step_in_backward(pl_module, trainer.optimizers, clip_value=clip_value)
-        self._undo.callback(stepper.remove)
+        self._stepper = step_in_backward(pl_module, trainer.optimizers, clip_value=clip_value)
+        self._undo.callback(self._stepper.remove)
         # The stepper clips; Lightning would after the backward, and torch cannot clip where no gradient is left.
         self._undo.enter_context(replaced(trainer, gradient_clip_val=None))
         if is_overridden("optimizer_step", pl_module):
@@ -104,6 +105,8 @@ class OptimizerInBackward(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._stepper is not None and self._stepper.is_within_step:
+            _save_nothing(trainer, exception)
         self._detach()
 
     @override
@@ -138,7 +141,28 @@ class OptimizerInBackward(Callback):
 
     def _detach(self) -> None:
         self._undo.close()
-        self._stepping = None
+        self._stepper = self._stepping = None
+
+
+def _save_nothing(trainer: pl.Trainer, exception: BaseException) -> None:
+    """Skip what checkpoint callbacks, which come last, do on an exception: of weights that are in part a step on."""
+    saving = [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if is_overridden("on_exception", callback, Callback) and getattr(callback, "save_on_exception", True)
+    ]
+    for callback in saving:
+        _skip_once(callback, "on_exception")
+    if saving:
+        rank_zero_warn(
+            f"No checkpoint is saved on {type(exception).__name__}: it came in the middle of a backward, in which "
+            "OptimizerInBackward had stepped some parameters and others not. The newest one saved before it is whole."
+        )
+
+
+def _skip_once(callback: Callback, hook: str) -> None:
+    patch = Patches()
+    patch.enter_context(replaced(callback, **{hook: lambda *_: patch.close()}))
 
 
 def _users_callbacks(trainer: pl.Trainer) -> Iterator[Callback]:

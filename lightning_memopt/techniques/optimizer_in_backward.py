@@ -59,7 +59,11 @@ def step_in_backward(
 
 
 class BackwardStepper:
-    """The handle of :func:`step_in_backward`: the hooks on the parameters and on the optimizers' steps."""
+    """The handle of :func:`step_in_backward`: the hooks on the parameters and on the optimizers' steps.
+
+    Attributes:
+        is_within_step: Whether some parameters were stepped in a step that is not over: the others are yet to be.
+    """
 
     def __init__(
         self, module: nn.Module, optimizers: Sequence[Optimizer], clip_value: float | None, step: StepParameter
@@ -70,12 +74,18 @@ class BackwardStepper:
         self._owners: dict[torch.Tensor, tuple[Optimizer, int]] = {}
         self._hooks: dict[torch.Tensor, RemovableHandle] = {}
         self._stepped: set[torch.Tensor] = set()
+        self.is_within_step = False
         self._lock = threading.Lock()  # autograd runs one thread per device; a step swaps the optimizer's groups
         self._refuse_shared_parameters(optimizers)
         for optimizer in optimizers:
             self._watch(optimizer)
         self._step_hooks = [
-            optimizer.register_step_pre_hook(partial(self._begin_step, optimizer)) for optimizer in optimizers
+            hook
+            for optimizer in optimizers
+            for hook in (
+                optimizer.register_step_pre_hook(partial(self._begin_step, optimizer)),
+                optimizer.register_step_post_hook(self._end_step),
+            )
         ]
 
     def remove(self) -> None:
@@ -111,6 +121,9 @@ class BackwardStepper:
         self._watch(optimizer)
         self._stepped.difference_update(p for group in optimizer.param_groups for p in group["params"])
 
+    def _end_step(self, *_: Any) -> None:
+        self.is_within_step = False
+
     @torch.no_grad()
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         optimizer, group_index = self._owners[parameter]
@@ -122,6 +135,7 @@ class BackwardStepper:
                     "gradients, and where activations are checkpointed, use `use_reentrant=False`."
                 )
             self._stepped.add(parameter)
+            self.is_within_step = True
             _wait_for_copy(parameter)
             if self._clip_value is not None:
                 clip_by_value([parameter], self._clip_value)

@@ -1,9 +1,16 @@
 """OptimizerInBackward under Lightning: parity over the zoo, and refusals by name."""
 
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -76,6 +83,7 @@ def test_the_module_is_as_the_user_wrote_it_after_fit():
     run = _fit()
     assert not any(parameter._post_accumulate_grad_hooks for parameter in run.module.parameters())
     assert not run.trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert not run.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
 def test_the_module_is_as_the_user_wrote_it_after_training_raised():
@@ -101,6 +109,33 @@ def test_an_error_in_the_middle_of_the_backward_reaches_the_user_and_leaves_no_h
     with pytest.raises(RuntimeError, match="broken backward"):
         _fit(module=module)
     assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("where", ["before", "within"])
+def test_what_saves_on_an_exception_saves_no_weights_that_are_in_part_a_step_on(where, tmp_path):
+    module, saved = ZOO["mlp"].build(), ModelCheckpoint(tmp_path / "saved", save_on_exception=True)
+    seen = []
+
+    def fail(_):
+        seen.append(module.net[-1].weight.detach().clone())
+        if len(seen) == 3:
+            raise RuntimeError("broken backward")
+
+    if where == "within":
+        module.net[0].weight.register_hook(fail)  # whose gradient comes last
+    else:
+        module.net.register_full_backward_pre_hook(lambda net, gradients: fail(gradients))
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(RuntimeError, match="broken backward"):
+        warnings.simplefilter("always")
+        _fit(module=module, callbacks=[saved, OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
+    is_warned = any("No checkpoint is saved on RuntimeError" in str(warning.message) for warning in warned)
+    files = [*(tmp_path / "saved").glob("*.ckpt"), *tmp_path.glob("*.ckpt")]
+    assert is_warned == (where == "within") and len(files) == (0 if is_warned else 2)
+    for file in files:
+        weights = torch.load(file, weights_only=False)["state_dict"]
+        torch.testing.assert_close(weights, module.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(weights["net.5.weight"], seen[-1], rtol=0, atol=0)
+    assert "on_exception" not in vars(saved)
 
 
 def test_a_loss_that_is_nan_and_a_batch_without_a_loss_do_what_they_do_in_plain_lightning():
