@@ -67,7 +67,7 @@ class MemoryPlan(Callback):
         self._again: Callable[[int], PlanResult] | None = None
         self._added: list[Callback] = []
         self._tracker: track_memory | None = None
-        self._steps_before: int | None = None
+        self._steps_before = 0  # the fit, and later the step that is measured
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -148,10 +148,15 @@ class MemoryPlan(Callback):
             )
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps_before = trainer.global_step
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        is_due = self.measured_bytes is None and self._tracker is None and trainer.global_step > 0
+        # Not in the first step of a fit, resumed or not, which finds no gradients of one before.
+        is_due = self.measured_bytes is None and self._tracker is None and trainer.global_step > self._steps_before
         if is_due and not _is_profiled(trainer):
             self._steps_before = trainer.global_step
             self._tracker = track_memory(pl_module, trainer.optimizers, tensors_in(batch))

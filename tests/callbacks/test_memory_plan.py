@@ -25,12 +25,12 @@ def _loader(samples: int = 512) -> DataLoader:
     return DataLoader(TensorDataset(*_batch(4 * samples)), batch_size=samples)
 
 
-def _fit(module, *callbacks, tmp_path, steps=4, **options) -> pl.Trainer:
+def _fit(module, *callbacks, tmp_path, steps=4, ckpt_path=None, **options) -> pl.Trainer:
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=list(callbacks), default_root_dir=tmp_path, **options,
     )  # fmt: skip
-    trainer.fit(module, _loader())
+    trainer.fit(module, _loader(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -96,6 +96,20 @@ def test_a_plan_that_cannot_be_written_ends_no_training_and_a_trial_run_writes_n
     assert trainer.global_step == 4 and plan.measured_bytes is not None
     _fit(Deep(), memopt.MemoryPlan("1GiB", device=A_CPU), tmp_path=tmp_path, fast_dev_run=3)
     assert not (tmp_path / PLANNED).exists()
+
+
+@pytest.mark.parametrize("budget", [TIGHT, "1GiB"])  # with techniques, and as it is
+def test_a_run_that_is_resumed_is_planned_and_measured_as_before_and_trains_as_without_the_plan(budget, tmp_path):
+    first, second = (memopt.MemoryPlan(budget, device=A_CPU) for _ in range(2))
+    checkpoint, weights = tmp_path / "four.ckpt", []
+    _fit(Deep(), first, tmp_path=tmp_path).save_checkpoint(checkpoint)
+    for callbacks in ([second], []):
+        module = Deep()
+        _fit(module, *callbacks, tmp_path=tmp_path, steps=8, ckpt_path=checkpoint)
+        weights.append(module.state_dict())
+    assert second.result.best.choice == first.result.best.choice
+    assert second.measured_bytes == first.measured_bytes
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
 
 class Recorder(Callback):
