@@ -1,13 +1,17 @@
 """Activation checkpointing for any LightningModule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import override
 
+from lightning_memopt.models.instance_patch import replaced
 from lightning_memopt.models.selectors import Selector, as_selectors
 from lightning_memopt.techniques.checkpointing import CheckpointHandle, Recompute, checkpoint_activations
 from lightning_memopt.techniques.checkpointing.policy import Policy
@@ -62,8 +66,9 @@ class ActivationCheckpointing(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        around = partial(_logging_once, [m for m in pl_module.modules() if isinstance(m, pl.LightningModule)])
         try:
-            self._handle = checkpoint_activations(pl_module, self._recompute, modules=self._modules)
+            self._handle = checkpoint_activations(pl_module, self._recompute, modules=self._modules, around=around)
         except ValueError as error:
             raise MisconfigurationException(f"ActivationCheckpointing: {error}.") from error
 
@@ -87,3 +92,22 @@ class ActivationCheckpointing(Callback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+@contextmanager
+def _logging_once(modules: Sequence[pl.LightningModule], is_again: bool) -> Iterator[None]:
+    """What a block logs counts once, and is no part of what is computed in it."""
+    with ExitStack() as stack:
+        for module in modules:
+            log = _log_nothing if is_again else partial(_log_apart, module.log)
+            stack.enter_context(replaced(module, log=log))
+        yield
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _log_apart(log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    with _disable_current_modes():  # private; tried with torch 2.11 to 2.13
+        log(*args, **kwargs)

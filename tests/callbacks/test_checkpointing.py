@@ -30,6 +30,39 @@ def test_the_default_policy_trains_models_with_blocks_and_without_bit_for_bit(na
     assert_parity(ZOO[name], [ActivationCheckpointing()], dropout=0.1, rtol=0, atol=0)
 
 
+class Logging(nn.Sequential):
+    """A block that logs in its midst, by the LightningModule that it belongs to."""
+
+    owner: list[pl.LightningModule]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self[0](x)
+        self.owner[0].log("mean", hidden.detach().mean(), on_step=True, on_epoch=True)
+        self.owner[0].log_dict({"rows": float(len(x))}, reduce_fx="sum", on_step=False, on_epoch=True)
+        return self[2](self[1](hidden))
+
+
+class LogsInBlocks(type(ZOO["mlp"].build())):
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        blocks = [Logging(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)) for _ in range(3)]
+        self.net = nn.Sequential(*blocks, nn.Linear(16, 4))
+        for block in blocks:
+            block.owner = [self]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_blocks_log_is_logged_as_in_plain_training_and_no_patch_stays(policy: str) -> None:
+    modules, loader = [LogsInBlocks(), LogsInBlocks()], ZOO["mlp"].loader(batches=4)
+    modules[1].load_state_dict(modules[0].state_dict())
+    plain = train(modules[0], loader, steps=8)
+    run = train(modules[1], loader, steps=8, callbacks=[POLICIES[policy]()])
+    assert_same_training(plain, run, rtol=0, atol=0)
+    assert plain.trainer.callback_metrics["rows"] == 3 * 4 * 8
+    torch.testing.assert_close(run.trainer.callback_metrics, plain.trainer.callback_metrics, rtol=0, atol=0)
+    assert "log" not in vars(run.module)
+
+
 class StopAt(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
         if trainer.global_step == 2:

@@ -23,6 +23,8 @@ from lightning_memopt.techniques.checkpointing.profile import draws_random_numbe
 from lightning_memopt.techniques.checkpointing.replay import Around, Replayable, WrittenBuffers
 from lightning_memopt.techniques.checkpointing.selection import Region, select_regions
 
+MakeContext = Callable[[bool], AbstractContextManager[Any]]
+
 
 class CheckpointHandle:
     """Undoes :func:`checkpoint_activations`; also a context manager.
@@ -54,6 +56,7 @@ def checkpoint_activations(
     k: int | None = None,
     budget: float | None = None,
     modules: Selector | Sequence[Selector] | None = None,
+    around: MakeContext = lambda is_again: nullcontext(),
 ) -> CheckpointHandle:
     """Recompute activations of ``module`` in the backward instead of keeping them.
 
@@ -67,6 +70,8 @@ def checkpoint_activations(
         budget: For ``"budget"``.
         modules: What to recompute: classes, patterns of qualified names, or None to find it
             (:func:`~lightning_memopt.techniques.checkpointing.selection.select_regions`).
+        around: Makes the context in which a region is run, from whether it is run again (to recompute it, or on fake
+            tensors to look at it): where what it tells others is to be said once.
 
     Returns:
         A handle; ``handle.remove()`` or leaving its ``with`` block undoes everything.
@@ -96,12 +101,12 @@ def checkpoint_activations(
     for region in recomputed:
         handle.names.append(region.name)
         if region.sequential is None:
-            handle._undo.append(_replace_forward(region.module, _block_forward(region, chooser)))
+            handle._undo.append(_replace_forward(region.module, _block_forward(region, chooser, around)))
     for region in regions:
         if region.sequential is not None:
             segments[region.sequential].append(region)
     for sequential, parts in segments.items():
-        forward = _sequential_forward(parts, {region.name for region in recomputed}, chooser)
+        forward = _sequential_forward(parts, {region.name for region in recomputed}, chooser, around)
         handle._undo.append(_replace_forward(sequential, forward))
     return handle
 
@@ -130,7 +135,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable
     return undo
 
 
-def _block_forward(region: Region, chooser: KeepNothing) -> Callable[..., Any]:
+def _block_forward(region: Region, chooser: KeepNothing, around: MakeContext) -> Callable[..., Any]:
     original = getattr(region.module.forward, "__func__", None)
     if original is None:  # an instance attribute that is not a method of it
         unbound = region.module.forward
@@ -138,7 +143,7 @@ def _block_forward(region: Region, chooser: KeepNothing) -> Callable[..., Any]:
         def original(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return unbound(*args, **kwargs)
 
-    runner = _Runner(region, chooser)
+    runner = _Runner(region, chooser, around)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or runner.profiling:
@@ -150,8 +155,10 @@ def _block_forward(region: Region, chooser: KeepNothing) -> Callable[..., Any]:
     return forward
 
 
-def _sequential_forward(parts: list[Region], recomputed: set[str], chooser: KeepNothing) -> Callable[..., Any]:
-    runners = [_Runner(region, chooser) for region in parts]
+def _sequential_forward(
+    parts: list[Region], recomputed: set[str], chooser: KeepNothing, around: MakeContext
+) -> Callable[..., Any]:
+    runners = [_Runner(region, chooser, around) for region in parts]
     lengths = [len(list(region.module.children())) for region in parts]
 
     def forward(self: nn.Sequential, input: Any) -> Any:
@@ -179,11 +186,12 @@ def _run_children(sequential: nn.Sequential, start: int, end: int, input: Any) -
 class _Runner:
     """Runs one region in eager mode, checkpointed as its policy says."""
 
-    def __init__(self, region: Region, chooser: KeepNothing) -> None:
+    def __init__(self, region: Region, chooser: KeepNothing, around: MakeContext) -> None:
         self.region = region
         self.profiling = False
         self.keeps_products = type(chooser) is not KeepNothing
         self._chooser = chooser
+        self._around = around
         self._buffers: WrittenBuffers | None = None
 
     def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,7 +211,8 @@ class _Runner:
         """Within the block the region's own ``forward`` is what a profile runs."""
         self.profiling = True
         try:
-            yield
+            with self._around(True):
+                yield
         finally:
             self.profiling = False
 
@@ -222,7 +231,8 @@ class _Runner:
             keeping = (
                 create_selective_checkpoint_contexts(_KeepCalls(keep)) if keep else (nullcontext(), nullcontext())
             )
-            return keeping[0], Around(replayable.replaying, keeping[1])
+            replay = Around(replayable.replaying, keeping[1])
+            return Around(partial(self._around, False), keeping[0]), Around(partial(self._around, True), replay)
 
         with _without_autocast_cache() if keep else nullcontext():
             return checkpoint(replayable, *leaves, use_reentrant=False, context_fn=contexts)
