@@ -16,6 +16,7 @@ from lightning_memopt.planning.devices import DeviceModel, device_model
 from lightning_memopt.planning.estimates import Estimates
 from lightning_memopt.planning.expectations import Expectations
 from lightning_memopt.planning.explain import explain
+from lightning_memopt.planning.host_limits import host_limit_bytes
 from lightning_memopt.planning.memory_model import host_bytes, rank_peak
 from lightning_memopt.planning.predict import Module, _check_batch
 from lightning_memopt.planning.read_module import (
@@ -151,7 +152,9 @@ def plan(
     Args:
         module: A LightningModule, or a function that makes one, for models larger than this machine.
         batch: One batch as the training loader of one device gives it.
-        budget: Memory of each device, as ``"24GiB"`` or in bytes; ``None`` is what ``device`` has.
+        budget: Memory of each device, as ``"24GiB"`` or in bytes; ``None`` is what ``device`` has, of this machine's
+            CPU no more than limits leave to the process
+            (:func:`~lightning_memopt.planning.host_limits.host_limit_bytes`).
         devices: Devices of each node.
         nodes: Nodes.
         device: A name that :func:`~lightning_memopt.planning.devices.device_model` knows, a model of your own, or
@@ -179,7 +182,7 @@ def plan(
     """
     _check_batch(batch, "plan")
     model = device if isinstance(device, DeviceModel) else this_device() if device is None else device_model(device)
-    budget_bytes = model.memory_bytes if budget is None else parse_bytes(budget)
+    budget_bytes = _memory_of(model, is_here=device is None) if budget is None else parse_bytes(budget)
     made = without_memory(module)
     layouts = layouts or find_layouts(
         devices, nodes, has_host=model.kind == "cuda", most_stages=most_stages(made, batch)
@@ -196,6 +199,11 @@ def plan(
     blocks = [stack.name for stack in find_block_stacks(made)]
     planner = _Planner(tracer, space, blocks, model, devices, nodes, batch, trainer_options)
     return planner.run(budget_bytes, wanted, layouts, exact)
+
+
+def _memory_of(model: DeviceModel, is_here: bool) -> int:
+    limit = host_limit_bytes() if is_here and model.kind == "cpu" else None
+    return model.memory_bytes if limit is None else min(model.memory_bytes, limit)
 
 
 _NO_MICRO_BATCHES = (
