@@ -28,8 +28,10 @@ class KnownValues(TorchDispatchMode):
     Models look at masks and ids: Hugging Face skips attention masks that mask nothing, a loss indexes by a mask. With
     their values known a fake step takes the branch of the real one, and tensors of data-dependent shape have one.
 
-    A single number that a step draws uniformly from 0 to 1 decides whether a layer is dropped. It is taken for the
-    largest, with which every layer runs: what the step takes when none is dropped.
+    A single number that a step draws uniformly from 0 to 1 decides whether a layer is dropped. It is taken for one
+    just below a half, with which every layer runs that is dropped less often than not, however the question is put
+    (``draw < drop`` and ``draw < keep``, a half being a usual ``keep`` of the last block): what the step takes when
+    none is dropped.
     """
 
     def __init__(self) -> None:
@@ -66,9 +68,9 @@ class KnownValues(TorchDispatchMode):
                     return func(*args, **kwargs)
             if func is aten.rand.default and result.numel() == 1 and result.device.type == "cpu":
                 with unset_fake_temporarily():
-                    largest = torch.full(result.shape, 1 - torch.finfo(result.dtype).eps, dtype=result.dtype)
-                self._drawn[largest] = True
-                return largest
+                    middle = torch.full(result.shape, 0.5 - torch.finfo(result.dtype).eps, dtype=result.dtype)
+                self._drawn[middle] = True
+                return middle
         return result
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
