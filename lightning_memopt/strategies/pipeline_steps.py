@@ -60,7 +60,6 @@ class PipelineSteps:
         self._of_batch = MetricsOfBatch(self._metrics.values())
         self._stale: set[int] = set()  # ids of metrics, whose hashes are of their states
         self._compared: set[tuple[str, int]] = set()
-        self._random_state: bytes | None = None
 
     # What Lightning calls
 
@@ -106,7 +105,7 @@ class PipelineSteps:
                 outputs.append(detached(output))
             return torch.zeros(())
 
-        with self._logging() as logs:
+        with self._pipeline.random.apart(), self._logging() as logs:
             self._pipeline.evaluate(self._call(name, rest), self._key(name, rest), pieces, step)
         merged = merge_outputs(outputs, sizes, weights) if outputs else None
         return self._finish(merged, logs, appended, sizes, weights)
@@ -114,23 +113,8 @@ class PipelineSteps:
     # Training
 
     def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> Closure:
-        return Closure(step_fn=partial(self._train_apart, kwargs, optimizer, batch_idx))
-
-    def _train_apart(self, *args: Any) -> ClosureResult:
-        """Train with random numbers of its own.
-
-        Stages draw unequally many of them, and what loaders draw next, for the order of an epoch or to augment a
-        sample, has to be the same on all ranks.
-        """
-        outside = _random_state()
-        if self._random_state is not None:
-            _set_random_state(self._random_state)
-        try:
-            with self._strategy.refused_steps():
-                return self._train(*args)
-        finally:
-            self._random_state = _random_state()
-            _set_random_state(outside)
+        train = self._strategy.refused_steps()(self._train)
+        return Closure(step_fn=partial(train, kwargs, optimizer, batch_idx))
 
     def _train(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> ClosureResult:
         optimization = self._trainer.fit_loop.epoch_loop.automatic_optimization
@@ -154,7 +138,7 @@ class PipelineSteps:
             outputs.append(detached({"loss": result.closure_loss, "extra": result.extra}))
             return self._scaled(backward, weigh(result.closure_loss, weights[index]), after_first)
 
-        with self._logging() as logs, after_first:
+        with self._pipeline.random.apart(), self._logging() as logs, after_first:
             runs = self._pipeline.train if backward is not None else self._pipeline.evaluate
             if backward is not None and not self._has_last_stage:
                 self._scaled(backward, torch.zeros((), device=self._pipeline.device), after_first)
@@ -215,9 +199,11 @@ class PipelineSteps:
             lists.update(appended.merged(sizes, weights))
             sent = {name: items for name, items in lists.items() if can_be_sent(items)}
             records = logs.records() if self._has_last_stage else []  # where a rank is predicted, it may be another
-            return output, records, self._trainer.should_stop, sent
+            return output, records, self._trainer.should_stop, sent, random.drawn
 
-        output, records, stops, sent = self._from_last_stage(told)
+        random = self._pipeline.random
+        output, records, stops, sent, drawn = self._from_last_stage(told)
+        random.go_on_from(drawn)
         appended.extend(lists if self._has_last_stage else sent)
         if stops:  # where the step set it behind the last block, the other stages have not been
             self._trainer.should_stop = True
@@ -358,15 +344,6 @@ def _to_host(leaf: Any) -> Any:
             "the loss is computed from."
         )
     return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
-
-
-def _random_state() -> bytes:
-    """Of torch's generator for the CPU; no tensor, which would be counted in what the step takes."""
-    return torch.get_rng_state().numpy().tobytes()
-
-
-def _set_random_state(state: bytes) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _do_nothing(*_: Any) -> None:

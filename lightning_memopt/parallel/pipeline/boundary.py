@@ -176,19 +176,27 @@ class StageRun:
         shapes: Of this kind of micro-batch.
         stage: The number of the stage.
         received: What it was sent.
+        begin: Called before the first of its own links, where it was sent something.
 
     Attributes:
         recomputation: For the backward, where the step calls a link that got a received tensor within a checkpoint.
     """
 
     def __init__(
-        self, links: range, names: Sequence[str], shapes: Shapes, stage: int, received: tuple[Tensor, ...]
+        self,
+        links: range,
+        names: Sequence[str],
+        shapes: Shapes,
+        stage: int,
+        received: tuple[Tensor, ...],
+        begin: Callable[[], None],
     ) -> None:
         self._links = links
         self._names = names
         self._shapes = shapes
         self._stage = stage
         self._received = received
+        self._begin = begin
         before, after = (shapes.boundaries.get(number, Boundary()) for number in (stage, stage + 1))
         self._carried = {output: received[slot] for output, slot in before.carried.items()}
         self._watched = {name for name, _ in (*before.carried, *after.carried)}
@@ -219,6 +227,7 @@ class StageRun:
             return call(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         if index == self._links.start and self._stage:
+            self._begin()
             for position, slot in self._shapes.boundaries[self._stage].slots.items():
                 self._in_place_of[id(leaves[position])] = (leaves[position], self._received[slot])
         real = [self._in_place_of[id(leaf)][1] if id(leaf) in self._in_place_of else leaf for leaf in leaves]
@@ -253,7 +262,7 @@ class StageRun:
         for index in [i for i in outputs if self._carried and self._names[i] in self._watched]:
             instead = put(self._carried, self._names[index], outputs[index])
             outputs = outputs if instead is None else outputs | {index: instead}
-        self.recomputation = Recomputation(self._links.start, outputs, self._replaced, self._carried)
+        self.recomputation = Recomputation(self._links.start, outputs, self._replaced, self._carried, self._begin)
 
     def _collect(self, leaves: list[Any], index: int) -> tuple[Tensor, ...]:
         boundary = self._shapes.boundaries[self._stage + 1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
 from lightning_memopt.parallel.pipeline.ownership import SharedBuffers, SharedParameters, free_in_place
 from lightning_memopt.parallel.pipeline.probe import find_links, run_silently, survey
+from lightning_memopt.parallel.pipeline.random_streams import RandomStreams
 from lightning_memopt.parallel.pipeline.recompute import Recomputation
 from lightning_memopt.parallel.pipeline.schedules import (
     STAGES_EACH,
@@ -74,6 +76,8 @@ class Pipeline:
         unseen_share: Of the parameters, the part that is used behind where a run without values stopped, all of it on
             the last stage.
         stopped_by: The error that it stopped with.
+        random: Of the runs of the step; :meth:`train` and :meth:`evaluate` are called within
+            :meth:`~lightning_memopt.parallel.pipeline.random_streams.RandomStreams.apart`.
 
     Raises:
         ValueError: It cannot be cut so; says why.
@@ -98,6 +102,7 @@ class Pipeline:
         self.group = group
         self.device = device
         self.schedule: Schedule = schedule
+        self.random = RandomStreams(group)
         self._around = around
         self._mode = StubMode()
         self._ranks = dist.get_world_size(group)
@@ -321,7 +326,15 @@ class Pipeline:
         assert self._step is not None
         links = self.partition.links_of(stage)
         is_last = stage == len(self.partition) - 1
-        run = StageRun(links, self.partition.names, self._of_batch[index], stage, received)
+        run = StageRun(
+            links,
+            self.partition.names,
+            self._of_batch[index],
+            stage,
+            received,
+            partial(self.random.begin_own, stage, index),
+        )
+        self.random.begin(index)
         self._chain.observer = run
         try:
             with in_place_of(self._of_other_stages[stage]):
