@@ -172,6 +172,13 @@ class MemoptStrategy(WatchedStrategy):
         self._keep_samplers(trainer)
         self._monitor_together(trainer)
 
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        # A host has one CPU device, however many ranks; where Ray starts them, `devices="auto"` lists it once.
+        devices = self.parallel_devices or []
+        return devices[0] if devices and devices[0].type == "cpu" else super().root_device
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None

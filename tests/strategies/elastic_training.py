@@ -70,33 +70,56 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def main() -> None:
+def fit(
+    strategy: str,
+    folder: Path,
+    ranks: int,
+    fails: tuple[int, int] | None = None,
+    how: str = "kill",
+    **options: Any,
+) -> None:
+    """Train on ``ranks`` in all; ``options`` are the trainer's."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    replicas = ranks // SHARING.get(strategy, 1)
+    samples = torch.randn(BATCHES * 4 * replicas, 16)
+    loader = DataLoader(TensorDataset(samples, samples.sum(1, keepdim=True)), batch_size=4, shuffle=True)
+    trainer = pl.Trainer(
+        strategy=STRATEGIES[strategy](),
+        accelerator="cpu",
+        max_epochs=EPOCHS,
+        callbacks=[ModelCheckpoint(folder / "checkpoints", save_last=True)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(Module(folder, fails, FAULTS[how]), loader, ckpt_path="last")
+
+
+def read_arguments() -> argparse.Namespace:
+    """What launchers and tests give."""
     parser = argparse.ArgumentParser()
     parser.add_argument("strategy", choices=STRATEGIES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--fail", type=int, nargs=2)
     parser.add_argument("--how", choices=FAULTS, default="kill")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = read_arguments()
     ranks = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    replicas = ranks // SHARING.get(arguments.strategy, 1)
-    samples = torch.randn(BATCHES * 4 * replicas, 16)
-    loader = DataLoader(TensorDataset(samples, samples.sum(1, keepdim=True)), batch_size=4, shuffle=True)
-    trainer = pl.Trainer(
-        strategy=STRATEGIES[arguments.strategy](),
-        accelerator="cpu",
+    fit(
+        arguments.strategy,
+        arguments.folder,
+        ranks,
+        None if arguments.fail is None else tuple(arguments.fail),
+        arguments.how,
         devices=ranks // arguments.nodes,
         num_nodes=arguments.nodes,
-        max_epochs=EPOCHS,
-        callbacks=[ModelCheckpoint(arguments.folder / "checkpoints", save_last=True)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    fails = None if arguments.fail is None else tuple(arguments.fail)
-    trainer.fit(Module(arguments.folder, fails, FAULTS[arguments.how]), loader, ckpt_path="last")
 
 
 if __name__ == "__main__":
