@@ -13,6 +13,7 @@ from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -45,6 +46,7 @@ from lightning_memopt.parallel.scalars import PlainScalars
 from lightning_memopt.strategies.averaging import AverageOfParts, share_averages
 from lightning_memopt.strategies.even_batches import EvenBatches, EvenBatchesWithLength
 from lightning_memopt.strategies.finetuning import unfreezing_by_identity
+from lightning_memopt.strategies.layer_sync import HostSyncBatchNorm
 from lightning_memopt.strategies.termination import stopping_together
 from lightning_memopt.strategies.watched import WatchedStrategy
 
@@ -197,6 +199,7 @@ class MemoptStrategy(WatchedStrategy):
             if self.splits_module and self.world_size > 1:
                 self._undo_patches.enter_context(unfreezing_by_identity())
             self._warn_of_batch_norm()
+            self._sync_batch_norms_of_host()
         if self.splits_module:
             teach_operators()
             self._patch_precision_plugin()
@@ -283,6 +286,11 @@ class MemoptStrategy(WatchedStrategy):
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None:
             self._undo_patches.enter_context(replaced(scaler, _unscale_grads_=unscale_on_all_ranks))
+
+    def _sync_batch_norms_of_host(self) -> None:
+        if self.root_device.type != "cpu" or not isinstance(self._layer_sync, TorchSyncBatchNorm):
+            return
+        self._layer_sync = HostSyncBatchNorm(lambda: self.data_group) if self.data_size > 1 else None
 
     def _patch_metrics(self, module: nn.Module) -> None:
         """Let metrics of the user's add up over the ranks that have different batches, and no batch twice."""
@@ -482,6 +490,5 @@ class MemoptStrategy(WatchedStrategy):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             rank_zero_warn(
                 f"`{names[0]}`{more} takes its statistics from the batch of its own rank, so training differs from "
-                "one device with the same global batch; on GPUs, `Trainer(sync_batchnorm=True)` normalizes over all "
-                "ranks."
+                "one device with the same global batch; `Trainer(sync_batchnorm=True)` normalizes over all ranks."
             )
