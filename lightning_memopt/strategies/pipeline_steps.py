@@ -134,7 +134,9 @@ class PipelineSteps:
             self._of_batch.begin_micro_batch()
             with appended.step(is_last):
                 result = self._step_of(optimization, kwargs | {"batch": self._for_stage(pieces[index])})
-            assert is_last and result.closure_loss is not None
+            assert result.closure_loss is not None
+            if not is_last:  # of a step that skipped all later stages, which is refused
+                return result.closure_loss
             outputs.append(detached({"loss": result.closure_loss, "extra": result.extra}))
             return self._scaled(backward, weigh(result.closure_loss, weights[index]), after_first)
 

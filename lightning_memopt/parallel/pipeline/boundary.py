@@ -94,13 +94,13 @@ class ShapeReader:
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take down what link ``index`` gets and returns."""
-        if index in self._stages:
-            stage = self._stages.pop(index)
+        for start in [start for start in self._stages if start <= index]:  # several where blocks are skipped
+            stage = self._stages.pop(start)
             carried = [output for output in self._known.boundaries[stage].carried if output[0] in self._values]
             values = {(name, number): self._values[name][number] for name, number in carried}
             self.shapes.boundaries[stage] = read_boundary(args, kwargs, values)
-            if not self._stages:
-                raise StageDone(())
+        if not self._stages:
+            raise StageDone(())
         output = call(*args, **kwargs)
         if index in self._known.outputs and can_stand_for(self._links[index], output):
             self.shapes.outputs[index] = output
@@ -204,34 +204,38 @@ class StageRun:
         self._fakes = active_fake_mode()
         self._in_place_of: dict[int, tuple[Any, Tensor]] = {}  # by id of a stub, which is kept alive
         self._next = 0
+        self._first: int | None = None  # the link with which a stage that was sent something began
         self._replaced: dict[int, dict[int, Tensor]] = {}
         self.recomputation: Recomputation | None = None
 
     def called(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass over links of earlier stages, run own ones on real values, and stop at the next stage's first."""
-        if index != self._next:
-            before = f"where `{self._names[self._next]}` was before" if self._next < len(self._names) else "once more"
+        if index < self._next:
             raise StepRefused(
-                f"`{self._names[index]}` was called {before}: the step calls its blocks in another order than in its "
-                "first run, and a pipeline needs the same each time (no skipped layers)."
+                f"`{self._names[index]}` was called again, or behind a block that came after it in the step's first "
+                "run: a batch passes through the stages once, so each block is called once, and in one order. What "
+                "runs the model for each token, as `generate` does, needs a run without a pipeline or `memopt_zero3`."
             )
-        self._next += 1
+        self._next = index + 1
         if index < self._links.start:
             if index not in self._shapes.outputs:
                 return call(*args, **kwargs)
             output = self._shapes.outputs[index]
             instead = self.returned(self._names[index], output)
             return output if instead is None else instead
-        if index in self._shapes.direct and index != self._links.stop:
+        begins = self._stage > 0 and self._first is None  # with its first link, or the next where that is skipped
+        if index in self._shapes.direct and index < self._links.stop and not begins:
             # Taking arguments apart costs more than all else that is done here.
             return call(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
-        if index == self._links.start and self._stage:
+        if begins:
             self._begin()
+            self._first = index
             for position, slot in self._shapes.boundaries[self._stage].slots.items():
+                self._check_takes_the_same(index, self._links.start, leaves, position, self._received[slot])
                 self._in_place_of[id(leaves[position])] = (leaves[position], self._received[slot])
         real = [self._in_place_of[id(leaf)][1] if id(leaf) in self._in_place_of else leaf for leaf in leaves]
-        if index == self._links.stop:
+        if index >= self._links.stop:
             raise StageDone(self._collect(real, index))
         if all(map(operator.is_, real, leaves)):
             self._shapes.direct.add(index)
@@ -262,12 +266,14 @@ class StageRun:
         for index in [i for i in outputs if self._carried and self._names[i] in self._watched]:
             instead = put(self._carried, self._names[index], outputs[index])
             outputs = outputs if instead is None else outputs | {index: instead}
-        self.recomputation = Recomputation(self._links.start, outputs, self._replaced, self._carried, self._begin)
+        begin = (self._first, self._begin)
+        self.recomputation = Recomputation(self._links.start, outputs, self._replaced, self._carried, begin)
 
     def _collect(self, leaves: list[Any], index: int) -> tuple[Tensor, ...]:
         boundary = self._shapes.boundaries[self._stage + 1]
         tensors: list[Any] = [None] * len(boundary.metas)
         for position, slot in boundary.slots.items():
+            self._check_takes_the_same(index, self._links.stop, leaves, position, boundary.metas[slot])
             if is_stub(leaves[position]):
                 raise StepRefused(
                     f"`{self._names[index]}` gets a tensor of shape {tuple(leaves[position].shape)} that comes from "
@@ -285,14 +291,24 @@ class StageRun:
             tensors[slot] = value.contiguous()
         return tuple(tensors)
 
+    def _check_takes_the_same(self, index: int, start: int, leaves: list[Any], position: int, sent: Tensor) -> None:
+        """Make sure that link ``index``, where ``start`` is skipped, is handed what ``start`` would be."""
+        leaf = leaves[position] if position < len(leaves) else None
+        if index != start and (not isinstance(leaf, Tensor) or leaf.shape != sent.shape):
+            raise StepRefused(
+                f"the step skips `{self._names[start]}`, which a stage begins with, and `{self._names[index]}` "
+                "behind it takes other arguments; let stages begin with modules that are not skipped (`split=[...]`)."
+            )
+
     def check_finished(self) -> None:
-        """Raise :class:`StepRefused` if the step ended before it called all of the stage's links.
+        """Raise :class:`StepRefused` if the step skipped all links of this last stage, or of those behind this one.
 
         On the last stage it may leave out what comes last, such as an auxiliary head that validation does not need.
         """
-        is_last = self._links.stop == len(self._names)
-        if self._next < (self._links.start + 1 if is_last else self._links.stop):
+        needed = self._links.start if self._links.stop == len(self._names) else self._links.stop
+        if self._next <= needed:
             raise StepRefused(
-                f"the step ended before it called `{self._names[self._next]}`; a pipeline needs each block in each "
-                "step."
+                f"the step ended before it called `{self._names[needed]}`, which a stage begins with, or a block "
+                "behind that; a pipeline needs a block of each stage in each step. Where steps "
+                "skip blocks at random, as `layerdrop` does, give stages more of them, or set it to 0."
             )

@@ -16,6 +16,7 @@ from lightning_memopt.parallel.pipeline.boundary import Boundary, can_stand_for,
 from lightning_memopt.parallel.pipeline.carried import Origins, Output
 from lightning_memopt.parallel.pipeline.chain import Chain
 from lightning_memopt.parallel.pipeline.operator_times import OperatorTimes
+from lightning_memopt.parallel.pipeline.random_streams import python_and_numpy_kept
 from lightning_memopt.parallel.pipeline.recompute import is_checkpointed, is_checkpointed_reentrantly
 from lightning_memopt.parallel.pipeline.stubs import StubMode, is_stub
 from lightning_memopt.parallel.refusal import StepRefused, StepWaits
@@ -284,7 +285,8 @@ def run_silently(module: nn.Module, run: Step) -> Step:
     def silent() -> Any:
         # On the device that is used, whose numbers dropout draws, and on no other, where asking alone takes memory.
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        kept = torch.random.fork_rng(devices=devices), python_and_numpy_kept()
+        with kept[0], kept[1], torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             return run()
 
     return silent

@@ -36,15 +36,14 @@ class RandomStreams:
 
         All ranks of the pipeline enter it together.
         """
-        outside, python, of_numpy = _state(), random.getstate(), np.random.get_state()
+        outside = _state()
         self._common = self._next() if self._common else self._of_first_rank(outside)
         self._digest = hashlib.blake2b(self._common).digest()
         try:
-            yield
+            with python_and_numpy_kept():
+                yield
         finally:
             _set_state(outside)
-            random.setstate(python)
-            np.random.set_state(of_numpy)
 
     def begin(self, index: int) -> None:
         """Before a stage runs the step on micro-batch ``index``."""
@@ -93,6 +92,17 @@ class RandomStreams:
         np.random.seed(seed % 2**32)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def python_and_numpy_kept() -> Iterator[None]:
+    """Afterwards the generators of Python and numpy are where they were."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
 
 
 def _state() -> bytes:

@@ -43,7 +43,8 @@ class Recomputation:
         outputs: What links before it returned, where that is stubs only.
         replaced: Of each link, what took the place of stubs, by their position among the leaves of the arguments.
         carried: What took the place of what modules returned.
-        begin: Called before link ``start``, as in the forward: random numbers are to be the same again.
+        begin: The link that the stage began with, and what is called before it, as in the forward: random numbers
+            are to be the same again.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Recomputation:
         outputs: Mapping[int, Any],
         replaced: Mapping[int, Mapping[int, Tensor]],
         carried: Mapping[Output, Tensor],
-        begin: Callable[[], None],
+        begin: tuple[int | None, Callable[[], None]],
     ) -> None:
         self._start = start
         self._outputs = outputs
         self._replaced = replaced
         self._carried = carried
-        self._begin = begin
+        self._first, self._begin = begin
 
     def returned(self, name: str, output: Any) -> Any:
         """What the module returned in the forward."""
@@ -68,7 +69,7 @@ class Recomputation:
         """Pass over links of earlier stages, and run own ones on the values of the forward."""
         if index < self._start and index in self._outputs:
             return self._outputs[index]
-        if index == self._start and index in self._replaced:
+        if index == self._first and index in self._replaced:
             self._begin()
         if index in self._replaced:
             leaves, tree = tree_flatten((args, kwargs))
