@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,3 +72,18 @@ def test_all_ranks_end_where_a_step_skips_all_blocks_of_a_stage_and_say_what_to_
 
     for ending in end_of_ranks(fit, 2, deadline_seconds=40):
         assert ending.failed_with("which a stage begins with, or a block behind that; a pipeline needs"), ending
+
+
+class ValidatesWithoutBlocks(Skips):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("mean", self.outlet(self.inlet(batch[0])).mean())
+
+
+def test_validation_that_calls_no_block_is_refused_on_all_ranks_with_the_reason() -> None:
+    def fit() -> None:
+        with pytest.raises(MisconfigurationException, match="each step has to pass through all of them"):
+            trainer_with(memopt.PipelineParallelStrategy(microbatches=2)).fit(
+                ValidatesWithoutBlocks(None), small_loader(), small_loader()
+            )
+
+    run_on_ranks(fit, 2, deadline_seconds=30)
