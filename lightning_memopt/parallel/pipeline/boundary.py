@@ -129,8 +129,8 @@ def read_shapes(
     missing = [names[start] for start in starts if start and start in reader._stages]
     raise StepRefused(
         f"the step calls neither `{missing[0]}`, which a stage begins with, nor a block behind it, and a rank holds "
-        "the layers of its stages alone, so each step has to pass through all of them. Compute what needs no blocks in a "
-        "hook (`on_validation_epoch_end`), run the blocks too, or use `memopt_zero3`."
+        "the layers of its stages alone, so each step has to pass through all of them. Compute what needs no blocks "
+        "in a hook (`on_validation_epoch_end`), run the blocks too, or use `memopt_zero3`."
     )
 
 
