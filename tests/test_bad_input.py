@@ -71,6 +71,10 @@ REFUSED_WHEN_MADE = [
         for bits in (3, "8", None, True, NAN, 8.0, [8], torch.int8)
     ),
     *(
+        ("LowBitOptimizer", {"engine": engine}, "engine=.*'memopt', 'bitsandbytes', 'torchao'")
+        for engine in ("cuda", None, 8, ["torchao"])
+    ),
+    *(
         ("PruneOnFitEnd", {"amount": amount}, "amount=.* no share of the weights.*between 0 and 1")
         for amount in (0, 1, -0.5, 1.5, "0.5", True, None, NAN, [0.5])
     ),

@@ -19,6 +19,7 @@ TECHNIQUES = {
     "offload": lambda: memopt.ActivationOffload("disk", min_bytes=1024),
     "optimizer_in_backward": lambda: memopt.OptimizerInBackward(),
     "low_bit_optimizer": lambda: memopt.LowBitOptimizer(8),
+    "low_bit_bitsandbytes": lambda: memopt.LowBitOptimizer(8, engine="bitsandbytes"),
     "chunked_loss": lambda: memopt.ChunkedLoss(),
     "gradual_pruning": lambda: memopt.GradualPruning(memopt.ConstantSparsity(0.5)),
     "prune_on_fit_end": lambda: memopt.PruneOnFitEnd(0.5),

@@ -189,7 +189,7 @@ class Call(NamedTuple):
 def describe_call(operator: Any, arguments: Any, keywords: Any) -> Call | None:
     """What :class:`Workspace` needs to know of a call; None where the operator takes no scratch."""
     tensors = tensor_arguments(arguments, keywords)
-    if not tensors or operator.namespace != "aten" or _is_free(operator, tensors):
+    if not tensors or operator.namespace not in ("aten", "bitsandbytes") or _is_free(operator, tensors):
         return None
 
     def spec(leaf: Any) -> Any:

@@ -10,17 +10,24 @@ moments):
   https://arxiv.org/abs/2309.01507), the levels of torchao.
 - ``"fp8"``: the values of float8 e4m3, blocks of 256.
 
-No unsigned set has a zero. A second moment that is rounded to zero while the first is not divides by nothing but
-``eps`` (the "zero point problem" of Li et al.), so the smallest elements keep the smallest level instead.
+No unsigned set of these has a zero. A second moment that is rounded to zero while the first is not divides by nothing
+but ``eps`` (the "zero point problem" of Li et al.), so the smallest elements keep the smallest level instead.
+
+Two more are what the kernels of libraries read and write (``"4-bit"`` is torchao's as it is):
+
+- ``"8-bit with zero"``: bitsandbytes' and torchao's 8 bits, which are ``"8-bit"`` but for that zero.
+- ``"float8"``: torchao's, where a code is the bits of a float8 e4m3, and a scale the largest magnitude over 448.
 """
 
 from typing import Literal, TypedDict, cast
 
 import torch
 
-FormatName = Literal["8-bit", "4-bit", "fp8"]
+FormatName = Literal["8-bit", "4-bit", "fp8", "8-bit with zero", "float8"]
 
-BLOCK_SIZES: dict[FormatName, int] = {"8-bit": 256, "4-bit": 128, "fp8": 256}
+BLOCK_SIZES: dict[FormatName, int] = {"8-bit": 256, "4-bit": 128, "fp8": 256, "8-bit with zero": 256, "float8": 256}
+
+_LARGEST_FLOAT8 = 448.0
 
 
 class PackedTensor(TypedDict):
@@ -86,7 +93,7 @@ class BlockwiseCodec:
         padding = -values.numel() % self.block_size
         padded = torch.nn.functional.pad(values.float(), (0, padding))
         blocks = padded.view(padded.numel() // self.block_size, self.block_size)  # none, where there are no values
-        scales = blocks.abs().amax(dim=1)
+        scales = blocks.abs().amax(dim=1) / self._largest_level
         # A block of zeros has scale 0, which makes any code a zero; dividing by 1 keeps NaN out of it.
         scaled = blocks / scales.where(scales > 0, 1.0).unsqueeze(1)
         _, nearest = self._table(packed["signed"], values.device)
@@ -115,7 +122,7 @@ class BlockwiseCodec:
         if self._codes_per_byte == 2:
             codes = torch.stack((codes >> 4, codes & 15), dim=1).view(-1)
         levels, _ = self._table(packed["signed"], codes.device)
-        if reproducibly and packed["signed"]:
+        if reproducibly and packed["signed"] and self.format_name != "float8":
             levels = torch.cat([levels.new_full((1,), -1.0), levels[1:]])
         values = levels[codes.int()].view(scales.numel(), self.block_size).mul_(scales.unsqueeze(1))
         return values.view(-1)[: stop - start]
@@ -124,6 +131,10 @@ class BlockwiseCodec:
     def _codes_per_byte(self) -> int:
         return 2 if self.format_name == "4-bit" else 1
 
+    @property
+    def _largest_level(self) -> float:
+        return _LARGEST_FLOAT8 if self.format_name == "float8" else 1.0
+
     def _table(self, signed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The levels and, for each bit pattern of a 16-bit float, the code of the nearest one.
 
@@ -131,11 +142,16 @@ class BlockwiseCodec:
         """
         key = (signed, device)
         if key not in self._tables:
-            levels = torch.tensor(make_levels(self.format_name, signed), device=device)
-            patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device)
-            between = (levels[1:] + levels[:-1]) / 2
-            nearest = torch.bucketize(patterns.view(torch.float16).float(), between, out_int32=True)
-            self._tables[key] = levels, nearest.to(torch.uint8)
+            patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(torch.float16)
+            if self.format_name == "float8":
+                codes = torch.arange(256, dtype=torch.uint8, device=device)
+                levels, nearest = codes.view(torch.float8_e4m3fn).float(), patterns.to(torch.float8_e4m3fn)
+                self._tables[key] = levels, nearest.view(torch.uint8)
+            else:
+                levels = torch.tensor(make_levels(self.format_name, signed), device=device)
+                between = (levels[1:] + levels[:-1]) / 2
+                nearest = torch.bucketize(patterns.float(), between, out_int32=True)
+                self._tables[key] = levels, nearest.to(torch.uint8)
         return self._tables[key]
 
 
@@ -143,8 +159,9 @@ def make_levels(format_name: FormatName, signed: bool) -> list[float]:
     """The levels of a format in ascending order, within [-1, 1].
 
     Args:
-        format_name: One of :data:`BLOCK_SIZES`.
-        signed: Whether there are negative ones; if not, zero is replaced by half of the smallest positive level.
+        format_name: One of :data:`BLOCK_SIZES`, but for ``"float8"``, whose codes are in another order.
+        signed: Whether there are negative ones; if not, zero is replaced by half of the smallest positive level in
+            the formats that say no other.
     """
     if format_name == "4-bit" and not signed:
         return [step / 16 for step in range(1, 17)]
@@ -157,7 +174,7 @@ def make_levels(format_name: FormatName, signed: bool) -> list[float]:
     if signed:
         lowest = positive if format_name == "fp8" else positive[:-1]  # -1 has no code in the dynamic sets
         return [*(-level for level in reversed(lowest)), 0.0, *positive]
-    return [positive[0] / 2, *positive]
+    return [0.0 if format_name == "8-bit with zero" else positive[0] / 2, *positive]
 
 
 def _dynamic_levels(decades: int, first: int) -> list[float]:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,30 +13,25 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_memopt.parallel.local import like_shard, local_gradient, local_of
 from lightning_memopt.parallel.shards import shards_of_whole
-from lightning_memopt.techniques.blockwise import BlockwiseCodec, FormatName, PackedTensor, as_packed
+from lightning_memopt.techniques.blockwise import BlockwiseCodec, PackedTensor, as_packed
+from lightning_memopt.techniques.low_bit_engines import (
+    SIGNED,
+    SMALLEST,
+    Bits,
+    Engine,
+    EngineName,
+    OwnEngine,
+    check_engine,
+)
+from lightning_memopt.techniques.low_bit_libraries import BitsandbytesEngine, TorchaoEngine
 from lightning_memopt.techniques.per_parameter import replace_step, step_alone, step_one
-
-Bits = Literal[8, 4, "fp8"]
-
-FORMATS: dict[Bits, FormatName] = {8: "8-bit", 4: "4-bit", "fp8": "fp8"}
 
 SUPPORTED = (AdamW, Adam, SGD)
 
-SMALLEST = 4096
-"""Tensors with fewer elements stay as they are: they are norms and biases, sensitive, and too small to matter."""
 
-PIECE = {"cpu": 2**16, "other": 2**22}
-"""Elements that are unpacked, stepped and packed at a time, by device type.
-
-Bounds the temporaries to some 30 bytes each: 2 MiB on a CPU, where pieces that fit its cache are also the fastest,
-and 120 MiB on a GPU, where each piece costs the launch of some sixty kernels.
-"""
-
-_SIGNED = {"exp_avg": True, "exp_avg_sq": False, "momentum_buffer": True}
-"""The state that is packed, and whether it can be negative."""
-
-
-def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) -> "LowBitState":
+def hold_low_bit_state(
+    module: nn.Module, optimizer: Optimizer, bits: Bits = 8, engine: EngineName = "memopt"
+) -> "LowBitState":
     """Keep what ``optimizer`` remembers of each large parameter in 8 or 4 bits instead of 32.
 
     The optimizer object stays, with its groups, hyper-parameters, hooks and learning-rate schedulers, and so does its
@@ -48,19 +43,24 @@ def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) 
     unpacked, as shards in the CPU's memory, so that checkpoints do not depend on who held what; packed again by the
     same ranks it is what it was.
 
+    With an ``engine`` of a library, its kernel steps the large parameters in place of the optimizer's step, with the
+    hyper-parameters of the optimizer's groups at that moment; all else is the same.
+
     Bytes: 1 + 4/256 per element and moment in 8 bits and fp8, 1/2 + 4/128 in 4 bits, against 4.
 
     Args:
         module: Owns the parameters; used to name them.
         optimizer: AdamW, Adam (without ``amsgrad``) or SGD with momentum.
         bits: 8, 4 or "fp8"; see :mod:`lightning_memopt.techniques.blockwise`.
+        engine: "memopt", "bitsandbytes" (8 bits) or "torchao" (no SGD).
 
     Returns:
         A handle whose ``remove()`` unpacks the state and puts everything back.
 
     Raises:
-        ValueError: ``bits`` is unknown, the optimizer is not one of those, gradients are sparse, or parameters are
-            complex.
+        ValueError: ``bits`` or ``engine`` is unknown, the optimizer is not one of those or has options that the
+            engine does not have, gradients are sparse, or parameters are complex.
+        ModuleNotFoundError: The library of ``engine`` is missing.
 
     Example:
         >>> net = nn.Linear(128, 64)
@@ -72,17 +72,17 @@ def hold_low_bit_state(module: nn.Module, optimizer: Optimizer, bits: Bits = 8) 
         True
         >>> handle.remove()
     """
-    check_bits(bits)
+    stepper = _make_engine(engine, bits)
     _refuse_unsupported(module, optimizer)
-    return LowBitState(optimizer, FORMATS[bits])
-
-
-def check_bits(bits: Any) -> None:
-    """Raise a :class:`ValueError` where ``bits`` is none of 8, 4 and "fp8"."""
-    if isinstance(bits, bool) or not isinstance(bits, int | str) or bits not in FORMATS:
-        raise ValueError(
-            f"bits={bits!r} is no width that optimizer state can be held in; possible are 8, 4 and 'fp8'."
-        )
+    if problem := stepper.find_problem(optimizer):
+        raise ValueError(problem)
+    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for path, parameter in module.named_parameters():
+        if parameter in stepped and stepper.packs(parameter) and (problem := stepper.why_not(parameter)):
+            raise ValueError(f"{path!r} {problem}")
+    if problem := stepper.try_out(optimizer):
+        raise ValueError(problem)
+    return LowBitState(optimizer, stepper)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -96,12 +96,25 @@ def state_bytes(optimizer: Optimizer) -> int:
     return sum(count(state) for state in optimizer.state.values())
 
 
+def _make_engine(name: EngineName, bits: Bits) -> Engine:
+    check_engine(name, bits)
+    if name == "memopt":
+        return OwnEngine(bits)
+    try:
+        return BitsandbytesEngine(bits) if name == "bitsandbytes" else TorchaoEngine(bits)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"engine={name!r} needs {error.name}, which is not installed: pip install 'lightning-memopt[quantize]'",
+            name=error.name,
+        ) from error
+
+
 class LowBitState:
     """The handle of :func:`hold_low_bit_state`."""
 
-    def __init__(self, optimizer: Optimizer, format_name: FormatName) -> None:
+    def __init__(self, optimizer: Optimizer, engine: Engine) -> None:
         self._optimizer = optimizer
-        self._codec = BlockwiseCodec(format_name)
+        self._engine = engine
         self._pack_all()
         replace_step(optimizer, self._step_parameter)
         self._undo_patch = self._patch_step()
@@ -160,65 +173,34 @@ class LowBitState:
             loss = closure() if closure is not None else None
         for index, group in enumerate(self._optimizer.param_groups):
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter.numel() >= SMALLEST:
+                if parameter.grad is not None and self._engine.packs(parameter):
                     step_one(self._optimizer, parameter, index)
                     stepped[parameter], parameter.grad = parameter.grad, None
         return loss
 
     def _step_parameter(self, optimizer: Optimizer, parameter: torch.Tensor, group_index: int) -> None:
         group = optimizer.param_groups[group_index]
-        if parameter.grad is None or parameter.numel() < SMALLEST:
+        if parameter.grad is None or not self._engine.packs(parameter):
             step_alone(optimizer, parameter, group)
             return
         local = local_of(parameter)
         values, gradients = local.reshape(-1), local_gradient(parameter).reshape(-1)
-        before, after = optimizer.state[parameter], dict[str, Any]()
-        size = PIECE.get(values.device.type, PIECE["other"])
-        for start in range(0, max(1, values.numel()), size):  # an empty shard counts its steps as well
-            span = _Span(start, min(start + size, values.numel()))
-            piece = values[span.start : span.stop]
-            piece.grad = gradients[span.start : span.stop]
-            optimizer.state[piece] = {
-                key: self._read(value, span).to(piece.dtype) if key in _SIGNED else _copy(value)
-                for key, value in before.items()
-            }
-            try:
-                step_alone(optimizer, piece, group)
-                self._write(optimizer.state[piece], before, after, span, values.numel())
-            finally:
-                del optimizer.state[piece]
-        optimizer.state[parameter] = after
+        state = optimizer.state[parameter]
+        optimizer.state[parameter] = self._engine.step(optimizer, values, gradients, state, group)
         if not local.is_contiguous():  # values was a copy
             local.copy_(values.view(local.shape))
 
-    def _read(self, value: Any, span: "_Span") -> torch.Tensor:
-        packed = as_packed(value)
-        assert packed is not None, "state is packed when it is made and when it is loaded"
-        return self._codec.unpack(packed, span.start, span.stop)
-
-    def _write(
-        self, state: dict[str, Any], before: dict[str, Any], after: dict[str, Any], span: "_Span", numel: int
-    ) -> None:
-        for key, value in state.items():
-            if key not in _SIGNED or value is None:
-                after[key] = value
-                continue
-            if key not in after:
-                after[key] = before.get(key) or self._codec.empty(numel, _SIGNED[key], value)
-            self._codec.write(after[key], span.start, value)
-
     @torch.no_grad()
     def _pack_all(self) -> None:
+        codec = self._engine.codec
         for parameter, state in self._optimizer.state.items():
-            if parameter.numel() < SMALLEST:
-                continue
-            for key in _SIGNED.keys() & state.keys():
+            is_packed = self._engine.packs(parameter)
+            for key in SIGNED.keys() & state.keys():
                 packed = as_packed(state[key])
-                if packed is not None and packed["format"] == self._codec.format_name:
+                if packed is not None and is_packed and packed["format"] == codec.format_name:
                     continue
                 value = _unpack_whole(packed, parameter) if packed else state[key]
-                if value is not None:
-                    state[key] = self._codec.pack(local_of(value), _SIGNED[key])
+                state[key] = codec.pack(local_of(value), SIGNED[key]) if is_packed and value is not None else value
 
     def _after_load(self, optimizer: Optimizer) -> None:
         for parameter, state in optimizer.state.items():
@@ -228,11 +210,8 @@ class LowBitState:
                     moved = {"codes": packed["codes"].to(device), "scales": packed["scales"].to(device)}
                     state[key] = _part_of_whole(cast(PackedTensor, {**packed, **moved}), parameter)
         self._pack_all()
-
-
-class _Span(NamedTuple):
-    start: int
-    stop: int
+        if problem := self._engine.find_problem(optimizer):  # the groups' options are loaded too
+            raise ValueError(problem)
 
 
 class _Loading:
@@ -285,11 +264,6 @@ def _unpack(packed: PackedTensor, shape: torch.Size) -> torch.Tensor:
     """What is saved so and packed again is what it was."""
     codec = BlockwiseCodec(packed["format"])  # type: ignore[arg-type]
     return codec.unpack(packed, 0, shape.numel(), reproducibly=True).to(packed["dtype"]).view(shape)
-
-
-def _copy(value: Any) -> Any:
-    """Each piece counts its own step, so that all of them see the same one."""
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _refuse_unsupported(module: nn.Module, optimizer: Optimizer) -> None:

@@ -52,6 +52,7 @@ TECHNIQUES = {
     "offload": Technique(lambda: [memopt.ActivationOffload(to="disk", min_bytes=1024)]),
     "optimizer_in_backward": Technique(lambda: [memopt.OptimizerInBackward()]),
     "low_bit_optimizer": Technique(lambda: [memopt.LowBitOptimizer(8)]),
+    "low_bit_bitsandbytes": Technique(lambda: [memopt.LowBitOptimizer(8, engine="bitsandbytes")]),
     "chunked_loss": Technique(lambda: [memopt.ChunkedLoss()]),
     "mixed_bf16": Technique(plugins=lambda: [memopt.MixedPrecision("bf16")]),
     # A scale that overflows skips its first steps, and then no optimizer has state yet.

@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_memopt.techniques.blockwise import BLOCK_SIZES, BlockwiseCodec, as_packed, make_levels
 
 CASES = [(name, signed) for name in BLOCK_SIZES for signed in (True, False)]
+ASCENDING = [(name, signed) for name, signed in CASES if name != "float8"]
+"""Those whose codes are in the order of their levels."""
 
 
 def _values(numel: int, signed: bool) -> torch.Tensor:
@@ -28,16 +30,16 @@ def test_nothing_can_be_packed(format_name):
     assert codec.unpack(codec.pack(torch.zeros(0), signed=True), 0, 0).shape == (0,)
 
 
-@pytest.mark.parametrize(("name", "signed"), CASES)
+@pytest.mark.parametrize(("name", "signed"), ASCENDING)
 def test_levels_are_ascending_within_one_and_fit_the_code(name, signed):
     levels = torch.tensor(make_levels(name, signed))
     assert len(levels) <= (16 if name == "4-bit" else 256)
     assert (levels.diff() > 0).all()
     assert levels[-1] == 1
-    assert (0 in levels) == signed
+    assert (0 in levels) == (signed or name == "8-bit with zero")
 
 
-@pytest.mark.parametrize(("name", "signed"), CASES)
+@pytest.mark.parametrize(("name", "signed"), ASCENDING)
 def test_each_element_becomes_the_nearest_level_of_its_block(name, signed):
     codec = BlockwiseCodec(name)
     values = _values(10 * codec.block_size + 3, signed)
@@ -92,6 +94,25 @@ def test_packing_in_fp8_gives_the_values_of_float8():
     assert same.float().mean() > 0.99
 
 
+def test_the_levels_of_8_bits_with_zero_are_those_of_both_libraries():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
+    for signed, theirs in ((True, subclass.get_qmap_signed()), (False, subclass.get_qmap_unsigned())):
+        levels = functional.create_dynamic_map(signed=signed)
+        assert torch.equal(levels, torch.tensor(theirs))
+        torch.testing.assert_close(torch.tensor(make_levels("8-bit with zero", signed)), levels, rtol=1e-6, atol=0)
+
+
+def test_packing_in_float8_gives_the_bits_and_the_scales_of_torchao():
+    subclass = pytest.importorskip("torchao.optim.subclass_fp8")
+    values = _values(4096, True)
+    theirs = subclass.OptimStateFp8.zeros((4096,), 256)
+    theirs.copy_(values)
+    packed = BlockwiseCodec("float8").pack(values, signed=True)
+    assert torch.equal(packed["scales"], theirs.scale)
+    assert (packed["codes"].view(torch.float8_e4m3fn).float() == theirs.codes.float()).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("name", BLOCK_SIZES)
 def test_pieces_written_and_read_one_by_one_are_the_whole(name):
     codec = BlockwiseCodec(name)
@@ -120,7 +141,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(name):
 def test_a_small_second_moment_beside_a_large_one_does_not_become_zero():
     values = torch.full((256,), 1e-9)
     values[0] = 1.0
-    for name in BLOCK_SIZES:
+    for name in ("8-bit", "4-bit", "fp8"):
         assert (BlockwiseCodec(name).unpack(BlockwiseCodec(name).pack(values, False), 0, 256) > 0).all()
 
 

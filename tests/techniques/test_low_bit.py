@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memopt.techniques import low_bit
+from lightning_memopt.techniques import low_bit_engines
 from lightning_memopt.techniques.blockwise import as_packed
 from lightning_memopt.techniques.low_bit import SMALLEST, hold_low_bit_state, state_bytes
 from lightning_memopt.techniques.optimizer_in_backward import step_in_backward
@@ -101,7 +101,7 @@ def test_the_first_step_is_exact_since_nothing_was_rounded_before_it(name):
 def test_stepping_in_pieces_gives_what_stepping_whole_gives(monkeypatch):
     results = []
     for piece in (512, 2**18):
-        monkeypatch.setitem(low_bit.PIECE, "cpu", piece)
+        monkeypatch.setitem(low_bit_engines.PIECE, "cpu", piece)
         net = _net()
         optimizer = OPTIMIZERS["adamw"](net.parameters())
         hold_low_bit_state(net, optimizer)
