@@ -221,6 +221,7 @@ PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "MixedPrecision": lambda: {"plugins": [memopt.MixedPrecision("bf16")]},
     "HalfPrecision": lambda: {"plugins": [memopt.HalfPrecision("bf16", rounding="kahan")]},
     "LowBitOptimizer": lambda: {"callbacks": [memopt.LowBitOptimizer(8)]},
+    "LowBitOptimizer of bitsandbytes": lambda: {"callbacks": [memopt.LowBitOptimizer(8, "bitsandbytes")]},
     "low bits of halves": lambda: {
         "plugins": [memopt.HalfPrecision("bf16", rounding="kahan")], "callbacks": [memopt.LowBitOptimizer(4)],
     },

@@ -41,10 +41,12 @@ class Odd(Net):
         return super().training_step(batch, batch_idx) * self.scale.mean()
 
 
-def _trainer(make: Callable[[], Any], devices: int, epochs: int, *, bits: Any = 8, **options: Any) -> pl.Trainer:
+def _trainer(
+    make: Callable[[], Any], devices: int, epochs: int, *, bits: Any = 8, engine: Any = "memopt", **options: Any
+) -> pl.Trainer:
     return trainer_with(
-        make(), devices=devices, max_epochs=epochs, callbacks=[memopt.LowBitOptimizer(bits)], gradient_clip_val=0.5,
-        **options,
+        make(), devices=devices, max_epochs=epochs, callbacks=[memopt.LowBitOptimizer(bits, engine)],
+        gradient_clip_val=0.5, **options,
     )  # fmt: skip
 
 
@@ -71,10 +73,21 @@ def _fit(
     return _weights(module)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
-def test_state_in_8_bits_of_shards_is_that_of_whole_parameters_where_blocks_are_the_same(strategy: str) -> None:
-    plain = _fit(Wide, lambda: "auto", 1)
-    for weights in run_on_ranks(lambda: _fit(Wide, MAKE[strategy], 2), 2):
+@pytest.mark.parametrize(
+    ("strategy", "engine"),
+    [
+        pytest.param("zero1", "memopt", marks=pytest.mark.slow),
+        ("zero3", "memopt"),
+        ("zero3", "bitsandbytes"),
+        pytest.param("zero3", "torchao", marks=pytest.mark.slow),
+    ],
+)
+def test_state_in_8_bits_of_shards_is_that_of_whole_parameters_where_blocks_are_the_same(
+    strategy: str, engine: str
+) -> None:
+    seconds = 240 if engine == "torchao" else 60  # it compiles, in threads that no later test may be forked beside
+    (plain,) = run_on_ranks(lambda: _fit(Wide, lambda: "auto", 1, engine=engine), 1, deadline_seconds=seconds)
+    for weights in run_on_ranks(lambda: _fit(Wide, MAKE[strategy], 2, engine=engine), 2, deadline_seconds=seconds):
         # A sum in another order may take an element over to the next level.
         far = sum(
             int((~torch.isclose(a, b, rtol=1e-5, atol=1e-6)).sum()) for a, b in zip(weights, plain, strict=True)
@@ -83,17 +96,19 @@ def test_state_in_8_bits_of_shards_is_that_of_whole_parameters_where_blocks_are_
 
 
 @pytest.mark.parametrize(
-    ("strategy", "bits"),
+    ("strategy", "bits", "engine"),
     [
-        ("zero3", 8),
-        ("tp", 8),
-        pytest.param("zero3", 4, marks=pytest.mark.slow),
-        pytest.param("zero3", "fp8", marks=pytest.mark.slow),
+        ("zero3", 8, "memopt"),
+        ("tp", 8, "memopt"),
+        pytest.param("zero3", 4, "memopt", marks=pytest.mark.slow),
+        pytest.param("zero3", "fp8", "memopt", marks=pytest.mark.slow),
+        pytest.param("zero3", 8, "bitsandbytes", marks=pytest.mark.slow),
+        pytest.param("tp", 8, "bitsandbytes", marks=pytest.mark.slow),
     ],
 )
-def test_blocks_of_other_sizes_lose_no_more_than_those_of_one_device(strategy: str, bits: Any) -> None:
-    exact, one_device = _plain(Odd), _fit(Odd, lambda: "auto", 1, bits=bits)
-    for weights in run_on_ranks(lambda: _fit(Odd, MAKE[strategy], 2, bits=bits), 2):
+def test_blocks_of_other_sizes_lose_no_more_than_those_of_one_device(strategy: str, bits: Any, engine: str) -> None:
+    exact, one_device = _plain(Odd), _fit(Odd, lambda: "auto", 1, bits=bits, engine=engine)
+    for weights in run_on_ranks(lambda: _fit(Odd, MAKE[strategy], 2, bits=bits, engine=engine), 2):
         assert 0 < _distance(weights, exact) < 1.5 * _distance(one_device, exact)
 
 
@@ -115,15 +130,17 @@ def test_each_rank_holds_a_quarter_of_its_part_of_the_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "save"),
+    ("strategy", "save", "engine"),
     [
-        ("zero3", "full"),
-        pytest.param("zero3", "sharded", marks=pytest.mark.slow),
-        pytest.param("tp", "full", marks=pytest.mark.slow),
+        ("zero3", "full", "memopt"),
+        pytest.param("zero3", "sharded", "memopt", marks=pytest.mark.slow),
+        pytest.param("tp", "full", "memopt", marks=pytest.mark.slow),
+        pytest.param("zero3", "full", "bitsandbytes", marks=pytest.mark.slow),
+        pytest.param("zero3", "sharded", "bitsandbytes", marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
-    strategy: str, save: str, tmp_path: Path
+    strategy: str, save: str, engine: str, tmp_path: Path
 ) -> None:
     def make() -> Any:
         made = MAKE[strategy]()
@@ -131,11 +148,11 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
         return made
 
     def resumed() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        whole = _fit(Odd, make, 2)
-        trainer = _trainer(make, 2, 1)
+        whole = _fit(Odd, make, 2, engine=engine)
+        trainer = _trainer(make, 2, 1, engine=engine)
         trainer.fit(Odd(), small_loader())
         trainer.save_checkpoint(tmp_path / "half.ckpt")
-        return whole, _fit(Odd, make, 2, ckpt_path=tmp_path / "half.ckpt")
+        return whole, _fit(Odd, make, 2, engine=engine, ckpt_path=tmp_path / "half.ckpt")
 
     for whole, weights in run_on_ranks(resumed, 2):
         torch.testing.assert_close(weights, whole, rtol=0, atol=0)
@@ -165,11 +182,12 @@ def test_checkpoints_go_from_shards_to_one_device_and_back_with_and_without_the_
     assert {float(state["step"]) for state in trainer.optimizers[0].state.values()} == {12.0}
 
 
-def test_16_bit_weights_of_shards_are_stepped_with_state_in_8_bits() -> None:
+@pytest.mark.parametrize("engine", ["memopt", pytest.param("bitsandbytes", marks=pytest.mark.slow)])
+def test_16_bit_weights_of_shards_are_stepped_with_state_in_8_bits(engine: str) -> None:
     def half() -> dict[str, Any]:
-        return {"plugins": [memopt.HalfPrecision("bf16", rounding="kahan")]}
+        return {"plugins": [memopt.HalfPrecision("bf16", rounding="kahan")], "engine": engine}
 
-    exact, one_device = _plain(Odd, **half()), _fit(Odd, lambda: "auto", 1, **half())
+    exact, one_device = _plain(Odd, plugins=half()["plugins"]), _fit(Odd, lambda: "auto", 1, **half())
     for weights in run_on_ranks(lambda: _fit(Odd, MAKE["zero3"], 2, **half()), 2):
         assert 0 < _distance(weights, exact) < 1.5 * _distance(one_device, exact)
 

@@ -26,6 +26,7 @@ TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
     "accumulation": lambda: {"extra": [memopt.GradientAccumulation(2)], "accumulate_grad_batches": 1},
     "chunked_loss": lambda: {"extra": [memopt.ChunkedLoss()]},
     "low_bit": lambda: {"extra": [memopt.LowBitOptimizer(8)]},
+    "low_bit_bitsandbytes": lambda: {"extra": [memopt.LowBitOptimizer(8, "bitsandbytes")]},
     "monitor": lambda: {"extra": [memopt.MemoryMonitor(every_n_steps=2)]},
     "clip_by_value": lambda: {"gradient_clip_algorithm": "value", "gradient_clip_val": 0.01},
     "mixed_bf16": lambda: {"plugins": [memopt.MixedPrecision("bf16")]},
