@@ -73,6 +73,8 @@ USES: dict[str, Callable[[], Any]] = {
     "LowBitOptimizer of 8 bits": lambda: fit(memopt.LowBitOptimizer(8)),
     "LowBitOptimizer of 4 bits": lambda: fit(memopt.LowBitOptimizer(4)),
     "LowBitOptimizer of fp8": lambda: fit(memopt.LowBitOptimizer("fp8")),
+    "LowBitOptimizer of bitsandbytes": lambda: fit(memopt.LowBitOptimizer(8, engine="bitsandbytes")),
+    "LowBitOptimizer of torchao": lambda: fit(memopt.LowBitOptimizer(8, engine="torchao")),
     "MemoryMonitor": lambda: fit(memopt.MemoryMonitor(dirpath="monitor")),
     "MixedPrecision": lambda: fit(plugins=[memopt.MixedPrecision("bf16")]),
     "HalfPrecision": lambda: fit(plugins=[memopt.HalfPrecision("bf16")]),

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NEEDS = {
+    "LowBitOptimizer of bitsandbytes": "bitsandbytes.*pip install 'lightning-memopt\\[quantize\\]'",
+    "LowBitOptimizer of torchao": "torchao.*pip install 'lightning-memopt\\[quantize\\]'",
     "MemoryReport.plot": "matplotlib.*pip install 'lightning-memopt\\[plot\\]'",
     "prune_structured": 'torch-pruning.*pip install "lightning-memopt\\[prune\\]"',
     "export_onnx": 'onnxruntime.*pip install "lightning-memopt\\[onnx\\]"',
@@ -47,7 +49,7 @@ def test_without_any_optional_library_it_works(bare, use):
 @pytest.mark.parametrize("use", NEEDS)
 def test_what_needs_an_optional_library_names_it_and_the_extra_that_brings_it(bare, use):
     kind, message = bare["outcomes"][use]
-    assert kind == "ModuleNotFoundError"
+    assert kind == ("MisconfigurationException" if use.startswith("LowBit") else "ModuleNotFoundError")
     assert re.search(NEEDS[use], message)
 
 
