@@ -211,7 +211,8 @@ class TorchaoEngine(_Library):
                 "amsgrad": False,
             }
             try:
-                step_alone(theirs, values, options)
+                with _disable_current_modes():  # nothing is compiled under a monitor that watches operators
+                    step_alone(theirs, values, options)
             finally:
                 theirs.state = {}
         return {"step": step, **moments}

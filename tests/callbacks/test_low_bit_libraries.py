@@ -21,6 +21,7 @@ library = pytest.importorskip("bitsandbytes").optim
 LOSS_TOLERANCE = {8: 1e-3, "fp8": 2e-3, 4: 1e-2}
 """Relative difference allowed between the losses of 20 steps with and without low-bit state."""
 
+LIBRARIES = ["bitsandbytes", pytest.param("torchao", marks=pytest.mark.slow)]
 TORCHAO = [pytest.param("torchao", bits, marks=pytest.mark.slow) for bits in (8, 4, "fp8")]
 
 
@@ -163,27 +164,39 @@ def test_training_follows_the_plain_trainer(engine, bits):
     assert list(held.weights) == list(plain.weights)
 
 
+@pytest.mark.parametrize("engine", LIBRARIES)
 @pytest.mark.parametrize("first", [True, False])
-def test_with_the_optimizer_in_the_backward_in_either_order_the_numbers_are_the_same(first):
-    alone = train(_Net(), _loader(), steps=10, callbacks=[_bitsandbytes()])
-    both = [_bitsandbytes(), OptimizerInBackward()]
+def test_with_the_optimizer_in_the_backward_in_either_order_the_numbers_are_the_same(first, engine):
+    alone = train(_Net(), _loader(), steps=10, callbacks=[LowBitOptimizer(8, engine)])
+    both = [LowBitOptimizer(8, engine), OptimizerInBackward()]
     together = train(_Net(), _loader(), steps=10, callbacks=both if first else both[::-1])
     assert_same_training(alone, together, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_a_monitor_watches_the_compiled_step_and_changes_nothing(tmp_path):
+    pytest.importorskip("torchao")
+    alone = train(_Net(), _loader(), steps=10, callbacks=[LowBitOptimizer(8, "torchao")])
+    both = [LowBitOptimizer(8, "torchao"), memopt.MemoryMonitor(every_n_steps=2, dirpath=tmp_path)]
+    assert_same_training(alone, train(_Net(), _loader(), steps=10, callbacks=both), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", LIBRARIES)
 @pytest.mark.parametrize("rounding", ["nearest", "kahan"])
-def test_16_bit_weights_are_stepped_in_float32(rounding):
+def test_16_bit_weights_are_stepped_in_float32(rounding, engine):
     def plugins() -> list[Any]:
         return [memopt.HalfPrecision("bf16", rounding=rounding)]
 
     plain = train(_Net(), _loader(), steps=10, plugins=plugins())
-    held = train(_Net(), _loader(), steps=10, plugins=plugins(), callbacks=[_bitsandbytes()])
+    held = train(_Net(), _loader(), steps=10, plugins=plugins(), callbacks=[LowBitOptimizer(8, engine)])
     torch.testing.assert_close(held.losses, plain.losses, rtol=0.01, atol=0)
 
 
-def test_a_step_that_a_loss_scale_skips_is_skipped():
+@pytest.mark.parametrize("engine", LIBRARIES)
+def test_a_step_that_a_loss_scale_skips_is_skipped(engine):
     plugin = memopt.MixedPrecision("fp16", initial_scale=256.0)
-    run = train(_Net(overflowing=2), _loader(), steps=10, plugins=[plugin], callbacks=[_bitsandbytes()])
+    callbacks = [LowBitOptimizer(8, engine)]
+    run = train(_Net(overflowing=2), _loader(), steps=10, plugins=[plugin], callbacks=callbacks)
     assert plugin.state_dict()["skipped_steps"] == 1
     assert {float(state["step"]) for state in run.trainer.optimizers[0].state.values()} == {9.0}
     assert all(weight.isfinite().all() for weight in run.weights.values())
