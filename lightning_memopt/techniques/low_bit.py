@@ -78,7 +78,8 @@ def hold_low_bit_state(
         raise ValueError(problem)
     stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for path, parameter in module.named_parameters():
-        if parameter in stepped and stepper.packs(parameter) and (problem := stepper.why_not(parameter)):
+        is_here = parameter in stepped and not parameter.is_meta  # on the meta device: held by another stage
+        if is_here and stepper.packs(parameter) and (problem := stepper.why_not(parameter)):
             raise ValueError(f"{path!r} {problem}")
     if problem := stepper.try_out(optimizer):
         raise ValueError(problem)

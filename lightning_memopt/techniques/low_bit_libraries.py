@@ -57,7 +57,7 @@ class _Library(Engine):
     @torch.no_grad()
     def try_out(self, optimizer: Optimizer) -> str | None:
         # The smallest, since what torchao compiles for it is what its step will use.
-        pairs = ((group, p) for group in optimizer.param_groups for p in group["params"])
+        pairs = ((group, p) for group in optimizer.param_groups for p in group["params"] if not p.is_meta)
         packed = [(group, p) for group, p in pairs if self.packs(p) and local_of(p).numel()]
         if not packed or any(is_fake(parameter) for _, parameter in packed):
             return None

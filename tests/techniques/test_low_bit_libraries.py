@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memopt.techniques import low_bit_engines
+from lightning_memopt.techniques import low_bit_engines, low_bit_libraries
 from lightning_memopt.techniques.blockwise import as_packed
 from lightning_memopt.techniques.low_bit import hold_low_bit_state, state_bytes
 from lightning_memopt.techniques.low_bit_engines import SMALLEST
@@ -356,10 +356,25 @@ def test_an_option_that_comes_with_a_checkpoint_is_refused_too():
 
 
 def test_parameters_that_the_kernels_cannot_step_are_refused_by_name():
-    for device, dtype, message in (("cpu", torch.float64, "is float64"), ("meta", torch.float32, "is on meta")):
-        net = nn.ModuleDict({"table": nn.Linear(64, 64, device=device, dtype=dtype)})
-        with pytest.raises(ValueError, match=f"'table.weight' {message}.*default engine"):
-            hold_low_bit_state(net, torch.optim.AdamW(net.parameters()), 8, "bitsandbytes")
+    net = nn.ModuleDict({"table": nn.Linear(64, 64, dtype=torch.float64)})
+    with pytest.raises(ValueError, match=r"'table.weight' is float64.*default engine"):
+        hold_low_bit_state(net, torch.optim.AdamW(net.parameters()), 8, "bitsandbytes")
+
+
+def test_a_device_that_the_library_has_no_kernels_for_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(low_bit_libraries, "_BITSANDBYTES_DEVICES", ("cuda",))
+    net = nn.ModuleDict({"table": nn.Linear(64, 64)})
+    with pytest.raises(ValueError, match=r"'table.weight' is on cpu, .* for cuda alone.*default engine"):
+        hold_low_bit_state(net, torch.optim.AdamW(net.parameters()), 8, "bitsandbytes")
+
+
+def test_parameters_of_other_stages_which_have_no_memory_here_are_left_alone():
+    net = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(net.parameters())
+    hold_low_bit_state(net, optimizer, 8, "bitsandbytes")
+    net[1](torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    assert optimizer.state.keys() == {net[1].weight, net[1].bias}
 
 
 def test_a_kernel_that_does_not_run_here_is_named_before_the_first_step(monkeypatch):
