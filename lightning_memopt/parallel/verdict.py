@@ -44,6 +44,8 @@ class Beat:
         phase: What its training thread is doing.
         progress: How many phases it has entered.
         waits: Whether its training thread is inside ``torch.distributed``: for others, as far as one can see.
+        within: Whether its training thread is inside torch, where it may wait for others unseen (replicas do so in
+            the backward).
         where: The line of code that the training thread is at.
         idle: Seconds for which its process has computed, read and written nothing.
         done: It has finished, or knows of the failure and is ending.
@@ -56,6 +58,7 @@ class Beat:
     phase: str = "setup"
     progress: int = 0
     waits: bool = False
+    within: bool = False
     where: str = ""
     idle: float = 0.0
     done: bool = False
@@ -120,7 +123,8 @@ def find_idle(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: 
 
 
 def _waited_for(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit: float) -> Beat | None:
-    """The only rank that waits for nobody; else, where waits are not seen (on GPUs), the one behind the others.
+    """The only rank that waits for nobody; else, where waits are not seen (on GPUs), the one behind the others; else
+    the one of these that is not inside torch.
 
     A later stage of a pipeline is behind an earlier one that hangs. Where neither singles out a rank, which one the
     others wait for cannot be told and nothing is said.
@@ -134,7 +138,10 @@ def _waited_for(beats: Mapping[int, Beat], stillness: Mapping[int, float], limit
         if len(candidates) == 1:
             return candidates[0]
     at_work = [beat for beat in behind if not beat.waits]
-    return at_work[0] if len(at_work) == 1 else None
+    for candidates in (at_work, [beat for beat in at_work if not beat.within]):
+        if len(candidates) == 1:
+            return candidates[0]
+    return None
 
 
 def is_echo(error: BaseException) -> bool:
@@ -179,19 +186,19 @@ def _start_time(process: int) -> str:
     return "" if state in "ZX" else started
 
 
-def position_of(stack: Sequence[Line]) -> tuple[bool, str]:
-    """Whether a thread is inside ``torch.distributed``, and its innermost line outside of torch.
+def position_of(stack: Sequence[Line]) -> tuple[bool, bool, str]:
+    """Whether a thread is inside ``torch.distributed``, whether inside torch, and its innermost line outside of it.
 
     Args:
         stack: The lines that it is at, the innermost first.
     """
     if not stack:
-        return False, "its end"
+        return False, False, "its end"
     distributed_folder = os.path.dirname(dist.__file__) + os.sep
     torch_folder = os.path.dirname(os.path.dirname(dist.__file__)) + os.sep
     waits = False  # in collectives of DTensor's the innermost line is that of an operator
     for line in stack:
         if not line.file.startswith(torch_folder):
-            return waits, str(line)
+            return waits, line is not stack[0], str(line)
         waits |= line.file.startswith(distributed_folder)
-    return waits, str(stack[-1])
+    return waits, True, str(stack[-1])

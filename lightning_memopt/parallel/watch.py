@@ -184,8 +184,8 @@ class RankWatch:
         still = self._since(self._moved)[self.rank]
         # It matters where nothing moves, and only there looking does not keep alive what would be freed.
         stack = stack_of(self._watched_thread) if still > self.interval / 2 else None
-        waits, where = (False, "") if stack is None else position_of(stack)
-        self._own = replace(self._own, waits=waits, where=where, idle=self._idle_for(still, stack))
+        waits, within, where = (False, False, "") if stack is None else position_of(stack)
+        self._own = replace(self._own, waits=waits, within=within, where=where, idle=self._idle_for(still, stack))
         try:
             self._beat()
             self._read(range(self.world_size))

@@ -44,6 +44,16 @@ def test_of_ranks_in_the_same_phase_the_one_that_waits_for_nobody_is_stuck() -> 
     assert find_stuck(beats(5, 5, 5), still, limit=10) is None, "a guess"
 
 
+def test_of_ranks_whose_waits_are_not_seen_the_one_that_is_not_inside_torch_is_stuck() -> None:
+    """As replicas wait in the backward, in torch's reducer."""
+    still = dict.fromkeys(range(3), 11.0)
+    backward = {rank: replace(beat, within=rank != 1) for rank, beat in beats(5, 5, 5).items()}
+    failure = find_stuck(backward, still, limit=10)
+    assert failure is not None and failure.rank == 1
+    backward[2] = replace(backward[2], within=False)
+    assert find_stuck(backward, still, limit=10) is None, "a guess"
+
+
 def test_a_rank_that_is_behind_because_it_waits_for_another_is_not_the_one_that_is_stuck() -> None:
     failure = find_stuck(beats(5, 5, 5, 4, waits=(0, 2, 3)), dict.fromkeys(range(4), 11.0), limit=10)
     assert failure is not None and failure.rank == 1

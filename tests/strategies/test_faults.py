@@ -157,6 +157,11 @@ def fail() -> None:
     raise ValueError("a bad sample")
 
 
+def assert_newest_is_whole(folder: Any) -> None:
+    newest = latest_checkpoint(folder)
+    assert newest is not None and full_state_dict(newest).keys() == Module(None).state_dict().keys()
+
+
 PLACES = {
     "forward": "forward of batch 2",
     "backward": "backward of batch 2",
@@ -181,8 +186,7 @@ def test_the_others_end_and_name_a_rank_that_was_killed(name: str, place: str, t
     endings = fit_with(name, Fault(place, send(signal.SIGKILL), rank=killed), tmp_path)
     for other in others_than(killed, endings):
         assert other.failed_with(f"Rank {killed} ", PLACES[place], "its process ended without a word"), other
-    newest = latest_checkpoint(tmp_path)
-    assert newest is not None and full_state_dict(newest).keys() == Module(None).state_dict().keys()
+    assert_newest_is_whole(tmp_path)
 
 
 @pytest.mark.parametrize("name", ONE_FAST)
@@ -201,6 +205,21 @@ def test_the_others_end_with_the_cause_of_a_rank_that_raised(name: str, faulty: 
         assert re.search(rf"^\[rank \d\] RankFailure: Rank {faulty} ", other.said, re.MULTILINE), other
     itself = endings[faulty]
     assert itself.failed_with("ValueError: a bad sample") and not itself.failed_with("RankFailure"), itself
+    assert_newest_is_whole(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "forward"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_others_end_with_the_cause_of_a_rank_that_raised_past_its_forward(
+    name: str, place: str, tmp_path: Any
+) -> None:
+    faulty = 0 if (name, place) == ("memopt_pp", "backward") else 1
+    endings = fit_with(name, Fault(place, fail, rank=faulty), tmp_path)
+    for other in others_than(faulty, endings):
+        assert other.failed_with(f"Rank {faulty} ", PLACES[place], "ValueError: a bad sample"), other
+    assert endings[faulty].failed_with("ValueError: a bad sample"), endings[faulty]
+    assert_newest_is_whole(tmp_path)
 
 
 @pytest.mark.parametrize("name", ONE_FAST)
@@ -218,6 +237,7 @@ def test_the_others_end_and_name_a_rank_that_was_stopped(name: str, tmp_path: An
     endings = fit_with(name, Fault("forward", send(signal.SIGSTOP)), tmp_path, silent_seconds=2)
     for other in others_than(1, endings):
         assert other.failed_with("Rank 1 ", "forward of batch 2", "no sign of life"), other
+    assert_newest_is_whole(tmp_path)
 
 
 @pytest.mark.slow
@@ -235,6 +255,17 @@ def test_all_end_and_name_a_rank_that_lives_and_does_nothing(name: str, tmp_path
         assert ending.failed_with(
             "Rank 1 ", "forward of batch 2", "computed, read and written nothing", "test_faults.py"
         ), ending
+    assert_newest_is_whole(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "forward"])
+@pytest.mark.parametrize("name", ["memopt_ddp", "memopt_zero3", "memopt_pp"])
+def test_all_end_and_name_a_rank_that_does_nothing_past_its_forward(name: str, place: str, tmp_path: Any) -> None:
+    faulty = 0 if (name, place) == ("memopt_pp", "backward") else 1
+    for ending in fit_with(name, Fault(place, lambda: time.sleep(1000), rank=faulty), tmp_path, silent_seconds=4):
+        assert ending.failed_with(f"Rank {faulty} ", PLACES[place], "computed, read and written nothing"), ending
+    assert_newest_is_whole(tmp_path)
 
 
 def compute_for(seconds: float) -> None:
@@ -264,6 +295,7 @@ def test_all_stop_before_the_same_batch_on_sigterm_to_any(name: str, told: tuple
     fault = Fault("forward", send(signal.SIGTERM), rank=told)
     for ending in fit_with(name, fault, tmp_path):
         assert ending.failed_with(f"Rank {told[-1]} received SIGTERM: all ranks stop before batch 3"), ending
+    assert_newest_is_whole(tmp_path)
 
 
 def test_a_module_that_differs_by_rank_is_refused_on_all_ranks_by_name() -> None:
