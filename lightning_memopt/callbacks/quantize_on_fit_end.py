@@ -24,9 +24,13 @@ from lightning_memopt.callbacks.fit_end import (
 from lightning_memopt.callbacks.fit_time import has_its_layers
 from lightning_memopt.callbacks.reporting import Returned
 from lightning_memopt.callbacks.timing import time_example
+from lightning_memopt.compression.exported import quantize_exported
+from lightning_memopt.compression.exported.graph import require_torchao, require_x86
+from lightning_memopt.compression.exported.module import ExportedModule
 from lightning_memopt.compression.packed import PackedWeight
 from lightning_memopt.compression.quantize import (
     Engine,
+    Quantized,
     Scheme,
     check_hardware,
     check_quantizable,
@@ -68,6 +72,8 @@ class QuantizeOnFitEnd(FitEndCallback):
         engine: ``"torchao"`` has torchao hold and multiply the weights of linear maps by ``"int8_weight_only"``,
             ``"int8_dynamic"``, ``"int4_weight_only"`` or ``"fp8"``, for its kernels on GPUs; the report names, as
             ``fallbacks``, the weights that it does not take, which are packed as without it.
+            By ``"int8_static"``, on x86 processors, it puts exported graphs (PT2E) in the place of submodules, see
+            :func:`~lightning_memopt.compression.exported.quantize_exported`.
         export_path: A folder to write the result to; not under ``fast_dev_run``.
 
     Attributes:
@@ -104,7 +110,8 @@ class QuantizeOnFitEnd(FitEndCallback):
         with named_errors(self):
             super().__init__(max_metric_drop, monitor, mode, export_path)
             self._which = WeightFilter(include, exclude, embeddings=True)
-            packing(scheme, engine)
+            exports = (scheme, engine) == ("int8_static", "torchao")
+            packing(scheme, "memopt" if exports else engine)
             if not isinstance(calibration_batches, int) or calibration_batches < 1:
                 raise ValueError(f"calibration_batches={calibration_batches!r} sees no data; give 1 or more.")
             if back_off and self._gate is None:
@@ -114,6 +121,9 @@ class QuantizeOnFitEnd(FitEndCallback):
                     "inplace=True cannot be refused by max_metric_drop, since the module is rounded by then. Leave "
                     "inplace out."
                 )
+            if exports:
+                _check_export(back_off=back_off, inplace=inplace)
+        self._exports = exports
         self.scheme = scheme
         self.engine = engine
         self.calibration_batches = calibration_batches
@@ -123,7 +133,8 @@ class QuantizeOnFitEnd(FitEndCallback):
 
     @override
     def _compressed(self, module: pl.LightningModule) -> bool:
-        return any(isinstance(parameter, PackedWeight) for parameter in module.parameters())
+        packed = any(isinstance(parameter, PackedWeight) for parameter in module.parameters())
+        return packed or any(isinstance(part, ExportedModule) for part in module.modules())
 
     @override
     def _misfit(self, module: pl.LightningModule, state: Mapping[str, Any]) -> str:
@@ -144,9 +155,13 @@ class QuantizeOnFitEnd(FitEndCallback):
                 f"{self.scheme!r} is calibrated by validation_step, which {type(pl_module).__name__} has not, and "
                 "its training_step steps the optimizers itself. Write a validation_step, or use 'int8_dynamic'."
             )
-        check_hardware(self.scheme, self.engine, trainer.strategy.root_device)
+        if self._exports:
+            require_x86(trainer.strategy.root_device)
+        else:
+            check_hardware(self.scheme, self.engine, trainer.strategy.root_device)
         if has_its_layers(pl_module):
-            check_quantizable(pl_module, self.scheme, self._which, self.engine, trainer.strategy.root_device)
+            engine: Engine = "memopt" if self._exports else self.engine
+            check_quantizable(pl_module, self.scheme, self._which, engine, trainer.strategy.root_device)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -186,8 +201,12 @@ class QuantizeOnFitEnd(FitEndCallback):
         metrics = validate_if_possible(trainer, pl_module)
         before = measure_sizes(pl_module, packed=False)
         module = pl_module if self.inplace else copy_module(pl_module)
-        ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
-        done = quantize(module, self.scheme, self._which, ranges, engine=self.engine)
+        ranges: dict[str, Range] = {}
+        if self._exports:
+            done = self._by_export(trainer, module)
+        else:
+            ranges = trainer.strategy.broadcast(self._input_ranges(trainer, module))  # each rank saw other batches
+            done = quantize(module, self.scheme, self._which, ranges, engine=self.engine)
         skipped, fallbacks = done.skipped, done.fallbacks
         after = validate_if_possible(trainer, module)
         if self._gate is not None:
@@ -248,6 +267,18 @@ class QuantizeOnFitEnd(FitEndCallback):
         """Whether batches have to go through ``validation_step`` when training is over."""
         return self.scheme == "int8_static"
 
+    def _by_export(self, trainer: pl.Trainer, module: pl.LightningModule) -> Quantized:
+        loaders = loaders_of(trainer.fit_loop)
+
+        def check() -> None:
+            if not validate_if_possible(trainer, module):
+                _calibrate(trainer, module, loaders, 1)
+
+        def calibrate() -> None:
+            _calibrate(trainer, module, loaders, self.calibration_batches)
+
+        return quantize_exported(module, calibrate, self._which, check=check, agree=trainer.strategy.broadcast)
+
     def _input_ranges(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Range]:
         if not self._calibrates:
             return {}
@@ -259,6 +290,16 @@ class QuantizeOnFitEnd(FitEndCallback):
                 "so that inputs are measured row by row, as with 'int8_dynamic'. The report names them."
             )
         return ranges
+
+
+def _check_export(*, back_off: bool, inplace: bool) -> None:
+    require_torchao()  # says that it is missing, before hours of training
+    if back_off or inplace:
+        option = "back_off" if back_off else "inplace"
+        raise ValueError(
+            f"{option}=True needs modules that stay, and 'int8_static' with engine='torchao' puts exported graphs in "
+            "their place. Leave one of the two out."
+        )
 
 
 def _validates(module: pl.LightningModule) -> bool:

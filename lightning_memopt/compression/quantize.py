@@ -48,7 +48,15 @@ CLUSTERS = 256
 
 
 class GrowthError(ValueError):
-    """Nothing that a module holds becomes smaller."""
+    """Nothing that a module holds becomes smaller.
+
+    Attributes:
+        skipped: By name of a parameter, why it does not.
+    """
+
+    def __init__(self, message: str, skipped: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.skipped = dict(skipped)
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,8 @@ def _growth(module: nn.Module, scheme: str, skipped: Mapping[str, str]) -> Growt
     reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
     return GrowthError(
         f"{type(module).__name__} has {module_bytes(module):,} bytes and would have no fewer as {scheme}: nothing in "
-        f"it becomes smaller ({reasons}). Leave it as it is."
+        f"it becomes smaller ({reasons}). Leave it as it is.",
+        skipped,
     )
 
 

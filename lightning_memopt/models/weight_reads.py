@@ -34,18 +34,21 @@ class _Read:
         path: The module that holds it, from the class's own: ``"a.b"`` for ``self.a.b.weight``, ``""`` for its own.
         parameter: Its name there.
         conditions: The tests of ``if`` around it, and how each has to come out.
+        needs_values: Whether more is read than its type, device or shape.
     """
 
     path: str
     parameter: str
     conditions: tuple[tuple[ast.expr, bool], ...] = ()
+    needs_values: bool = True
 
 
-def find_weight_reads(module: nn.Module) -> dict[str, str]:
+def find_weight_reads(module: nn.Module, *, any_use: bool = False) -> dict[str, str]:
     """Submodules whose weight or bias is read past their call.
 
     Args:
         module: Any module; it is only read.
+        any_use: Count reads too of nothing but the type, the device or the shape.
 
     Returns:
         Of each such submodule, by qualified name, the class whose code reads it.
@@ -58,6 +61,8 @@ def find_weight_reads(module: nn.Module) -> dict[str, str]:
     for prefix, submodule in module.named_modules():
         for read in _reads_of_class(type(submodule)):
             if not read.path or read.parameter not in _PARAMETERS or not _may_happen(read, submodule):
+                continue
+            if not (read.needs_values or any_use):
                 continue
             name = f"{prefix}.{read.path}" if prefix else read.path
             try:
@@ -73,7 +78,10 @@ def reads_own(module: nn.Module, parameter: str) -> bool:
 
     A parameter may be there for its name alone: the ``bias`` of BERT's head for masked words is the decoder's.
     """
-    return any(read.path == "" and read.parameter == parameter for read in _reads_of_class(type(module)))
+    return any(
+        read.path == "" and read.parameter == parameter and read.needs_values
+        for read in _reads_of_class(type(module))
+    )
 
 
 def _reads_of_class(cls: type) -> set[_Read]:
@@ -137,8 +145,8 @@ class _Finder(ast.NodeVisitor):
         if node.attr in _HARMLESS:
             self._harmless.add(node.value)
         path = _path_from_self(node.value)
-        if path is not None and node not in self._harmless:
-            self.reads.add(_Read(path, node.attr, tuple(self._conditions)))
+        if path is not None:
+            self.reads.add(_Read(path, node.attr, tuple(self._conditions), node not in self._harmless))
         self.generic_visit(node)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_memopt.compression.container import files, skeleton, tensors
+from lightning_memopt.compression.container import exported, files, skeleton, tensors
 from lightning_memopt.compression.container.errors import CompressedFileError
 from lightning_memopt.compression.container.extra_state import restore_extra
 from lightning_memopt.compression.container.save import named_tensors
@@ -40,6 +40,7 @@ def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module
     manifest, data = files.read_folder(Path(path))
     records, ties = manifest["tensors"], manifest["ties"]
     target = skeleton.build(manifest, module)
+    exported.export_again(target, manifest.get("exported", {}), manifest.get("versions"))
     _check_names(target, set(records), ties)
     for name, record in records.items():
         old = _get(target, name)
@@ -51,7 +52,9 @@ def load_compressed(path: str | Path, module: nn.Module | Callable[[], nn.Module
             tensors.read_shape(name, record),
             is_edited=name.rpartition(".")[0] in manifest["edits"],
         )
-        _set(target, name, _as_before(old, tensors.read_tensor(name, record, data)))
+        tensor = tensors.read_tensor(name, record, data)
+        exported.check_held(target, name, old, tensor, manifest.get("versions"))
+        _set(target, name, _as_before(old, tensor))
     for alias, name in ties.items():
         _check_shape(
             target,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memopt.__about__ import __version__
-from lightning_memopt.compression.container import files, skeleton, tensors
+from lightning_memopt.compression.container import exported, files, skeleton, tensors
 from lightning_memopt.compression.container.extra_state import read_extra
 
 
@@ -49,12 +49,17 @@ def save_compressed(module: nn.Module, path: str | Path) -> Path:
             ties[name] = first[id(tensor)]
         else:
             records[name] = tensors.write_tensor(name, tensor, data)
+    with exported.with_sources(module):
+        described = skeleton.describe(module)
     manifest = {
         "versions": {"lightning_memopt": __version__, "torch": torch.__version__},
-        **skeleton.describe(module),
+        **described,
         "tensors": records,
         "ties": ties,
     }
+    if parts := exported.describe_exported(module):
+        manifest["exported"] = parts
+        manifest["versions"] |= exported.versions()
     if extra := read_extra(module):
         manifest["extra"] = extra
     folder = Path(path)
