@@ -34,6 +34,7 @@ class CountsRanksItself(LightningEnvironment):
         pass
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["memopt_zero3", "memopt_pp"])
 def test_ranks_of_one_host_share_the_one_processor_that_auto_finds(strategy: str) -> None:
     def fit() -> tuple[int, Any]:

@@ -1,6 +1,6 @@
 """Export one module, observe its inputs and convert it: what torchao's PT2E does, for Inductor on x86.
 
-Tried with torchao 0.17 and 0.18.
+Tried with torchao 0.18.
 """
 
 import math
