@@ -88,6 +88,9 @@ class BackwardStepper:
             )
         ]
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # nothing is a copy of it: hooks stay on the parameters that they were put on
+
     def remove(self) -> None:
         """Take all hooks off; backward then leaves gradients to ``optimizer.step`` again."""
         for hook in (*self._hooks.values(), *self._step_hooks):

@@ -95,6 +95,7 @@ class Pairs(nn.Module):
         return self.last(torch.cat([dense, (rows @ rows.transpose(1, 2)).flatten(1)], -1))
 
 
+@pytest.mark.slow
 def test_features_that_are_taken_for_ever_more_are_left_and_named_and_the_rest_is_removed():
     found = prune_structured(Pairs(), 0.5, lambda module: module(torch.ones(2, 4)))
     assert found.removed == {"last.0": (16, 8)}

@@ -71,6 +71,7 @@ def test_the_table_ends_with_a_trainer_to_paste(capsys):
     assert "trainer = pl.Trainer(" in out and "\ntrainer:\n  accelerator: gpu" in out
 
 
+@pytest.mark.slow
 def test_a_narrow_table_cuts_no_name_short(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = _run(capsys, "--budget", "33MiB", "--data-init", "samples=4096")

@@ -149,6 +149,7 @@ def test_matrix_products_are_split_among_a_power_of_two_of_the_devices_of_a_node
     assert _pipelines(6, 2, most_stages=2) == {MeshSizes(2, shard=6), MeshSizes(2, shard=3, tensor=2)}
 
 
+@pytest.mark.slow
 def test_the_fewest_devices_are_looked_for_with_matrix_products_split_as_a_plan_would(monkeypatch):
     tried = set()
 
