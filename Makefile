@@ -4,19 +4,25 @@ VENV := .venv
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 # Tests marked `distributed` fork their ranks from the process they run in, which is safe only while no other test has
-# started threads in it.
+# started threads in it: no workers of xdist, but two processes, since ranks wait for each other half of the time.
 OTHERS := -n 2 --dist worksteal --nbmake
 # First, since it takes longest; the others are run before a release.
 QUICK_NOTEBOOK := notebooks/01_quickstart.ipynb
 
-.PHONY: demo test test-all lint parity benchmark clean
+.PHONY: demo test test-strategies test-ranks test-all lint parity benchmark clean
 
 demo: $(READY)
 	$(VENV)/bin/lightning-memopt demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS) tests
+	$(MAKE) --no-print-directory -j2 test-strategies test-ranks
 	$(PYTEST) -m "not distributed and not slow" $(PYTEST_ARGS) $(OTHERS) $(QUICK_NOTEBOOK) tests
+
+test-strategies: $(READY)
+	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS) tests/strategies
+
+test-ranks: $(READY)
+	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS) --ignore=tests/strategies tests
 
 test-all: $(READY)
 	$(PYTEST) -m distributed $(PYTEST_ARGS) tests

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_memopt.compression.executorch import export_executorch
 from lightning_memopt.compression.quantize import quantize
-from tests.zoo import ZOO, slow_where
+from tests.zoo import ZOO
 
 
 def _net():
@@ -24,9 +24,8 @@ def test_a_program_is_written_that_computes_the_same(scheme, tmp_path):
     assert path.stat().st_size > 4 * 8 * 36 * 10
 
 
-@pytest.mark.parametrize(
-    "name", slow_where(["vit", "llama", "bert_qa", "mamba"], ["vit", "llama", "bert_qa", "mamba"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "llama", "bert_qa", "mamba"])
 def test_transformers_are_written_and_compute_the_same(name, tmp_path):
     model, batch = next(ZOO[name].build().children()).eval(), ZOO[name].batch()
     inputs = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
